@@ -1,0 +1,15 @@
+"""speechdistill: label speech with a large teacher, distil it into small students, promote the winner."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def load(name: str = "distillmos", **options: Any) -> Callable[..., float]:
+    """A speech-quality model as a function: `load("distillmos")(wave, sample_rate)` is a MOS from 1 to 5.
+
+    `wave` is a NumPy array or torch tensor, shape (num_samples,) or (num_samples, channels), at any rate.
+    Options are those of `speechdistill.teachers.load`. Raises `ValueError` for audio that cannot be judged.
+    """
+    from speechdistill import teachers  # torch stays out of `import speechdistill`
+
+    return teachers.load(name, **options)

@@ -1,0 +1,134 @@
+"""`speechdistill ...`: every command of the platform; the scripts in jobs/ are the same commands for a cluster."""
+
+import logging
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from speechdistill.ingest import Ingest
+from speechdistill.pseudolabel import Pseudolabel
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score the quality of speech recordings: a MOS from 1 (bad) to 5 (excellent) per file.
+
+    Exit code 1 if any file could not be scored; its row says why.
+    """
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders, globs or URLs."""
+    out: str | None = None
+    """Write .csv, .parquet or .json instead of printing CSV."""
+    timeline: bool = False
+    """A score for every second of audio instead of one per file."""
+    model: str = "distillmos"
+    """Which model scores."""
+    weights: str | None = None
+    """Its weights file. Default: the released weights from the installed wheel."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what `ray job stop` sends
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"ingest": _ingest, "pseudolabel": _pseudolabel, "score": _score},
+        prog="speechdistill",
+        description="Label speech with a large teacher, distil it into small students, promote the winner.",
+        args=arguments,
+    )
+    return int(command)
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+def _guarded(action: Callable[[], int], resume: str) -> int:
+    try:
+        return action()
+    except KeyboardInterrupt:
+        print(f"\nstopped; {resume}", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        logging.getLogger(__name__).debug("", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import ingest
+
+        summary = ingest.run(config)
+        kinds = ", ".join(f"{n:,} {kind} ({summary['hours'][kind]:.2f} h)" for kind, n in summary["clips"].items())
+        print(f"{kinds} in {summary['manifest']}")
+        if summary["rejected"]:
+            print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
+        if summary["ignored_extensions"]:
+            print(f"ignored by extension: {_counts(summary['ignored_extensions'])}")
+        return 0
+
+    return _guarded(action, "the same command goes on where it stopped")
+
+
+def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import pseudolabel
+
+        print(_report(pseudolabel.run(config), config.out))
+        return 0
+
+    return _guarded(action, "what is labelled is kept, and the same command goes on from there")
+
+
+def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from tqdm import tqdm
+
+        from speechdistill import score, teachers
+
+        paths = score.expand(config.paths)
+        teacher = teachers.load(config.model, weights=config.weights, dtype=config.dtype).teacher
+        rows = []
+        with tqdm(total=len(paths), unit="file", dynamic_ncols=True, disable=None) as bar:
+            for row in score.score_files(paths, teacher, config.timeline):
+                rows.append(row)
+                bar.update(len({r["path"] for r in rows}) - bar.n)
+        score.write(rows, config.out)
+        return 1 if any(row["error"] for row in rows) else 0
+
+    return _guarded(action, "nothing was written")
+
+
+def _report(summary: dict[str, Any], out: str) -> str:
+    histogram = summary["score_histogram"]
+    lines = [
+        f"labelled {summary['labelled']:,} samples ({summary['hours']:.2f} h), rejected {summary['rejected']:,}",
+        f"this session: {summary['session_samples']:,} samples in {summary['session_s']:.0f} s, "
+        f"{summary['session_audio_hours_per_hour']:.1f} hours of audio per hour",
+    ]
+    if summary["labelled"]:
+        lines += [f"mean score {summary['score_mean']:.2f}; histogram (MOS, samples):", *_bars(histogram)]
+    lines += [f"  {count} × {reason}" for reason, count in summary["reject_reasons"].items()]
+    return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
+
+
+def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
+    """The forty bins of the histogram as eight rows of text."""
+    counts = [sum(histogram["counts"][i : i + 5]) for i in range(0, 40, 5)]
+    edges = histogram["edges"][::5]
+    scale = width / max(counts)
+    return [f"  {edges[i]:.1f}–{edges[i + 1]:.1f} {n:7.0f} {'█' * round(n * scale)}" for i, n in enumerate(counts)]
+
+
+def _counts(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))

@@ -1,0 +1,68 @@
+"""The clip manifest as plans see it: three pools of clips, in manifest order."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from speechdistill import table
+from speechdistill.audio import SAMPLE_RATE
+
+
+class Clip(NamedTuple):
+    """One file; `num_samples` is its length at 16 kHz."""
+
+    clip_id: str
+    uri: str
+    num_samples: int
+    speaker: str | None
+
+
+class Pool:
+    """The clips of one kind, in manifest order; rows stay in Arrow memory until asked for."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self._rows = rows.combine_chunks()
+        seconds = self._rows["duration_s"].to_numpy()
+        self.num_samples: np.ndarray = np.floor(seconds * SAMPLE_RATE + 1e-6).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.num_samples)
+
+    def __getitem__(self, index: int) -> Clip:
+        row = self._rows
+        return Clip(
+            row["clip_id"][index].as_py(),
+            row["uri"][index].as_py(),
+            int(self.num_samples[index]),
+            row["speaker"][index].as_py(),
+        )
+
+
+class Clips:
+    """A `clip.v1` manifest split by kind: `speech`, `noise` and `rir`."""
+
+    def __init__(self, manifest: pa.Table) -> None:
+        self._manifest = manifest
+
+    @classmethod
+    def read(cls, uri: str) -> "Clips":
+        columns = ["clip_id", "uri", "kind", "duration_s", "speaker"]
+        return cls(table.read(uri, "clip.v1", columns))
+
+    @cached_property
+    def speech(self) -> Pool:
+        return self._pool("speech")
+
+    @cached_property
+    def noise(self) -> Pool:
+        return self._pool("noise")
+
+    @cached_property
+    def rir(self) -> Pool:
+        return self._pool("rir")
+
+    def _pool(self, kind: str) -> Pool:
+        return Pool(self._manifest.filter(pc.equal(self._manifest["kind"], kind)))

@@ -1,0 +1,63 @@
+"""A list of files with what the user knows of them: CSV, JSONL or Parquet."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from speechdistill import table
+
+_LOG = logging.getLogger(__name__)
+_FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
+
+
+def rows(file: str) -> Iterator[dict[str, Any]]:
+    """A row per line of `file`; its column `path` (or `uri`) is relative to the list's own folder.
+
+    The other columns are those of `clip.v1` (`kind` defaults to speech); further ones are named in a warning and
+    left out. Raises `TableError` for a file of another kind or without paths.
+    """
+    known = set(table.schema("clip.v1").names) - _FROM_HEADER
+    folder = str(Path(file).resolve().parent) if "://" not in file else file.rsplit("/", 1)[0]
+    for number, line in enumerate(_lines(file)):
+        path = line.pop("path", None) or line.pop("uri", None)
+        if not path:
+            raise table.TableError(f"{file}: row {number + 1} has no path; name that column 'path' or 'uri'")
+        if number == 0 and (unknown := sorted(set(line) - known)):
+            _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(known))
+        values = {key: value for key, value in line.items() if key in known and value not in ("", None)}
+        yield {"kind": "speech", **values, "uri": _absolute(str(path), folder)}
+
+
+def _lines(file: str) -> Iterator[dict[str, Any]]:
+    suffix = Path(file).suffix.lower()
+    if suffix == ".csv":
+        with fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as lines:
+            yield from csv.DictReader(lines)
+    elif suffix in (".jsonl", ".ndjson"):
+        with fsspec.open(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    yield _parsed(file, number, line)
+    elif suffix == ".parquet":
+        with fsspec.open(file, "rb") as data:
+            for batch in pq.ParquetFile(data).iter_batches(batch_size=2_000):
+                yield from batch.to_pylist()
+    else:
+        raise table.TableError(f"{file}: a list is .csv, .jsonl or .parquet")
+
+
+def _parsed(file: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise table.TableError(f"{file}: line {number + 1} is not a JSON object ({error})") from error
+
+
+def _absolute(path: str, folder: str) -> str:
+    return path if "://" in path or path.startswith("/") else f"{folder}/{path}"

@@ -1,0 +1,225 @@
+"""Folders and lists of audio files -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
+
+Work is committed in parts, so a killed run goes on where it stopped, and a run with new files adds just those.
+`clips.parquet`, all good parts as one file, is replaced at the end.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from tqdm import tqdm
+
+from speechdistill import audio, flow, table
+from speechdistill.corpora import folder, listing
+from speechdistill.shards import RunError
+from speechdistill.teachers import MIN_DURATION_S
+
+_CHUNK_ROWS = 2_000
+_THREADS = 8  # per task: reading a header is mostly waiting
+_PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet$")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """List audio files and read their headers into a clip manifest, OUT/clips.parquet.
+
+    Running it again with more folders adds the new files; ids are stable. Files that cannot be used are in
+    OUT/rejects.parquet with the reason, and are looked at again next time.
+    """
+
+    out: str
+    """Folder of the manifest, a local path or URL."""
+    speech: tuple[str, ...] = ()
+    """Folders of speech recordings."""
+    noise: tuple[str, ...] = ()
+    """Folders of noise recordings."""
+    rir: tuple[str, ...] = ()
+    """Folders of room impulse responses."""
+    list: tuple[str, ...] = ()
+    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ..."""
+
+
+def run(config: Ingest) -> dict[str, Any]:
+    """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
+    if not (config.speech or config.noise or config.rir or config.list):
+        raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR or --list FILE")
+    flow.connect()
+    ignored: Counter[str] = Counter()
+    ingest_rows(_rows(config, ignored), config.out)
+    summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
+    table.publish_json(summary, f"{config.out}/ingest.json")
+    if not sum(summary["clips"].values()):
+        raise RunError(f"no usable audio file was found; the reasons are in {config.out}/rejects.parquet")
+    return summary
+
+
+def clip_id(kind: str, uri: str) -> str:
+    """16 hexadecimal digits that depend on the kind and the address alone."""
+    return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:
+    """Read the headers of all rows not yet ingested, and commit them part by part; memory does not grow with rows."""
+    number = 1 + max((n for n, _ in _parts(out, "rejects")), default=-1)
+    probing = ray.remote(_probed)
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: deque[Any] = deque()
+    with tqdm(unit="file", dynamic_ncols=True, desc="headers") as bar:
+        for chunk in _new_chunks(rows, out):
+            waiting.append(probing.remote(chunk, probe or _clip))
+            if len(waiting) >= 2 * cpus:
+                bar.update(_commit(ray.get(waiting.popleft()), out, number))
+                number += 1
+        while waiting:
+            bar.update(_commit(ray.get(waiting.popleft()), out, number))
+            number += 1
+
+
+def merge(out: str) -> dict[str, Any]:
+    """`clips.parquet` and `rejects.parquet` from all parts, and their sums."""
+    clips: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+
+    def good() -> Iterator[pa.Table]:
+        for _, path in _parts(out, "clips"):
+            rows = table.read(path, "clip.v1")
+            for kind, duration_s in zip(rows["kind"].to_pylist(), rows["duration_s"].to_pylist(), strict=True):
+                clips[kind] += 1
+                seconds[kind] += duration_s
+            yield rows
+
+    table.publish_stream(good(), "clip.v1", f"{out}/clips.parquet")
+    rejects = _last_rejects(out)
+    table.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{out}/rejects.parquet")
+    return {
+        "clips": dict(clips),
+        "hours": {kind: value / 3600 for kind, value in seconds.items()},
+        "rejected": len(rejects),
+        "manifest": f"{out}/clips.parquet",
+    }
+
+
+def _rows(config: Ingest, ignored: Counter[str]) -> Iterator[Row]:
+    for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
+        for root in roots:
+            yield from folder.rows(root, kind, ignored)
+    for file in config.list:
+        yield from listing.rows(file)
+
+
+def _new_chunks(rows: Iterator[Row], out: str) -> Iterator[list[Row]]:
+    """Chunks of rows that are neither in a good part nor seen earlier in this run."""
+    known = _known(out)
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        named = {int(clip_id(str(row["kind"]), row["uri"]), 16): row for row in chunk}
+        ids = np.fromiter(named, np.uint64, len(named))
+        new = ids[~np.isin(ids, known)]
+        # Eight bytes an id, kept sorted: a set of strings would be a hundred times that at a million files.
+        sorted_new = np.sort(new)
+        known = np.insert(known, np.searchsorted(known, sorted_new), sorted_new)
+        if len(new):
+            yield [named[int(i)] for i in new]
+
+
+def _known(out: str) -> np.ndarray:
+    ids = [np.zeros(0, np.uint64)]
+    for _, path in _parts(out, "clips"):
+        column = table.read(path, "clip.v1", ["clip_id"])["clip_id"]
+        ids.append(np.array([int(i, 16) for i in column.to_pylist()], np.uint64))
+    return np.sort(np.concatenate(ids))
+
+
+def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> tuple[pa.Table, pa.Table]:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        results = list(threads.map(lambda row: _tried(row, probe), chunk))
+    good = [row for row in results if "error_type" not in row]
+    bad = [row for row in results if "error_type" in row]
+    return table.from_rows(good, "clip.v1"), table.from_rows(bad, "reject.v1")
+
+
+def _tried(row: Row, probe: Callable[[Row], Row]) -> Row:
+    """The valid manifest row, or the reject: nothing that a file or a list's line holds may stop the run."""
+    identity = clip_id(str(row["kind"]), row["uri"])
+    try:
+        clip = {**probe(row), "clip_id": identity}
+        table.from_rows([clip], "clip.v1")
+        return clip
+    except (ValueError, OSError) as error:
+        message = str(error).encode(errors="backslashreplace").decode()
+        return {"id": identity, "stage": "ingest", "error_type": type(error).__name__, "message": message}
+
+
+def _clip(row: Row) -> Row:
+    uri = row["uri"]
+    if any("\ud800" <= character <= "\udfff" for character in uri):
+        raise audio.AudioError(uri, "its name is not UTF-8, and tables hold only UTF-8", "rename the file")
+    info = audio.probe(uri)
+    if row["kind"] == "speech" and info.duration_s < MIN_DURATION_S:
+        raise audio.AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
+    return {
+        **row,
+        **{key: _number(uri, row, key, kind) for key, kind in (("mos", float), ("votes", int)) if key in row},
+        "duration_s": info.duration_s,
+        "sample_rate": info.sample_rate,
+        "channels": info.channels,
+        **_version(uri),
+    }
+
+
+def _number(uri: str, row: Row, key: str, kind: type) -> Any:
+    try:
+        return kind(row[key])
+    except ValueError:
+        raise audio.AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
+
+
+def _version(uri: str) -> Row:
+    if "://" not in uri:
+        status = Path(uri).stat()
+        return {"size_bytes": status.st_size, "etag": f"{status.st_size}-{status.st_mtime_ns}"}
+    fs, path = fsspec.url_to_fs(uri)
+    info = fs.info(path)
+    etag = info.get("ETag") or info.get("etag")
+    return {"size_bytes": info.get("size"), "etag": str(etag).strip('"') if etag else None}
+
+
+def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
+    clips, rejects = tables
+    table.publish(table.parquet_bytes(clips), f"{out}/parts/clips-{number:06d}.parquet")
+    table.publish(table.parquet_bytes(rejects), f"{out}/parts/rejects-{number:06d}.parquet")
+    return len(clips) + len(rejects)
+
+
+def _parts(out: str, what: str) -> list[tuple[int, str]]:
+    fs, path = fsspec.url_to_fs(f"{out}/parts")
+    fs.invalidate_cache()
+    names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
+    found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
+    return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
+
+
+def _last_rejects(out: str) -> list[Row]:
+    """The latest reason of every file that is still rejected: one mended since then is among the clips."""
+    rejects = {
+        row["id"]: row for _, path in _parts(out, "rejects") for row in table.read(path, "reject.v1").to_pylist()
+    }
+    mended = pa.array(list(rejects), pa.string())
+    for _, path in _parts(out, "clips"):
+        ids = table.read(path, "clip.v1", ["clip_id"])["clip_id"]
+        for found in ids.filter(pc.is_in(ids, mended)).to_pylist():
+            rejects.pop(found, None)
+    return list(rejects.values())

@@ -1,0 +1,134 @@
+"""A worker in a child process: a row that kills its process is rejected alone, and the actor lives on.
+
+The child ends with its stdin, so it never outlives the actor that started it, and its memory is limited.
+"""
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+Row = dict[str, Any]
+Worker = Callable[[list[Row]], list[Row | Exception]]
+
+
+class ChildDied(RuntimeError):
+    """The child process ended, or did not answer in time, while it worked on these rows."""
+
+
+class Isolated:
+    """A `Worker` whose work happens in a child process made with `make`.
+
+    When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
+    kills it again becomes a `ChildDied` in the result. Errors of `make` itself are raised here.
+    """
+
+    def __init__(self, make: Callable[[], Worker], memory_gb: float = 4.0, timeout_s: float = 600.0) -> None:
+        self._make = cloudpickle.dumps(make)
+        self._memory_bytes = int(memory_gb * 2**30)
+        self._timeout_s = timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._ask(None)
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        try:
+            return self._ask(rows)
+        except ChildDied:
+            return [self._alone(row) for row in rows]
+
+    def _alone(self, row: Row) -> Row | Exception:
+        died: ChildDied | None = None
+        for _ in range(2):
+            try:
+                return self._ask([row])[0]
+            except ChildDied as error:
+                died = error
+        assert died is not None
+        return died
+
+    def _ask(self, rows: list[Row] | None) -> list[Row | Exception]:
+        if self._child is None:
+            self._start()
+            self._answer(None)  # raises what `make` raised
+        return self._answer(rows) if rows else []
+
+    def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
+        try:
+            if rows is not None:
+                self._connection.send(rows)
+            if not self._connection.poll(self._timeout_s):
+                raise self._died(f"gave no answer for {self._timeout_s:.0f} s")
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._died("ended") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer or []
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        code = "from speechdistill.isolate import child; child()"
+        command = [sys.executable, "-c", code, str(theirs.fileno()), str(self._memory_bytes)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with theirs:
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
+        self._connection.send_bytes(self._make)
+
+    def _died(self, how: str) -> ChildDied:
+        assert self._child is not None
+        self._child.kill() if how != "ended" else None
+        code = self._child.wait()
+        self._child = None
+        self._connection.close()
+        if how == "ended":
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return ChildDied(f"the process working on this row {how}; listen to its source file, or leave the file out")
+
+
+def child() -> None:
+    """The child's main loop; its arguments are the connection's descriptor and the memory limit in bytes."""
+    connection = Connection(int(sys.argv[1]))
+    memory_bytes = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        work: Worker = pickle.loads(connection.recv_bytes())()
+    except Exception as error:
+        connection.send(_portable(error))
+        return
+    connection.send(None)
+    while True:
+        try:
+            rows = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = [_portable(r) if isinstance(r, Exception) else r for r in work(rows)]
+        except Exception as error:
+            answer = _portable(error)
+        connection.send(answer)
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error if it survives pickling, else its text: an answer must always arrive."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,237 @@
+"""What sample i is: a pure function of (recipe, clips, seed, i) that opens no audio.
+
+A recipe lists stages in order; each stage draws one of its components, or none. Probabilities and order are those
+of Distill-MOS, section IV-B.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from speechdistill import degradations
+from speechdistill.audio import SAMPLE_RATE
+from speechdistill.clips import Clips
+from speechdistill.degradations import Scene, Step
+
+SEGMENT_S = 7.68
+"""The student's input and the teacher's centre crop: 384 frames of 20 ms."""
+
+WEIGHTS_FREE = (
+    "rooms.room",
+    "noise.noise",
+    "denoisers.spectral_gating",
+    "codecs.opus",
+    "codecs.band_limit",
+)
+"""The paper's components that need no trained weights."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One draw: `odds` maps components to probabilities, what is left is the stage's 'none'.
+
+    A stage that `ends` leaves the sample as it is once one of its components was drawn.
+    """
+
+    name: str
+    odds: Mapping[str, float]
+    ends: bool = False
+
+    def none(self) -> float:
+        return 1.0 - sum(self.odds.values())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How speech is degraded before it is labelled.
+
+    `snr_sigma_db` is 10, or √10 where the paper's "variance 10 dB" is read literally. `whole_files` covers every
+    clip with segments in manifest order; otherwise each sample is one segment drawn from one clip.
+    """
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    segment_s: float = SEGMENT_S
+    snr_mean_db: float = 10.0
+    snr_sigma_db: float = 10.0
+    whole_files: bool = False
+
+    @property
+    def segment_samples(self) -> int:
+        return round(self.segment_s * SAMPLE_RATE)
+
+
+def paper() -> Recipe:
+    """The recipe of Distill-MOS, section IV-B."""
+    return Recipe(
+        "paper",
+        (
+            Stage("generation", {"generated.text_to_speech": 0.15}, ends=True),
+            Stage("room", {"rooms.room": 0.33}),
+            Stage("noise", {"noise.noise": 0.67}),
+            Stage(
+                "denoiser",
+                {
+                    "denoisers.deepfilternet3": 1 / 5,
+                    "denoisers.nsnet2": 1 / 5,
+                    "denoisers.demucs": 1 / 5,
+                    "denoisers.spectral_gating": 1 / 5,
+                },
+            ),
+            Stage("vocoder", {"vocoders.hifigan": 0.33 / 2, "vocoders.lpcnet": 0.33 / 2}),
+            Stage("codec", {"codecs.opus": 0.5 / 3, "codecs.encodec": 0.5 / 3, "codecs.band_limit": 0.5 / 3}),
+        ),
+    )
+
+
+def weights_free() -> Recipe:
+    """`paper` without the components that need trained weights: their probability goes to 'none' of their stage."""
+    stages = [
+        replace(stage, odds={name: p for name, p in stage.odds.items() if name in WEIGHTS_FREE})
+        for stage in paper().stages
+    ]
+    return replace(paper(), name="weights_free", stages=tuple(stage for stage in stages if stage.odds))
+
+
+def as_is() -> Recipe:
+    """Recordings as they are, whole files in segments."""
+    return Recipe("as_is", whole_files=True)
+
+
+RECIPES = {"paper": paper, "weights_free": weights_free, "as_is": as_is}
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `ValueError` naming the components of `recipe` that this version lacks, and the recipe that works."""
+    if recipe.segment_samples <= 0:
+        raise ValueError(f"segments of {recipe.segment_s} s are too short; the student's are {SEGMENT_S} s")
+    missing = []
+    for stage in recipe.stages:
+        for name in stage.odds:
+            try:
+                degradations.component(name)
+            except ValueError:
+                missing.append(name)
+    if missing:
+        raise ValueError(
+            f"recipe {recipe.name!r} needs {', '.join(missing)}, which this version does not have; "
+            "recipe 'weights_free' works without them"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One sample: a segment of a speech clip (samples at 16 kHz) and the steps applied to it, in order."""
+
+    recipe: str
+    seed: int
+    sample_id: int
+    clip_id: str
+    uri: str
+    speaker: str | None
+    start: int
+    num_samples: int
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def clip_ids(self) -> list[str]:
+        return [self.clip_id, *(clip_id for step in self.steps for clip_id in step.clip_ids())]
+
+    def to_json(self) -> str:
+        steps = [degradations.to_json(step) for step in self.steps]
+        return json.dumps({**asdict(replace(self, steps=())), "steps": steps}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        values: dict[str, Any] = json.loads(text)
+        steps = tuple(degradations.from_json(step) for step in values.pop("steps"))
+        return cls(**values, steps=steps)
+
+
+class Plans:
+    """The plans of a run: `plans[i]` for any i ≥ 0 (below `len` where the recipe covers whole files).
+
+    Clips follow a seeded permutation, a new one each time all were used, so `len(plans)` samples use every clip
+    once (or every segment of every clip) and a larger number only adds samples.
+    """
+
+    def __init__(self, recipe: Recipe, clips: Clips, seed: int) -> None:
+        check(recipe)
+        if not len(clips.speech):
+            raise ValueError("the manifest has no speech clips; ingest some with --speech DIR")
+        self._recipe, self._clips, self._seed = recipe, clips, seed
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._recipe.whole_files else len(self._clips.speech)
+
+    def __getitem__(self, sample_id: int) -> Plan:
+        if sample_id < 0 or (self._recipe.whole_files and sample_id >= len(self)):
+            raise IndexError(f"sample {sample_id} does not exist; there are {len(self)}")
+        if self._recipe.whole_files:
+            return self._covered(sample_id)
+        return self._drawn(sample_id)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Number of segments up to and including each clip."""
+        return np.cumsum(-(-self._clips.speech.num_samples // self._recipe.segment_samples))
+
+    def _covered(self, sample_id: int) -> Plan:
+        index = int(np.searchsorted(self._ends, sample_id, side="right"))
+        clip, segment = self._clips.speech[index], self._recipe.segment_samples
+        count = -(-clip.num_samples // segment)
+        number = sample_id - (int(self._ends[index]) - count)
+        # Evenly spaced from start to end, as the released model cuts long files: no short remainder is scored.
+        start = number * max(0, clip.num_samples - segment) // max(1, count - 1)
+        length = min(segment, clip.num_samples)
+        return self._plan(sample_id, clip, start, length, ())
+
+    def _drawn(self, sample_id: int) -> Plan:
+        epoch, position = divmod(sample_id, len(self._clips.speech))
+        clip = self._clips.speech[int(_permutation(self._seed, epoch, len(self._clips.speech))[position])]
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, sample_id)))
+        length = min(self._recipe.segment_samples, clip.num_samples)
+        start = int(rng.integers(0, clip.num_samples - length, endpoint=True))
+        scene = Scene(clip.clip_id, length, self._clips, self._recipe.snr_mean_db, self._recipe.snr_sigma_db)
+        return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, scene))
+
+    def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
+        return Plan(
+            self._recipe.name,
+            self._seed,
+            sample_id,
+            clip.clip_id,
+            clip.uri,
+            clip.speaker,
+            start,
+            length,
+            steps,
+        )
+
+
+def _steps(recipe: Recipe, rng: np.random.Generator, scene: Scene) -> tuple[Step, ...]:
+    steps = []
+    for stage, u in zip(recipe.stages, rng.random(len(recipe.stages)), strict=True):
+        name = _chosen(stage.odds, u)
+        if name is not None:
+            steps.append(degradations.component(name)(rng, scene))
+            if stage.ends:
+                break
+    return tuple(steps)
+
+
+def _chosen(odds: Mapping[str, float], u: float) -> str | None:
+    for name, probability in odds.items():
+        if u < probability:
+            return name
+        u -= probability
+    return None
+
+
+@lru_cache(maxsize=2)  # a run walks through the epochs in order
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch))).permutation(length)

@@ -1,0 +1,210 @@
+"""The commit protocol: part k is always the ids [k·R, (k+1)·R) and exactly one file.
+
+`shards/part-<k>-<number of ids>.parquet` holds the part's good rows; its footer holds the rejects, the sums and
+a hash of the rows. Name and content are functions of (run, k), so a retry, a late writer or a resume replaces a
+file by an equal one. `manifest.parquet`, the list of files, and `summary.json` are written last.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from speechdistill import table
+
+REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()), ("reject_message", pa.string())])
+"""The status columns of a row on its way: all null while the row is good."""
+
+_ROW_GROUP = 16  # rows that a training lane reads at once
+_NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
+_THREADS = 32
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on: what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a run are, and which ids each has. `totals` maps a part's rows to additive numbers."""
+
+    out: str
+    schema: str
+    id_column: str
+    num_ids: int
+    rows_per_part: int
+    totals: Callable[[pa.Table], dict[str, Any]]
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_ids // self.rows_per_part)
+
+    def ids(self, k: int) -> range:
+        return range(k * self.rows_per_part, min((k + 1) * self.rows_per_part, self.num_ids))
+
+    def path(self, k: int, count: int) -> str:
+        return f"{self.out}/shards/part-{k:08d}-{count:08d}.parquet"
+
+
+@dataclass
+class Totals:
+    """Sums over committed parts; `sums` are those of the layout's `totals`."""
+
+    labelled: int = 0
+    rejected: int = 0
+    sums: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        return self.labelled + self.rejected
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        self.labelled += part["labelled"]
+        self.rejected += len(part["rejects"])
+        for key, value in part["totals"].items():
+            self.sums[key] = np.add(self.sums.get(key, np.zeros_like(value)), value).tolist()
+
+
+def claim(out: str, identity: Mapping[str, Any]) -> None:
+    """Write `run.json`, or find the same identity in it; raises `RunError` naming what differs."""
+    mine = json.loads(json.dumps(identity))
+    theirs = table.read_json(f"{out}/run.json")
+    if theirs is None:
+        if listed(out):
+            raise RunError(f"{out} holds shards but no run.json; choose another --out")
+        table.publish_json({"fingerprint": table.fingerprint(mine), "configuration": mine}, f"{out}/run.json")
+    elif theirs["fingerprint"] != table.fingerprint(mine):
+        lines = "\n  ".join(table.differences(theirs["configuration"], mine))
+        raise RunError(
+            f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n"
+            "give the same configuration to resume that run, or another --out to start a new one"
+        )
+
+
+def listed(out: str) -> dict[int, int]:
+    """The committed parts of a folder: part number -> number of its ids (the largest, where a run has grown)."""
+    fs, path = fsspec.url_to_fs(f"{out}/shards")
+    fs.invalidate_cache()
+    found: dict[int, int] = {}
+    for name in fs.ls(path, detail=False) if fs.exists(path) else []:
+        if match := _NAME.search(name):
+            k, count = int(match[1]), int(match[2])
+            found[k] = max(count, found.get(k, 0))
+    return found
+
+
+def survey(layout: Layout, retry_rejected: bool = False) -> tuple[list[int], Totals]:
+    """The parts still to make, and the totals of those that are there."""
+    there = listed(layout.out)
+    present = [k for k in range(layout.num_parts) if there.get(k, 0) >= len(layout.ids(k))]
+    totals, again = Totals(), set()
+    for k, part in zip(present, _footers(layout, there, present), strict=True):
+        if retry_rejected and part["rejects"]:
+            again.add(k)
+        else:
+            totals.add(part)
+    return sorted((set(range(layout.num_parts)) - set(present)) | again), totals
+
+
+def write_part(block: pa.Table, layout: Layout) -> pa.Table:
+    """Commit one part: `block` has the columns id, those of the schema, and `REJECT`. Returns its footer as a row.
+
+    Raises `RunError` where the ids are not exactly one part's: then nothing is written.
+    """
+    ids = block["id"].to_pylist()
+    k = ids[0] // layout.rows_per_part
+    if ids != list(layout.ids(k)):
+        raise RunError(f"a block with ids {ids} is not part {k} ({layout.ids(k)}); nothing was written, report this")
+    is_good = pc.is_null(block["reject_stage"])
+    names = [layout.id_column if name == "id" else name for name in block.column_names]
+    rows = table.validate(block.filter(is_good).rename_columns(names), layout.schema, f"part {k}")
+    part = {
+        "part": k,
+        "ids": len(ids),
+        "labelled": len(rows),
+        "rejects": _rejects(block.filter(pc.invert(is_good))),
+        "totals": layout.totals(rows),
+        "content_sha256": content_hash(rows),
+    }
+    text = json.dumps(part)
+    table.publish(table.parquet_bytes(rows, {"part": text}, _ROW_GROUP), layout.path(k, len(ids)))
+    return pa.table({"part": [text]})
+
+
+def finish(layout: Layout) -> None:
+    """Write `rejects/rejects.parquet`, then `manifest.parquet`; drop parts that a larger one has replaced."""
+    there = listed(layout.out)
+    parts = sorted(there)
+    fs, root = fsspec.url_to_fs(f"{layout.out}/shards")
+    sizes = {}
+    for entry in fs.ls(root, detail=True):
+        match = _NAME.search(entry["name"])
+        if match and int(match[2]) < there[int(match[1])]:
+            fs.rm_file(entry["name"])
+        elif match:
+            sizes[int(match[1])] = entry["size"]
+    rejects, files = [], []
+    for k, part in zip(parts, _footers(layout, there, parts), strict=True):
+        rejects += part["rejects"]
+        files.append(
+            {
+                "path": f"shards/{layout.path(k, there[k]).rsplit('/', 1)[1]}",
+                "rows": part["labelled"],
+                "rejects": len(part["rejects"]),
+                "size_bytes": sizes[k],
+                "content_sha256": part["content_sha256"],
+            }
+        )
+    table.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{layout.out}/rejects/rejects.parquet")
+    table.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
+
+
+def content_hash(rows: pa.Table) -> str:
+    """sha256 over the values of all rows: independent of the file format's version and compression."""
+    digest = hashlib.sha256()
+    for row in rows.to_pylist():
+        for value in row.values():
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _footers(layout: Layout, counts: Mapping[int, int], parts: list[int]) -> list[dict[str, Any]]:
+    def footer(k: int) -> dict[str, Any]:
+        path = layout.path(k, counts[k])
+        try:
+            with fsspec.open(path, "rb") as file:
+                return dict(json.loads(pq.read_metadata(file).metadata[b"part"]))
+        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(footer, parts))
+
+
+def _rejects(bad: pa.Table) -> list[dict[str, str]]:
+    return [
+        {
+            "id": str(row["id"]),
+            "stage": row["reject_stage"],
+            "error_type": row["reject_type"],
+            "message": row["reject_message"],
+        }
+        for row in bad.select(["id", *REJECT.names]).to_pylist()
+    ]
+
+
+def reject_reasons(out: str) -> Counter[str]:
+    """How often each reason stands in a finished run's rejects; file names and numbers inside are left out."""
+    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
+    return Counter(f"{row['stage']}: {row['error_type']}: {row['message']}" for row in rows)

@@ -1,0 +1,211 @@
+"""Tables on disk: published schemas, validation, atomic writes, fingerprints.
+
+A schema is `schemas/<name>.json` (`clip.v1`, `pseudolabel.v1`, ...). A published one is never edited: a change
+is a new version. Files appear whole or not at all, on a local disk and on any fsspec URL.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_TYPES = {
+    "string": pa.string(),
+    "binary": pa.binary(),
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "list<string>": pa.list_(pa.string()),
+}
+
+
+class TableError(ValueError):
+    """A table or configuration that does not fit: which one, what is wrong, and what to do."""
+
+
+@cache
+def schema(name: str) -> pa.Schema:
+    """The Arrow schema published as `schemas/<name>.json`; raises `TableError` listing the known names."""
+    fields = [
+        pa.field(f["name"], _TYPES[f["type"]], f["nullable"], {"description": f["description"]})
+        for f in _published(name)["fields"]
+    ]
+    return pa.schema(fields, metadata={"schema": name})
+
+
+def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> pa.Table:
+    """Rows as dictionaries to a valid table of schema `name`; columns a row lacks are null."""
+    rows = list(rows)
+    wanted = schema(name)
+    unknown = {key for row in rows for key in row} - set(wanted.names)
+    if unknown:
+        raise TableError(f"{name}: unknown columns {sorted(unknown)}; it has {wanted.names}")
+    columns = []
+    for field in wanted:
+        values = [row.get(field.name) for row in rows]
+        try:
+            columns.append(pa.array(values, field.type))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise TableError(f"{name}.{field.name}: {error}; it holds {field.type}") from error
+    return validate(pa.Table.from_arrays(columns, schema=wanted), name)
+
+
+def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
+    """The table with exactly the columns and types of schema `name`, or `TableError` naming the column."""
+    wanted = schema(name)
+    missing = [field.name for field in wanted if field.name not in table.column_names and not field.nullable]
+    if missing:
+        raise TableError(f"{source}: columns {missing} of {name} are missing; it has {table.column_names}")
+    columns = []
+    for field in wanted:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        column = table[field.name]
+        try:
+            column = column.cast(field.type)
+        except pa.ArrowException as error:
+            raise TableError(f"{source}: {name}.{field.name}: {error}") from error
+        if column.null_count and not field.nullable:
+            raise TableError(f"{source}: {name}.{field.name} is null in {column.null_count} rows; it may not be")
+        columns.append(column)
+    result = pa.Table.from_arrays(columns, schema=wanted)
+    for field_name, allowed in _choices(name).items():
+        wrong = set(result[field_name].unique().to_pylist()) - {*allowed, None}
+        if wrong:
+            raise TableError(f"{source}: {name}.{field_name} is {sorted(wrong)}; choose from {allowed}")
+    return result
+
+
+def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read and validate a Parquet file of schema `name`; `columns` reads only some of them."""
+    try:
+        with fsspec.open(uri, "rb") as file:
+            table = pq.read_table(file, columns=columns)
+    except FileNotFoundError as error:
+        raise TableError(f"{uri}: no such file; a {name} table is made by the job before this one") from error
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{uri}: not a Parquet file ({error})") from error
+    return table if columns else validate(table, name, uri)
+
+
+def parquet_bytes(
+    table: pa.Table, metadata: Mapping[str, str] | None = None, row_group_size: int | None = None
+) -> bytes:
+    """A whole Parquet file in memory, with extra `metadata` in its footer."""
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})})
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
+    return buffer.getvalue()
+
+
+def publish(data: bytes | IO[bytes], uri: str) -> None:
+    """Write a file whole or not at all, replacing an older one.
+
+    Locally a temporary name, fsync and rename; on an object store one put, which is atomic there (a move
+    would be a copy and a delete, and a file object closed by an exception would publish a torn object).
+    """
+    fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
+    if fs is not None:
+        fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(BytesIO(data) if isinstance(data, bytes) else data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def publish_stream(tables: Iterable[pa.Table], name: str, uri: str) -> None:
+    """Write tables of schema `name` as one Parquet file, whole or not at all, one table in memory at a time.
+
+    (On an object store the compressed file is gathered in memory first, since a put is what is atomic there.)
+    """
+    with tempfile.TemporaryFile() if "://" not in uri else BytesIO() as file:
+        with pq.ParquetWriter(file, schema(name), compression="zstd") as writer:
+            for part in tables:
+                writer.write_table(part)
+        file.seek(0)
+        publish(file, uri)
+
+
+def publish_json(value: Any, uri: str) -> None:
+    publish((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), uri)
+
+
+def read_json(uri: str) -> Any | None:
+    """The parsed file, or None where there is none."""
+    try:
+        with fsspec.open(uri, "rb") as file:
+            return json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`: equal configurations have equal fingerprints."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_hash(uri: str) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with fsspec.open(uri, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as lines `recipe.seed: 1 -> 2`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+@cache
+def _published(name: str) -> dict[str, Any]:
+    folder = resources.files("speechdistill") / "schemas"
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        known = sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+        raise TableError(f"schema {name!r} is unknown; choose from {known}")
+    published: dict[str, Any] = json.loads(file.read_text())
+    return published
+
+
+def _choices(name: str) -> dict[str, list[str]]:
+    return {f["name"]: f["choices"] for f in _published(name)["fields"] if "choices" in f}

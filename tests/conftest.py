@@ -1,0 +1,30 @@
+"""One local Ray for the whole session, and the real audio beside the checkout where there is some."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    from speechdistill import flow
+
+    flow.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_audio() -> Path:
+    if not REAL_AUDIO.is_dir():
+        pytest.skip(f"real recordings are not at {REAL_AUDIO}")
+    return REAL_AUDIO

@@ -1,0 +1,104 @@
+"""A millisecond flow for engine tests: real stages, shards and schema, with tiny waves instead of speech.
+
+Runs as a program too (`python tests/milli.py OUT NUM_IDS [--slow]`), so that tests can kill its driver.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from speechdistill import audio, flow, shards, table
+from speechdistill.isolate import Row
+
+COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sample_id"]
+LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
+SCHEMA = table.schema("pseudolabel.v1")
+DEGRADED = pa.schema([SCHEMA.field(name) for name in COLUMNS if name not in LABELS])
+TAUGHT = pa.schema([SCHEMA.field(name) for name in LABELS])
+
+
+@dataclass(frozen=True)
+class Degrade:
+    """id -> a wave of it. Raises on `fails`; aborts its process on `aborts`; on `killed` once (a file in `marks`)."""
+
+    fails: tuple[int, ...] = ()
+    aborts: tuple[int, ...] = ()
+    killed: tuple[int, ...] = ()
+    marks: str = ""
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        return [self._one(row["id"]) for row in rows]
+
+    def _one(self, sample_id: int) -> Row | Exception:
+        if sample_id in self.aborts:
+            os.abort()
+        if sample_id in self.fails:
+            return ValueError(f"id {sample_id} is bad")
+        kill_once(sample_id, self.killed, self.marks)
+        wave = np.random.default_rng(sample_id).integers(-99, 99, 160).astype(np.int16)
+        return {
+            "audio": audio.encode(wave, "pcm16"),
+            "audio_format": "pcm16",
+            "sample_rate": 16000,
+            "num_samples": len(wave),
+            "plan": "{}",
+            "clip_ids": [str(sample_id)],
+            "segment_start_s": 0.0,
+            "segment_duration_s": 0.01,
+        }
+
+
+@dataclass(frozen=True)
+class Teach:
+    """A wave -> its mean. Raises for the whole batch where an id is in `fails`."""
+
+    fails: tuple[int, ...] = ()
+    killed: tuple[int, ...] = ()
+    marks: str = ""
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        if bad := [row["id"] for row in rows if row["id"] in self.fails]:
+            raise ArithmeticError(f"no score for {bad}")
+        for row in rows:
+            kill_once(row["id"], self.killed, self.marks)
+        means = [float(audio.decode(row["audio"], "pcm16").mean()) for row in rows]
+        return [{"score": m, "logit": m, "teacher": "milli", "teacher_hash": "0"} for m in means]
+
+
+def kill_once(sample_id: int, killed: tuple[int, ...], marks: str) -> None:
+    mark = Path(marks) / f"killed-{sample_id}"
+    if sample_id in killed and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def totals(rows: pa.Table) -> dict[str, float]:
+    return {"audio_s": sum(rows["num_samples"].to_pylist()) / audio.SAMPLE_RATE}
+
+
+def milli_flow(
+    out: object, num_ids: int, degrade: Degrade = Degrade(), teach: Teach = Teach(), **options: object
+) -> flow.Flow:
+    return flow.Flow(
+        layout=shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, 8, totals),
+        identity={"seed": options.pop("seed", 0)},
+        stages=lambda cpus, gpus: (
+            flow.Stage("degrade", partial(_same, degrade), DEGRADED, 1, 0.25, isolated=True),
+            flow.Stage("teach", partial(_same, teach), TAUGHT, 2, 0.25, batch_rows=4),
+        ),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _same(worker: Degrade | Teach) -> Degrade | Teach:
+    return worker
+
+
+if __name__ == "__main__":
+    flow.run(milli_flow(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,158 @@
+"""The engine: every id exactly once, whatever fails or is killed."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from milli import Degrade, Teach, milli_flow
+from speechdistill import flow, shards, table
+from speechdistill.shards import RunError
+
+MILLI = Path(__file__).with_name("milli.py")
+
+
+def rows_of(out: Path) -> list[dict]:
+    files = sorted((out / "shards").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def rejects_of(out: Path) -> dict[int, dict]:
+    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {int(row["id"]): row for row in rows}
+
+
+def assert_exactly_once(out: Path, num_ids: int) -> None:
+    counts = Counter([row["sample_id"] for row in rows_of(out)] + list(rejects_of(out)))
+    assert counts == Counter(range(num_ids))
+
+
+def contents(out: Path) -> list[str]:
+    return table.read(f"{out}/manifest.parquet", "shard.v1")["content_sha256"].to_pylist()
+
+
+def test_every_id_is_labelled_once_and_in_order(tmp_path: Path, local_ray: None) -> None:
+    totals = flow.run(milli_flow(tmp_path, 37))
+    assert [row["sample_id"] for row in rows_of(tmp_path)] == list(range(37))
+    assert (totals.labelled, totals.rejected) == (37, 0)
+    assert totals.sums["audio_s"] == pytest.approx(0.37)
+    assert_exactly_once(tmp_path, 37)
+
+
+def test_a_failing_row_is_rejected_with_stage_and_reason_and_its_neighbours_live(
+    tmp_path: Path, local_ray: None
+) -> None:
+    flow.run(milli_flow(tmp_path, 24, Degrade(fails=(3,)), Teach(fails=(9,)), max_reject_share=0.5))
+    rejects = rejects_of(tmp_path)
+    assert rejects[3] == {"id": "3", "stage": "degrade", "error_type": "ValueError", "message": "id 3 is bad"}
+    assert (rejects[9]["stage"], rejects[9]["error_type"]) == ("teach", "ArithmeticError")
+    assert set(rejects) == {3, 9}
+    assert_exactly_once(tmp_path, 24)
+
+
+def test_a_row_that_aborts_its_process_is_rejected_alone(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 24, Degrade(aborts=(5,)), max_reject_share=0.5))
+    rejects = rejects_of(tmp_path)
+    assert set(rejects) == {5}
+    assert rejects[5]["error_type"] == "ChildDied" and "SIGABRT" in rejects[5]["message"]
+    assert_exactly_once(tmp_path, 24)
+
+
+def test_killed_children_and_actors_lose_nothing(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path / "quiet", 40))
+    degrade = Degrade(killed=(6, 17), marks=str(tmp_path))
+    teach = Teach(killed=(11, 30), marks=str(tmp_path))
+    totals = flow.run(milli_flow(tmp_path / "killed", 40, degrade, teach))
+    assert sorted(p.name for p in tmp_path.glob("killed-*")) == [f"killed-{i}" for i in (11, 17, 30, 6)]
+    assert totals.labelled == 40
+    assert_exactly_once(tmp_path / "killed", 40)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "quiet")
+
+
+def test_a_killed_driver_resumes_to_the_same_bits(tmp_path: Path, local_ray: None) -> None:
+    out, num_ids = tmp_path / "run", 1600
+    flow.run(milli_flow(tmp_path / "quiet", num_ids))
+    for wanted in (5, 60):  # kill once early and once in the middle
+        driver = subprocess.Popen([sys.executable, str(MILLI), str(out), str(num_ids)], start_new_session=True)
+        while len(shards.listed(str(out))) < wanted:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(timeout=0.05)
+                break
+        assert driver.poll() is None, "the run ended before it could be killed"
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = shards.listed(str(out))
+    assert 60 <= len(before) < num_ids // 8
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("part-*")}
+    flow.run(milli_flow(out, num_ids))
+    assert_exactly_once(out, num_ids)
+    assert contents(out) == contents(tmp_path / "quiet")
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("part-*")}
+    assert kept.items() <= after.items(), "committed parts were made again"
+
+
+def test_a_run_that_grows_makes_only_the_new_samples(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 20))
+    full = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("part-*-00000008.parquet")}
+    flow.run(milli_flow(tmp_path, 50))
+    assert_exactly_once(tmp_path, 50)
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("part-*")}
+    assert full.items() <= after.items() and len(after) == 7
+    assert len(table.read(f"{tmp_path}/manifest.parquet", "shard.v1")) == 7
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 8))
+    with pytest.raises(RunError, match=r"(?s)another configuration.*seed: 0 -> 1.*--out"):
+        flow.run(milli_flow(tmp_path, 8, seed=1))
+
+
+def test_too_many_rejects_stop_the_run_and_a_retry_mends_it(tmp_path: Path, local_ray: None) -> None:
+    bad = Degrade(fails=tuple(range(0, 400, 3)))
+    with pytest.raises(RunError, match=r"(?s)--max-reject-share.*ValueError.*--retry-rejected"):
+        flow.run(milli_flow(tmp_path, 400, bad))
+    assert len(shards.listed(str(tmp_path))) < 50, "the run did not stop early"
+    with pytest.raises(RunError, match="--max-reject-share"):
+        flow.run(milli_flow(tmp_path, 400))
+    totals = flow.run(milli_flow(tmp_path, 400, retry_rejected=True))
+    assert (totals.labelled, totals.rejected) == (400, 0)
+    assert_exactly_once(tmp_path, 400)
+
+
+def test_pools_that_would_hang_are_refused() -> None:
+    stage = milli_flow("unused", 1).stages(1, 0)[0]
+    with pytest.raises(RunError, match="want 0.25 CPUs, but only 0 of the cluster's 1"):
+        flow.check_pools((stage,), 1, 0)
+
+
+def test_a_block_that_is_not_one_part_is_never_written(tmp_path: Path) -> None:
+    layout = milli_flow(tmp_path, 20).layout
+    block = flow._expand(pa.table({"id": [0]}), np.array([0]), layout).slice(0, 5)
+    with pytest.raises(RunError, match="not part 0"):
+        shards.write_part(block, layout)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_damaged_shard_is_named_with_the_fix(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 16))
+    shard = next((tmp_path / "shards").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match=rf"{shard.name} is damaged.*delete it"):
+        flow.run(milli_flow(tmp_path, 16))
+
+
+def test_footers_say_what_the_parts_hold(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 8, Degrade(fails=(2,)), max_reject_share=1))
+    file = next((tmp_path / "shards").glob("*.parquet"))
+    part = json.loads(pq.read_metadata(file).metadata[b"part"])
+    assert part["labelled"] == 7 and part["rejects"][0]["id"] == "2"
+    assert part["content_sha256"] == shards.content_hash(pq.read_table(file))

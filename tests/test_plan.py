@@ -1,0 +1,154 @@
+"""Plans: pure, complete, and with the paper's probabilities."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manifests import clips
+from speechdistill import plan
+from speechdistill.plan import Plan, Plans, Stage
+
+
+def steps_of(sample: Plan) -> list[str]:
+    return [json.loads(sample.to_json())["steps"][i]["step"].split(".")[1] for i in range(len(sample.steps))]
+
+
+def test_weights_free_gives_missing_components_to_none() -> None:
+    odds = {stage.name: (dict(stage.odds), stage.none()) for stage in plan.weights_free().stages}
+    assert odds == {
+        "room": ({"rooms.room": 0.33}, pytest.approx(0.67)),
+        "noise": ({"noise.noise": 0.67}, pytest.approx(0.33)),
+        "denoiser": ({"denoisers.spectral_gating": 0.2}, pytest.approx(0.8)),
+        "codec": (
+            {"codecs.opus": pytest.approx(1 / 6), "codecs.band_limit": pytest.approx(1 / 6)},
+            pytest.approx(2 / 3),
+        ),
+    }
+
+
+def test_paper_has_the_papers_odds_and_says_what_is_missing() -> None:
+    assert {stage.name: round(stage.none(), 9) for stage in plan.paper().stages} == {
+        "generation": 0.85,
+        "room": 0.67,
+        "noise": 0.33,
+        "denoiser": 0.2,
+        "vocoder": 0.67,
+        "codec": 0.5,
+    }
+    with pytest.raises(ValueError, match=r"denoisers\.nsnet2.*'weights_free' works"):
+        plan.check(plan.paper())
+
+
+def test_probabilities_over_100_000_plans() -> None:
+    total = 100_000
+    plans = Plans(plan.weights_free(), clips(), seed=11)
+    counts: Counter[str] = Counter()
+    snrs = []
+    for i in range(total):
+        sample = plans[i]
+        counts.update(type(step).__name__ for step in sample.steps)
+        snrs += [step.snr_db for step in sample.steps if hasattr(step, "snr_db")]
+    expected = {
+        "MeasuredRoom": 0.33,
+        "RecordedNoise": 0.67,
+        "SpectralGating": 0.2,
+        "Opus": 1 / 6,
+        "BandLimit": 1 / 6,
+    }
+    assert set(counts) == set(expected)
+    for name, p in expected.items():
+        # five standard deviations of a binomial: a false alarm once in two million
+        assert abs(counts[name] - total * p) < 5 * math.sqrt(total * p * (1 - p)), (name, counts[name])
+    assert np.mean(snrs) == pytest.approx(10, abs=5 * 10 / math.sqrt(len(snrs)))
+    assert np.std(snrs) == pytest.approx(10, rel=0.02)
+
+
+def test_steps_come_in_the_papers_order() -> None:
+    order = ["MeasuredRoom", "RecordedNoise", "SpectralGating", "Opus", "BandLimit"]
+    plans = Plans(plan.weights_free(), clips(), seed=0)
+    most = 0
+    for i in range(2000):
+        places = [order.index(name) for name in steps_of(plans[i])]
+        assert places == sorted(places) and not {3, 4} <= set(places)
+        most = max(most, len(places))
+    assert most == 4
+
+
+def test_each_epoch_uses_every_clip_once_and_more_samples_only_add() -> None:
+    plans = Plans(plan.weights_free(), clips(speech=50), seed=3)
+    assert len(plans) == 50
+    first, second = ([plans[i].clip_id for i in range(k, k + 50)] for k in (0, 50))
+    assert len(set(first)) == len(set(second)) == 50
+    assert first != second
+
+
+def test_a_plan_does_not_depend_on_process_or_order() -> None:
+    code = (
+        "from manifests import clips; from speechdistill import plan;"
+        "p = plan.Plans(plan.weights_free(), clips(), 5);"
+        "print('\\n'.join(p[i].to_json() for i in (77, 3, 1_000_000)))"
+    )
+    paths = [str(Path(plan.__file__).parents[1]), str(Path(__file__).parent)]
+    run = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r};{code}"]
+    there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split("\n")[:3]
+    here = Plans(plan.weights_free(), clips(), 5)
+    assert [here[i].to_json() for i in (3, 77, 1_000_000)] == [there[1], there[0], there[2]]
+
+
+def test_json_round_trip() -> None:
+    plans = Plans(plan.weights_free(), clips(noise=0, rir=0), seed=9)
+    for i in range(300):
+        assert Plan.from_json(plans[i].to_json()) == plans[i]
+
+
+def test_seeds_and_samples_differ() -> None:
+    a, b = (Plans(plan.weights_free(), clips(), seed) for seed in (1, 2))
+    texts = {p[i].to_json() for p in (a, b) for i in range(50)}
+    assert len(texts) == 100
+
+
+def test_segments_lie_inside_their_clips() -> None:
+    manifest = clips()
+    lengths = {manifest.speech[i].clip_id: manifest.speech[i].num_samples for i in range(50)}
+    plans = Plans(plan.weights_free(), manifest, seed=0)
+    for i in range(500):
+        sample = plans[i]
+        assert sample.start >= 0 and sample.start + sample.num_samples <= lengths[sample.clip_id]
+        assert sample.num_samples == min(122_880, lengths[sample.clip_id])
+
+
+def test_as_is_covers_whole_files_in_order_without_degrading() -> None:
+    manifest = clips(speech=20)
+    plans = Plans(plan.as_is(), manifest, seed=0)
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for i in range(len(plans)):
+        assert plans[i].steps == ()
+        covered.setdefault(plans[i].clip_id, []).append((plans[i].start, plans[i].num_samples))
+    assert list(covered) == [manifest.speech[i].clip_id for i in range(20)]
+    for i in range(20):
+        clip = manifest.speech[i]
+        end = 0
+        for start, length in covered[clip.clip_id]:
+            assert start <= end and length == min(122_880, clip.num_samples)
+            end = start + length
+        assert end == clip.num_samples
+    with pytest.raises(IndexError, match=f"there are {len(plans)}"):
+        plans[len(plans)]
+
+
+def test_a_stage_that_ends_leaves_the_sample_undegraded() -> None:
+    ends = Stage("generation", {"codecs.band_limit": 1.0}, ends=True)
+    recipe = replace(plan.weights_free(), stages=(ends, *plan.weights_free().stages))
+    assert steps_of(Plans(recipe, clips(), 0)[0]) == ["BandLimit"]
+
+
+def test_a_manifest_without_speech_is_refused() -> None:
+    with pytest.raises(ValueError, match="--speech DIR"):
+        Plans(plan.weights_free(), clips(speech=0), 0)
