@@ -196,7 +196,9 @@ class Plans:
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, sample_id)))
         length = min(self._recipe.segment_samples, clip.num_samples)
         start = int(rng.integers(0, clip.num_samples - length, endpoint=True))
-        scene = Scene(clip.clip_id, length, self._clips, self._recipe.snr_mean_db, self._recipe.snr_sigma_db)
+        scene = Scene(
+            clip.clip_id, clip.speaker, length, self._clips, self._recipe.snr_mean_db, self._recipe.snr_sigma_db
+        )
         return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, scene))
 
     def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:

@@ -9,6 +9,7 @@ a new file or function, with nothing to register.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pkgutil import iter_modules
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ class Scene:
     """What a component may know when it draws: the speech segment, the clips at hand, the recipe's numbers."""
 
     clip_id: str
+    speaker: str | None
     num_samples: int
     clips: Clips
     snr_mean_db: float = 10.0
@@ -53,16 +55,20 @@ def to_json(step: Step) -> dict[str, Any]:
 
 
 def from_json(value: dict[str, Any]) -> Step:
-    """The inverse of `to_json`, after a round through JSON text (lists become tuples)."""
+    """The inverse of `to_json`, also after a round through JSON text (lists become tuples).
+
+    Raises `ValueError` for a step or parameter that this version does not know.
+    """
     parameters = {key: _tuples(v) for key, v in value.items() if key != "step"}
-    step: Step = _find(value["step"])(**parameters)
+    try:
+        step: Step = _find(value["step"])(**parameters)
+    except TypeError as error:
+        raise ValueError(f"{value} was written by another version of speechdistill: {error}") from error
     return step
 
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries whose change would change degraded audio."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("numpy", "scipy", "torch", "noisereduce", "pyroomacoustics")}
 
 
@@ -71,10 +77,10 @@ def _find(name: str) -> Any:
     families = sorted(module.name for module in iter_modules(__path__))
     if family not in families:
         raise ValueError(f"degradation {name!r} is not part of this version; its families are {families}")
-    try:
-        return getattr(import_module(f"{__name__}.{family}"), member)
-    except AttributeError:
-        raise ValueError(f"degradation {name!r} is not part of this version: {family} has no {member}") from None
+    module = import_module(f"{__name__}.{family}")
+    if not hasattr(module, member):
+        raise ValueError(f"degradation {name!r} is not part of this version: {family} has no {member}")
+    return getattr(module, member)
 
 
 def _tuples(value: Any) -> Any:

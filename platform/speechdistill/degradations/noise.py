@@ -1,0 +1,196 @@
+"""Noise: recorded where there are recordings, otherwise coloured noise or the babble of other clips.
+
+SNR is the active speech level (ITU-T P.56) minus the RMS level of the noise as used, so pauses in the speech
+do not count. The sum may exceed full scale.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
+from scipy.ndimage import maximum_filter1d
+from scipy.signal import lfilter
+
+from speechdistill import audio
+from speechdistill.clips import Clip
+from speechdistill.degradations import Scene
+
+NOMINAL_LEVEL_DB = -26.0
+"""Active speech level in dBov that telephony assumes (ITU-T P.830); used where the speech is silent."""
+
+# ITU-T P.56, method B
+_TIME_CONSTANT_S = 0.03
+_HANGOVER_S = 0.2
+_MARGIN_DB = 15.9
+
+_LOWEST_HZ = 20.0
+_TALKERS = (3, 6)
+_CANDIDATES = 64
+
+Section = tuple[str, str, int, int, int]
+"""(clip_id, uri, start, num_samples, offset): samples of a clip from `start`, looped, heard from `offset`."""
+
+
+@dataclass(frozen=True)
+class RecordedNoise:
+    """`num_samples` of a recording from sample `start` at 16 kHz, looped, heard from `offset` samples in.
+
+    Adds nothing where the section is silent. `apply` raises `audio.AudioError` for an unusable file.
+    """
+
+    clip_id: str
+    uri: str
+    start: int
+    num_samples: int
+    offset: int
+    snr_db: float
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        section = (self.clip_id, self.uri, self.start, self.num_samples, self.offset)
+        return _mixed(wave, _read(section, len(wave)), self.snr_db)
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return (self.clip_id,)
+
+
+@dataclass(frozen=True)
+class ColouredNoise:
+    """Gaussian noise of power spectrum 1/f^`exponent`: 0 white, 1 pink, 2 brown.
+
+    Nothing is below 20 Hz, where brown noise would spend most of its power unheard.
+    """
+
+    exponent: float
+    seed: int
+    snr_db: float
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        length = next_fast_len(max(len(wave), audio.SAMPLE_RATE), real=True)
+        spectrum = rfft(np.random.default_rng(self.seed).standard_normal(length))
+        frequency = rfftfreq(length, 1 / audio.SAMPLE_RATE)
+        heard = frequency >= _LOWEST_HZ
+        spectrum[heard] *= frequency[heard] ** (-self.exponent / 2)
+        spectrum[~heard] = 0
+        return _mixed(wave, irfft(spectrum, length)[: len(wave)], self.snr_db)
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Babble:
+    """The sum of other talkers at equal active speech levels.
+
+    `talkers` are `Section`s; silent ones add nothing. `apply` raises `audio.AudioError` for an unusable file.
+    """
+
+    talkers: tuple[Section, ...]
+    snr_db: float
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        babble = np.zeros(len(wave))
+        for talker in self.talkers:
+            speech = _read(talker, len(wave))
+            level_db = active_level_db(speech)
+            if np.isfinite(level_db):
+                babble += speech * 10 ** ((NOMINAL_LEVEL_DB - level_db) / 20)
+        return _mixed(wave, babble, self.snr_db)
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return tuple(talker[0] for talker in self.talkers)
+
+
+def noise(rng: np.random.Generator, scene: Scene) -> RecordedNoise | ColouredNoise | Babble:
+    """A recording, uniformly, where the manifest has noise; otherwise coloured noise or babble, 1:1.
+
+    SNR is normal with the scene's mean and sigma. Colour: exponent uniform in 0..2. Babble: 3 to 6 clips of
+    other speakers than the scene's (where speakers are known); coloured noise where there are not three.
+    """
+    snr_db = float(rng.normal(scene.snr_mean_db, scene.snr_sigma_db))
+    recordings = scene.clips.noise
+    if len(recordings):
+        clip = recordings[int(rng.integers(len(recordings)))]
+        return RecordedNoise(*_section(rng, clip, scene.num_samples), snr_db)
+    if rng.random() < 0.5 and (talkers := _talkers(rng, scene)):
+        return Babble(talkers, snr_db)
+    return ColouredNoise(float(rng.uniform(0, 2)), int(rng.integers(2**32)), snr_db)
+
+
+def active_level_db(wave: np.ndarray) -> float:
+    """Active speech level of a 16 kHz wave, shape (num_samples,), by ITU-T P.56, method B.
+
+    In dBov: 0 is a square wave at full scale. Minus infinity for silence. The optional band filter of the
+    recommendation is not applied. Where no threshold is within the margin (a lone click), the level is that
+    of the loudest part.
+    """
+    samples = wave.astype(np.float64)
+    energy = float(np.sum(samples**2))
+    if energy == 0:
+        return -np.inf
+    held = _held_envelope(samples)
+    # The recommendation spaces thresholds by at most 2:1. Hanging them on the envelope's peak instead of on
+    # full scale makes the meter indifferent to scale.
+    thresholds = held.max() * 2.0 ** (np.arange(-32, 1) / 2)
+    active = np.array([np.count_nonzero(held >= threshold) for threshold in thresholds])
+    level_db = 10 * np.log10(energy / active)
+    excess_db = level_db - 20 * np.log10(thresholds) - _MARGIN_DB
+    within = np.flatnonzero(excess_db <= 0)
+    if len(within) == 0 or within[0] == 0:
+        return float(level_db[-1])
+    high = int(within[0])
+    low = high - 1
+    return float(np.interp(0, excess_db[[high, low]], level_db[[high, low]]))
+
+
+def _held_envelope(samples: np.ndarray) -> np.ndarray:
+    """The envelope, held for the hangover: a sample is active at a threshold where this reaches it."""
+    g = np.exp(-1 / (_TIME_CONSTANT_S * audio.SAMPLE_RATE))
+    envelope = np.abs(samples)
+    for _ in range(2):
+        envelope = lfilter([1 - g], [1, -g], envelope)
+    window = round(_HANGOVER_S * audio.SAMPLE_RATE) + 1
+    return np.asarray(maximum_filter1d(envelope, window, mode="constant", origin=window // 2))
+
+
+def _mixed(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    noise_rms = np.sqrt(np.mean(noise.astype(np.float64) ** 2))
+    if noise_rms == 0:
+        return wave.copy()
+    speech_db = active_level_db(wave)
+    target_db = (speech_db if np.isfinite(speech_db) else NOMINAL_LEVEL_DB) - snr_db
+    return np.asarray(wave + noise * (10 ** (target_db / 20) / noise_rms), dtype=np.float32)
+
+
+def _section(rng: np.random.Generator, clip: Clip, num_samples: int) -> Section:
+    """A random part as long as needed, or a short clip looped from a random sample."""
+    start = int(rng.integers(max(1, clip.num_samples - num_samples + 1)))
+    length = min(clip.num_samples, num_samples)
+    offset = int(rng.integers(max(1, length))) if length < num_samples else 0
+    return clip.clip_id, clip.uri, start, length, offset
+
+
+def _read(section: Section, num_samples: int) -> np.ndarray:
+    _, uri, start, length, offset = section
+    part = audio.load(uri, start, length)
+    return np.take(part, np.arange(offset, offset + num_samples), mode="wrap")
+
+
+def _talkers(rng: np.random.Generator, scene: Scene) -> tuple[Section, ...]:
+    """Sections of 3 to 6 clips that the scene's speaker does not speak; none where there are not three."""
+    count = int(rng.integers(_TALKERS[0], _TALKERS[1], endpoint=True))
+    found = []
+    for clip in _others(rng, scene):
+        found.append(_section(rng, clip, scene.num_samples))
+        if len(found) == count:
+            break
+    return tuple(found) if len(found) >= _TALKERS[0] else ()
+
+
+def _others(rng: np.random.Generator, scene: Scene) -> Iterator[Clip]:
+    """Different clips in random order; of large pools a sample, since few are asked for."""
+    pool = scene.clips.speech
+    for index in rng.choice(len(pool), min(len(pool), _CANDIDATES), replace=False):
+        clip = pool[int(index)]
+        if clip.clip_id != scene.clip_id and (scene.speaker is None or clip.speaker != scene.speaker):
+            yield clip
