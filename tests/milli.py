@@ -6,6 +6,8 @@ Runs as a program too (`python tests/milli.py OUT NUM_IDS [--slow]`), so that te
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,19 +58,33 @@ class Degrade:
 
 @dataclass(frozen=True)
 class Teach:
-    """A wave -> its mean. Raises for the whole batch where an id is in `fails`."""
+    """A wave -> its mean. Raises for the whole batch where an id is in `fails`.
+
+    `waits_for` = (id, folder): that id is not worked on before the folder exists; gives up after a minute.
+    """
 
     fails: tuple[int, ...] = ()
     killed: tuple[int, ...] = ()
     marks: str = ""
+    waits_for: tuple[int, str] | None = None
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         if bad := [row["id"] for row in rows if row["id"] in self.fails]:
             raise ArithmeticError(f"no score for {bad}")
         for row in rows:
             kill_once(row["id"], self.killed, self.marks)
+            if self.waits_for and self.waits_for[0] == row["id"]:
+                wait_for(Path(self.waits_for[1]))
         means = [float(audio.decode(row["audio"], "pcm16").mean()) for row in rows]
         return [{"score": m, "logit": m, "teacher": "milli", "teacher_hash": "0"} for m in means]
+
+
+def wait_for(path: Path) -> None:
+    pause, end = threading.Event(), time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} did not appear")
+        pause.wait(0.05)
 
 
 def kill_once(sample_id: int, killed: tuple[int, ...], marks: str) -> None:
@@ -76,6 +92,10 @@ def kill_once(sample_id: int, killed: tuple[int, ...], marks: str) -> None:
     if sample_id in killed and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_weights() -> Teach:
+    raise FileNotFoundError("no weights on this node; install them")
 
 
 def totals(rows: pa.Table) -> dict[str, float]:

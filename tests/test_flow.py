@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import milli
 from milli import Degrade, Teach, milli_flow
 from speechdistill import flow, shards, table
 from speechdistill.shards import RunError
@@ -128,25 +130,50 @@ def test_too_many_rejects_stop_the_run_and_a_retry_mends_it(tmp_path: Path, loca
     assert_exactly_once(tmp_path, 400)
 
 
+def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path, local_ray: None) -> None:
+    job = milli_flow(tmp_path, 8)
+    broken = replace(job.stages(2, 0)[1], make=milli.no_weights)
+    with pytest.raises(RunError, match=r"no weights on this node; install them.*same command goes on"):
+        flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
+
+
 def test_pools_that_would_hang_are_refused() -> None:
     stage = milli_flow("unused", 1).stages(1, 0)[0]
-    with pytest.raises(RunError, match="want 0.25 CPUs, but only 0 of the cluster's 1"):
+    with pytest.raises(RunError, match=r"want 0\.25 CPUs, but only 0 of the cluster's 1"):
         flow.check_pools((stage,), 1, 0)
 
 
-def test_a_block_that_is_not_one_part_is_never_written(tmp_path: Path) -> None:
+def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) -> None:
     layout = milli_flow(tmp_path, 20).layout
-    block = flow._expand(pa.table({"id": [0]}), np.array([0]), layout).slice(0, 5)
-    with pytest.raises(RunError, match="not part 0"):
-        shards.write_part(block, layout)
+    block = flow._expand(pa.table({"id": [0, 1]}), np.array([2, 0]), layout)
+    block = block.set_column(1, "reject_stage", pa.array(["degrade"] * len(block)))
+    nulls = {name: pa.nulls(len(block), table.schema("pseudolabel.v1").field(name).type) for name in milli.COLUMNS}
+    for name, values in nulls.items():
+        block = block.append_column(name, values)
+    with pytest.raises(RunError, match="7 of part 0's 8 ids"):
+        shards.write_parts(block.slice(0, 11), layout)
     assert not (tmp_path / "shards").exists()
+    footers = shards.write_parts(block, layout)
+    assert [json.loads(text)["part"] for text in footers["part"].to_pylist()] == [2, 0]
+    assert shards.listed(str(tmp_path)) == {0: 8, 2: 4}
+
+
+def test_parts_are_committed_while_later_ones_are_made(tmp_path: Path, local_ray: None) -> None:
+    committed: list[int] = []
+    waiting = Teach(waits_for=(150, str(tmp_path / "shards")))  # the last id waits until a shard is committed
+    flow.run(
+        milli_flow(
+            tmp_path, 160, teach=waiting, max_reject_share=0, on_part=lambda part: committed.append(part["part"])
+        )
+    )
+    assert sorted(committed) == list(range(20))
 
 
 def test_a_damaged_shard_is_named_with_the_fix(tmp_path: Path, local_ray: None) -> None:
     flow.run(milli_flow(tmp_path, 16))
-    shard = next((tmp_path / "shards").glob("*.parquet"))
+    shard = min((tmp_path / "shards").glob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{shard.name} is damaged.*delete it"):
+    with pytest.raises(RunError, match=r"is damaged.*delete it"):
         flow.run(milli_flow(tmp_path, 16))
 
 

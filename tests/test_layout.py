@@ -13,8 +13,10 @@ FAMILIES = ("corpora", "degradations", "teachers", "students")
 
 # A module may import modules of lower tiers only; members of a family never import each other.
 TIERS = (
-    {"audio", "table", "tracking", "isolate"},
-    {"clips", "shards"},
+    {"audio_files"},
+    {"audio_decoders"},
+    {"audio", "table", "isolate"},
+    {"clips", "shards", "tracking"},
     {*FAMILIES, "plan", "score"},
     {"flow"},
     {"ingest", "pseudolabel"},

@@ -8,6 +8,7 @@ the run and its number.
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from speechdistill import shards
 from speechdistill.isolate import Isolated, Row, Worker
 from speechdistill.shards import REJECT, Layout, RunError, Totals
 
+_WRITE_CPUS = 0.25
 _EARLY_ROWS = 100  # the reject share is judged against at least so many rows, or all of a smaller run
 
 
@@ -61,26 +63,26 @@ class Flow:
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (a submitted job has it), or start a local Ray for this process."""
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")  # read when ray.data is first imported
+    # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     if ray.is_initialized():
         return
     package = Path(__file__).parent
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"py_modules": [str(package)]})
         return
-    # A local Ray's workers inherit this environment. Without an explicit mode Ray would leave a token in the home
-    # folder that later clusters pick up.
+    # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
+    # in a variable, since the file it would make in the home folder would be picked up by later clusters.
     paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
     ray.init(
         address="local",
         num_cpus=cpus,
         include_dashboard=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
+        logging_level=logging.ERROR,
     )
 
 
@@ -147,10 +149,11 @@ def _reasons(flow: Flow) -> str:
 
 
 def _parts(layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Run the stages over the missing parts; yields the footer of each part once it is committed, in order."""
-    # One block per part from the start: a retry then costs one part, and keeping the order needs no buffer.
+    """Run the stages over the missing parts; yields the footer of each part once it is committed."""
+    # One block per part, never split: then a stage's output is whole parts, whatever the order they arrive in. (A
+    # repartition before the write, the obvious way, holds all parts back until the stages before it are done.)
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
-    dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = None
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(
         partial(_expand, missing=missing, layout=layout), batch_size=None, batch_format="pyarrow"
@@ -167,10 +170,15 @@ def _parts(layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray) -> It
             num_cpus=stage.num_cpus,
             num_gpus=stage.num_gpus,
         )
-    dataset = dataset.repartition(target_num_rows_per_block=layout.rows_per_part, strict=True)
-    dataset = dataset.map_batches(partial(shards.write_part, layout=layout), batch_size=None, batch_format="pyarrow")
-    for row in dataset.iter_rows():
-        yield json.loads(row["part"])
+    dataset = dataset.map_batches(
+        partial(shards.write_parts, layout=layout), batch_size=None, batch_format="pyarrow", num_cpus=_WRITE_CPUS
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield json.loads(row["part"])
+    except ray.exceptions.RayError as error:
+        *_, last = filter(None, map(str.strip, str(error).splitlines()))
+        raise RunError(f"the run ended early: {last}; what is committed stays, the same command goes on") from error
 
 
 def _expand(parts: pa.Table, missing: np.ndarray, layout: Layout) -> pa.Table:

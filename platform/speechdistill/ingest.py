@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -144,23 +145,42 @@ def _known(out: str) -> np.ndarray:
 
 
 def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> tuple[pa.Table, pa.Table]:
+    """The good and the rejected rows of a chunk: nothing that a file or a list's line holds may stop the run."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        results = list(threads.map(lambda row: _tried(row, probe), chunk))
-    good = [row for row in results if "error_type" not in row]
-    bad = [row for row in results if "error_type" in row]
-    return table.from_rows(good, "clip.v1"), table.from_rows(bad, "reject.v1")
-
-
-def _tried(row: Row, probe: Callable[[Row], Row]) -> Row:
-    """The valid manifest row, or the reject: nothing that a file or a list's line holds may stop the run."""
-    identity = clip_id(str(row["kind"]), row["uri"])
+        results = list(threads.map(partial(_tried, probe), chunk))
+    good = [result for result in results if isinstance(result, dict)]
     try:
-        clip = {**probe(row), "clip_id": identity}
-        table.from_rows([clip], "clip.v1")
-        return clip
+        clips = table.from_rows(good, "clip.v1")
+    except table.TableError:  # row by row, to find which; otherwise it would cost more than reading the headers
+        results = [_valid(result) for result in results]
+        clips = table.from_rows([result for result in results if isinstance(result, dict)], "clip.v1")
+    rejects = [
+        {**_reason(result), "id": clip_id(str(row["kind"]), row["uri"])}
+        for row, result in zip(chunk, results, strict=True)
+        if isinstance(result, Exception)
+    ]
+    return clips, table.from_rows(rejects, "reject.v1")
+
+
+def _tried(probe: Callable[[Row], Row], row: Row) -> Row | Exception:
+    try:
+        return {**probe(row), "clip_id": clip_id(str(row["kind"]), row["uri"])}
     except (ValueError, OSError) as error:
-        message = str(error).encode(errors="backslashreplace").decode()
-        return {"id": identity, "stage": "ingest", "error_type": type(error).__name__, "message": message}
+        return error
+
+
+def _valid(result: Row | Exception) -> Row | Exception:
+    try:
+        if isinstance(result, dict):
+            table.from_rows([result], "clip.v1")
+        return result
+    except table.TableError as error:
+        return error
+
+
+def _reason(error: Exception) -> Row:
+    message = str(error).encode(errors="backslashreplace").decode()
+    return {"stage": "ingest", "error_type": type(error).__name__, "message": message}
 
 
 def _clip(row: Row) -> Row:

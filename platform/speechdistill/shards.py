@@ -116,29 +116,34 @@ def survey(layout: Layout, retry_rejected: bool = False) -> tuple[list[int], Tot
     return sorted((set(range(layout.num_parts)) - set(present)) | again), totals
 
 
-def write_part(block: pa.Table, layout: Layout) -> pa.Table:
-    """Commit one part: `block` has the columns id, those of the schema, and `REJECT`. Returns its footer as a row.
+def write_parts(block: pa.Table, layout: Layout) -> pa.Table:
+    """Commit the parts in a block with the columns id, those of the schema, and `REJECT`; returns their footers.
 
-    Raises `RunError` where the ids are not exactly one part's: then nothing is written.
+    Raises `RunError` where the ids are not those of whole parts: then nothing is written.
     """
-    ids = block["id"].to_pylist()
-    k = ids[0] // layout.rows_per_part
-    if ids != list(layout.ids(k)):
-        raise RunError(f"a block with ids {ids} is not part {k} ({layout.ids(k)}); nothing was written, report this")
+    numbers = pc.divide(block["id"], layout.rows_per_part)
+    parts = {k: block.filter(pc.equal(numbers, k)) for k in pc.unique(numbers).to_pylist()}
+    for k, rows in parts.items():
+        if rows["id"].to_pylist() != list(layout.ids(k)):
+            raise RunError(f"a block with {len(rows)} of part {k}'s {len(layout.ids(k))} ids; nothing was written")
+    return pa.table({"part": [_write_part(k, rows, layout) for k, rows in parts.items()]})
+
+
+def _write_part(k: int, block: pa.Table, layout: Layout) -> str:
     is_good = pc.is_null(block["reject_stage"])
     names = [layout.id_column if name == "id" else name for name in block.column_names]
     rows = table.validate(block.filter(is_good).rename_columns(names), layout.schema, f"part {k}")
     part = {
         "part": k,
-        "ids": len(ids),
+        "ids": len(block),
         "labelled": len(rows),
         "rejects": _rejects(block.filter(pc.invert(is_good))),
         "totals": layout.totals(rows),
         "content_sha256": content_hash(rows),
     }
     text = json.dumps(part)
-    table.publish(table.parquet_bytes(rows, {"part": text}, _ROW_GROUP), layout.path(k, len(ids)))
-    return pa.table({"part": [text]})
+    table.publish(table.parquet_bytes(rows, {"part": text}, _ROW_GROUP), layout.path(k, len(block)))
+    return text
 
 
 def finish(layout: Layout) -> None:

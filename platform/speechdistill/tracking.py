@@ -52,7 +52,7 @@ class Tracking:
 
     def _start(self, experiment: str, name: str, parameters: Mapping[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seven, the default, is minutes of waiting
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)

@@ -1,0 +1,313 @@
+"""The main job end to end: real degradation, the real teacher, real shards, real kills."""
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import manifests
+from manifests import corpus, voice
+from speechdistill import audio, ingest, plan, pseudolabel, shards, table, teachers
+from speechdistill.clips import Clips
+from speechdistill.ingest import Ingest
+from speechdistill.plan import Plan, Plans
+from speechdistill.pseudolabel import Pseudolabel
+from speechdistill.shards import RunError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
+    root = corpus(tmp_path_factory.mktemp("corpus"))
+    folders = {kind: (str(root / kind),) for kind in ("speech", "noise", "rir")}
+    ingest.run(Ingest(out=str(root / "manifest"), **folders))
+    return str(root / "manifest" / "clips.parquet")
+
+
+def rows_of(out: Path) -> dict[int, dict]:
+    rows = [row for file in sorted((out / "shards").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    assert len({row["sample_id"] for row in rows}) == len(rows), "a sample stands in two rows"
+    return {row["sample_id"]: row for row in rows}
+
+
+def rejects_of(out: Path) -> dict[str, str]:
+    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
+    return {row["id"]: f"{row['stage']}: {row['message']}" for row in rows}
+
+
+def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_path: Path) -> None:
+    config = Pseudolabel(clips, str(tmp_path), num_samples=10, seed=4, reference=True, rows_per_part=4)
+    summary = pseudolabel.run(config)
+    rows = rows_of(tmp_path)
+    assert sorted(rows) == list(range(10))
+    teacher = teachers.load("distillmos")
+    for row in rows.values():
+        sample = Plan.from_json(row["plan"])
+        degraded, clean = pseudolabel.make_sample(sample)
+        assert audio.encode(degraded, "flac") == row["audio"], "the stored audio is not its plan's"
+        assert audio.encode(clean, "flac") == row["reference"]
+        stored = audio.decode(row["audio"], row["audio_format"])
+        assert len(stored) == row["num_samples"] == round(row["segment_duration_s"] * 16000)
+        assert row["score"] == pytest.approx(teacher(stored, 16000), abs=1e-5)
+        assert row["logit"] == pytest.approx(math.log((row["score"] - 1) / (5 - row["score"])), abs=1e-6)
+        assert row["teacher_hash"] == teacher.teacher.weights_hash
+        assert row["clip_ids"] == sample.clip_ids and row["clip_ids"][0] == sample.clip_id
+    assert summary == table.read_json(f"{tmp_path}/summary.json")
+    assert (summary["labelled"], sum(summary["score_histogram"]["counts"])) == (10, 10)
+    assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
+
+
+def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    pseudolabel.run(config)
+    pseudolabel.run(config)  # a resumed job goes on with its run
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("pseudolabel")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["recipe"] == "weights_free" and len(run.data.params["clips_sha256"]) == 64
+    assert run.data.metrics["labelled"] == 2
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"scores.png", "summary.json"}
+    assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_a_tracking_outage_does_not_stop_the_run(
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    summary = pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2))
+    assert summary["labelled"] == 2
+    assert [record.message for record in caplog.records if "goes on without it" in record.message]
+
+
+def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path: Path) -> None:
+    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    pseudolabel.run(config)
+    with pytest.raises(RunError, match=r"(?s)seed: 0 -> 7.*another --out"):
+        pseudolabel.run(replace(config, seed=7))
+    with pytest.raises(RunError, match=r"recipe\.name: \"weights_free\" -> \"as_is\""):
+        pseudolabel.run(replace(config, recipe="as_is"))
+    with pytest.raises(ValueError, match="'weights_free' works without them"):
+        pseudolabel.run(replace(config, recipe="paper"))
+
+
+def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path) -> None:
+    pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, audio_format="pcm16"))
+    covered: Counter[str] = Counter()
+    for row in rows_of(tmp_path).values():
+        sample = Plan.from_json(row["plan"])
+        whole = audio.quantise(audio.load(sample.uri))
+        assert row["audio"] == whole[sample.start : sample.start + sample.num_samples].tobytes()
+        covered[sample.clip_id] = max(covered[sample.clip_id], sample.start + sample.num_samples)
+    lengths = {clip["clip_id"]: clip["duration_s"] * 16000 for clip in table.read(clips, "clip.v1").to_pylist()}
+    assert len(covered) == 6
+    assert all(covered[clip_id] == lengths[clip_id] for clip_id in covered)
+    with pytest.raises(RunError, match="has 12 samples here"):
+        pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, num_samples=13))
+
+
+def test_a_killed_driver_resumes_bit_for_bit(clips: str, tmp_path: Path) -> None:
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    config = Pseudolabel(clips, str(quiet), num_samples=36, seed=2, rows_per_part=3)
+    pseudolabel.run(config)
+    command = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py"), "--clips", clips, "--out", str(killed)]
+    command += ["--num-samples", "36", "--seed", "2", "--rows-per-part", "3"]
+    driver = subprocess.Popen(command, start_new_session=True)
+    while len(shards.listed(str(killed))) < 3:
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(timeout=0.05)
+            break
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    done = len(shards.listed(str(killed)))
+    assert 3 <= done < 12 and not (killed / "summary.json").exists()
+    assert subprocess.run(command).returncode == 0
+    left, right = rows_of(quiet), rows_of(killed)
+    assert sorted(left) == sorted(right) == list(range(36))
+    for i in range(36):
+        assert left[i]["audio"] == right[i]["audio"] and left[i]["plan"] == right[i]["plan"]
+        assert left[i]["score"] == pytest.approx(right[i]["score"], abs=1e-5)
+
+
+def test_stopping_is_clean_and_says_how_to_go_on(clips: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py"), "--clips", clips, "--out", str(tmp_path / "run")]
+    command += ["--num-samples", "400", "--rows-per-part", "2"]
+    driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not shards.listed(str(tmp_path / "run")):
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(timeout=0.05)
+            break
+    os.kill(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate()
+    assert driver.returncode == 130, errors
+    assert "the same command goes on from there" in errors and "Traceback" not in errors
+
+
+def hostile_files(folder: Path) -> dict[str, str]:
+    """Thirty files that must be rejected, and words of the reason; good ones with odd names stand beside them."""
+    good = voice(3, seed=1)
+    soundfile.write(folder / "x.wav", good, 16000, subtype="PCM_16")
+    soundfile.write(folder / "x.flac", good, 16000)
+    soundfile.write(folder / "x.mp3", good, 16000)
+    wav, flac, mp3 = ((folder / f"x.{s}").read_bytes() for s in ("wav", "flac", "mp3"))
+    for suffix in ("wav", "flac", "mp3"):
+        (folder / f"x.{suffix}").unlink()
+
+    def patched(offset: int, form: str, value: float) -> bytes:
+        return wav[:offset] + struct.pack(form, value) + wav[offset + struct.calcsize(form) :]
+
+    def floats(values: np.ndarray, rate: int = 16000) -> bytes:
+        soundfile.write(folder / "f.wav", values, rate, subtype="FLOAT")
+        data = (folder / "f.wav").read_bytes()
+        (folder / "f.wav").unlink()
+        return data
+
+    nan, inf = good.copy(), good.copy()
+    nan[20000], inf[100] = np.nan, np.inf
+    files = {
+        "zero.wav": (b"", "empty file"),
+        "zero.flac": (b"", "empty file"),
+        "text.wav": (b"this is not audio\n" * 50, "not audio"),
+        "html.mp3": (b"<html><body>404 not found</body></html>" * 20, "not audio"),
+        "json.ogg": (b'{"error": "expired"}' * 20, "not audio"),
+        "zeros.wav": (bytes(5000), "not audio"),
+        "random.wav": (np.random.default_rng(0).bytes(5000), "not audio"),
+        "riff-only.wav": (wav[:12], "not audio"),
+        "header-only.wav": (wav[:44], ""),
+        "truncated.wav": (wav[: len(wav) // 2], "truncated"),
+        "truncated.flac": (flac[: len(flac) // 2], ""),
+        "truncated.mp3": (mp3[: len(mp3) // 2], ""),
+        "flac-header.flac": (flac[:60], ""),
+        "broken.flac": (flac[:9000] + bytes(9000) + flac[18000:], ""),
+        "0-hz.wav": (patched(24, "<I", 0), "not audio"),
+        "1-hz.wav": (patched(24, "<I", 1), "1 Hz"),
+        "4-ghz.wav": (patched(24, "<I", 4_000_000_000), ""),
+        "0-channels.wav": (patched(22, "<H", 0), "0 channels"),
+        "60000-channels.wav": (patched(22, "<H", 60000), ""),
+        "2-gb.wav": (patched(40, "<I", 2**31 - 1), "promises 2147483647 bytes"),
+        "nan.wav": (floats(nan), "NaN"),
+        "inf.wav": (floats(inf), "NaN or infinite"),
+        "1-sample.wav": (floats(good[:1]), "cannot be judged"),
+        "0-samples.wav": (floats(good[:0]), "no samples"),
+        "50-ms.wav": (floats(good[:800]), "cannot be judged"),
+        "silent.wav": (floats(np.zeros(32000, np.float32)), "silent"),
+        "playlist.wav": (b"#EXTM3U\n#EXTINF:10,\nhttp://127.0.0.1:9/x.wav\n", "not audio"),
+        "64-channels.wav": (floats(np.zeros((1000, 64), np.float32)), "64 channels"),
+        "zip.flac": (b"PK\x03\x04" + bytes(500), "not audio"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "loop.wav").symlink_to(folder / "loop.wav")
+    (folder / "gone.wav").symlink_to(folder / "nowhere.wav")
+    reasons = {name: reason for name, (_, reason) in files.items()}
+    return {**reasons, "pipe.wav": "not a regular file", "loop.wav": "", "gone.wav": "cannot be read"}
+
+
+def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(tmp_path: Path, local_ray: None) -> None:
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    reasons = hostile_files(folder)
+    if os.geteuid():
+        (folder / "secret.wav").write_bytes(b"RIFF")
+        (folder / "secret.wav").chmod(0)
+        reasons["secret.wav"] = "PermissionError"
+    good = ["good.wav", "söng né.wav", "new\nline.wav", "per%20cent#?*[x].wav", "-dash.wav", "quote'\".wav"]
+    for i, name in enumerate(good):
+        soundfile.write(folder / name, voice(3, seed=i), 16000)
+    ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(folder),)))
+    out = tmp_path / "run"
+    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", str(out), recipe="as_is", max_reject_share=1.0)
+    summary = pseudolabel.run(config)
+
+    labelled = {Path(Plan.from_json(row["plan"]).uri).name for row in rows_of(out).values()}
+    assert labelled == set(good)
+    manifest = [Path(row["uri"]).name for row in table.read(config.clips, "clip.v1").to_pylist()]
+    messages = [row["message"] for row in table.read(f"{tmp_path}/m/rejects.parquet", "reject.v1").to_pylist()]
+    messages += [f"{manifest[int(i)]}: {message}" for i, message in rejects_of(out).items()]
+    assert len(messages) == len(reasons) >= 30
+    for name, reason in reasons.items():
+        assert any(name in message and reason in message for message in messages), (name, reason, messages)
+    assert summary["labelled"] == len(good)
+
+
+def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ray: None) -> None:
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for i in range(4):
+        soundfile.write(folder / f"{i}.wav", voice(3, seed=i) if i else np.zeros(48000), 16000)
+    ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(folder),)))
+    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", f"{tmp_path}/run", recipe="as_is")
+    with pytest.raises(RunError, match=r"(?s)1 of 4 samples were rejected.*--max-reject-share.*1 × teach.*silent"):
+        pseudolabel.run(config)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert pseudolabel.run(replace(config, max_reject_share=0.3))["labelled"] == 3
+
+
+@pytest.fixture(scope="module")
+def any_audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("any")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["voice", "silence", "full scale", "dc", "noise", "impulse"]),
+    seconds=st.one_of(st.just(1 / 16000), st.floats(1 / 16000, 2), st.floats(2, 60)),
+    rate=st.sampled_from([8000, 16000, 44100]),
+    sample_id=st.integers(0, 10**9),
+    given_noise=st.booleans(),
+)
+def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
+    any_audio: Path, kind: str, seconds: float, rate: int, sample_id: int, given_noise: bool
+) -> None:
+    length = max(1, int(seconds * rate), -(-rate // 16000))
+    wave = {
+        "voice": lambda: voice(length / rate + 1, rate)[:length],
+        "silence": lambda: np.zeros(length),
+        "full scale": lambda: np.sign(np.sin(np.arange(length))),
+        "dc": lambda: np.full(length, 0.7),
+        "noise": lambda: np.random.default_rng(0).uniform(-1, 1, length),
+        "impulse": lambda: np.eye(1, length, length // 2)[0],
+    }[kind]()
+    for name in ("speech", "noise", "rir"):
+        soundfile.write(any_audio / f"{name}.wav", wave, rate, subtype="FLOAT")
+    for i in range(4):
+        soundfile.write(any_audio / f"other{i}.wav", voice(1, seed=i), 16000)
+    rows = [manifests.row(str(any_audio / "speech.wav"), duration_s=length / rate)]
+    rows += [manifests.row(str(any_audio / f"other{i}.wav"), duration_s=1.0) for i in range(4)]
+    if given_noise:
+        rows.append(manifests.row(str(any_audio / "noise.wav"), "noise", length / rate))
+    plans = Plans(plan.weights_free(), Clips(table.from_rows(rows, "clip.v1")), seed=0)
+    sample = plans[sample_id]
+    degraded, clean = pseudolabel.make_sample(sample)
+    assert len(degraded) == len(clean) == sample.num_samples
+    assert degraded.dtype == np.int16
+
+
+def test_the_summary_of_the_real_recordings(real_audio: Path, tmp_path: Path, local_ray: None) -> None:
+    folders = {kind: (str(real_audio / kind),) for kind in ("speech", "noise", "rir")}
+    summary = ingest.run(Ingest(out=str(tmp_path / "m"), **folders))
+    assert summary["clips"] == {"speech": 251, "noise": 14, "rir": 4} and summary["rejected"] == 0
+    config = Pseudolabel(summary["manifest"], str(tmp_path / "run"), num_samples=16, rows_per_part=8)
+    assert pseudolabel.run(config)["rejected"] == 0
+    rows = rows_of(tmp_path / "run")
+    steps = {step["step"] for row in rows.values() for step in json.loads(row["plan"])["steps"]}
+    assert {"noise.RecordedNoise", "rooms.MeasuredRoom"} <= steps
