@@ -1,0 +1,192 @@
+"""Score audio files with a teacher: patterns to paths, paths to rows, rows to a file."""
+
+import csv
+import glob
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from speechdistill import audio, table
+from speechdistill.teachers import Teacher, Unscorable
+
+Row = dict[str, Any]
+
+_COLUMNS = {
+    "path": pa.string(),
+    "start_s": pa.float64(),
+    "duration_s": pa.float64(),
+    "mos": pa.float64(),
+    "error": pa.string(),
+}
+
+
+def score_files(paths: Iterable[str], teacher: Teacher, timeline: bool = False) -> Iterator[Row]:
+    """A row per file in order: path, duration_s, mos, error; with `timeline` a row per second of audio:
+    path, start_s, mos, error.
+
+    In each row either `mos` (1 to 5) or `error` is null: a file that cannot be read or judged, or a silent
+    second, never ends the iteration. While one file is scored, a thread decodes the next.
+    """
+    rows = _seconds if timeline else _whole
+    for path, wave in _decoded(paths):
+        yield from rows(path, wave, teacher)
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Files, folders, globs and fsspec URLs to paths, each once, in the order of the patterns.
+
+    A folder gives its audio files at any depth, sorted; so does a glob (`**` too), which keeps files of other
+    suffixes only where it names the suffix (`*.raw`). A URL is passed on, and one with `*` is a glob.
+    Raises `ValueError` with the pattern that matches nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        paths = _matches(pattern)
+        if not paths:
+            raise ValueError(f"{pattern!r} matches no audio file")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
+    """Write rows, whole or not at all, as .csv, .parquet or .json; without `out`, print them as CSV.
+
+    Raises `ValueError` for another extension before the first row is taken.
+    """
+    encode = writer(out)
+    data = encode([_printable(row) for row in rows])
+    if out is None:
+        sys.stdout.write(data.decode())
+    else:
+        table.publish(data, out)
+
+
+def writer(out: str | None) -> Callable[[list[Row]], bytes]:
+    """The encoder for a file name; raises `ValueError` naming the extensions that exist."""
+    suffix = ".csv" if out is None else PurePosixPath(out).suffix.lower()
+    if suffix not in _WRITERS:
+        raise ValueError(f"{out!r}: extension {suffix!r}; choose from {', '.join(_WRITERS)}")
+    return _WRITERS[suffix]
+
+
+def _decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]]:
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        ahead = None
+        for path in paths:
+            following = path, pool.submit(_load, path)
+            if ahead:
+                yield ahead[0], ahead[1].result()
+            ahead = following
+        if ahead:
+            yield ahead[0], ahead[1].result()
+
+
+def _load(path: str) -> np.ndarray | Exception:
+    try:
+        return audio.load(path)
+    except Exception as error:  # becomes the file's row: object stores raise errors of their own kinds
+        return error
+
+
+def _whole(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Iterator[Row]:
+    row: Row = {"path": path, "duration_s": None, "mos": None, "error": None}
+    if isinstance(wave, Exception):
+        yield row | {"error": _reason(wave)}
+        return
+    row["duration_s"] = len(wave) / audio.SAMPLE_RATE
+    (label,) = teacher.label([wave])
+    yield row | ({"error": _reason(label)} if isinstance(label, Unscorable) else {"mos": label.score})
+
+
+def _seconds(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Iterator[Row]:
+    row: Row = {"path": path, "start_s": None, "mos": None, "error": None}
+    if isinstance(wave, Exception):
+        yield row | {"error": _reason(wave)}
+        return
+    try:
+        scores = teacher.timeline(wave)
+    except Unscorable as error:
+        yield row | {"error": _reason(error)}
+        return
+    for start_s, mos in scores:
+        yield row | {"start_s": start_s, "mos": mos, "error": "silent" if mos is None else None}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, audio.AudioError):  # its path is in the row
+        return f"{error.reason}; {error.fix}"
+    return str(error) if isinstance(error, Unscorable) else f"{type(error).__name__}: {error}"
+
+
+def _matches(pattern: str) -> list[str]:
+    if "://" in pattern:
+        return _of_url(pattern)
+    path = Path(pattern)
+    if path.is_dir():
+        return sorted(str(file) for file in path.rglob("*") if _is_audio(file) and file.is_file())
+    if path.exists():  # before globs: a file may be called `take[1].wav`
+        return [pattern]
+    # Path.glob takes no absolute pattern.
+    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    files = [match for match in found if Path(match).is_file()]
+    return [file for file in files if _named(pattern) or _is_audio(Path(file))]
+
+
+def _of_url(pattern: str) -> list[str]:
+    if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
+        return [pattern]
+    fs, path = fsspec.url_to_fs(pattern)
+    found = sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
+    kept = [name for name in found if _named(pattern) or _is_audio(PurePosixPath(name))]
+    archive = pattern[pattern.index("::") :] if "::" in pattern else ""  # zip://*.wav::s3://bucket/a.zip
+    return [fs.unstrip_protocol(name) + archive for name in kept]
+
+
+def _named(pattern: str) -> bool:
+    """Whether a glob ends in a suffix written out."""
+    suffix = PurePosixPath(pattern).suffix
+    return bool(suffix) and not glob.has_magic(suffix)
+
+
+def _is_audio(path: PurePosixPath | Path) -> bool:
+    return path.suffix.lower() in audio.EXTENSIONS and not path.name.startswith(".")
+
+
+def _printable(row: Mapping[str, Any]) -> Row:
+    """Names of files need not be UTF-8; Python carries such bytes as surrogates, which no format can hold."""
+    return {
+        key: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for key, value in row.items()
+    }
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO(newline="")
+    lines = csv.DictWriter(text, _columns(rows), lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _json(rows: list[Row]) -> bytes:
+    return (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parquet(rows: list[Row]) -> bytes:
+    columns = [pa.array([row[name] for row in rows], _COLUMNS[name]) for name in _columns(rows)]
+    return table.parquet_bytes(pa.Table.from_arrays(columns, names=_columns(rows)))
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    return list(rows[0]) if rows else ["path", "duration_s", "mos", "error"]
+
+
+_WRITERS: dict[str, Callable[[list[Row]], bytes]] = {".csv": _csv, ".parquet": _parquet, ".json": _json}

@@ -1,0 +1,204 @@
+"""The convolutional transformer of Distill-MOS: one class, and every variant is a `ConvTransformerConfig`.
+
+Layout and state-dict keys are those of the released v7 weights (`distillmos` 0.9.1, MIT), so that file loads
+with `strict=True`. What the paper leaves open (section III-B) is settled by that file.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SEGMENT_SAMPLES = 122_880
+"""7.68 s at 16 kHz, the only input length: 768 STFT frames, 384 after the strided last convolution."""
+
+_WINDOW, _HOP = 320, 160  # 20 ms and 10 ms at 16 kHz
+_BINS = _WINDOW // 2 + 1
+_FRAMES = SEGMENT_SAMPLES // _HOP // 2
+_KERNEL = 3
+_FIRST_FLOAT32 = 2  # convolutions before the autocast part; each is a Conv2d and an activation
+
+
+@dataclass(frozen=True)
+class ConvTransformerConfig:
+    """The size of a student; the defaults are v7, 4,133,226 trainable parameters.
+
+    `stride_convs` counts the layers of stride (2, 1) between the (1, 1) first and the (2, 2) last one.
+    Raises `ValueError` for sizes that do not fit together.
+    """
+
+    max_channels: int = 256
+    stride_convs: int = 4
+    dim: int = 200
+    heads: int = 8
+    layers: int = 7
+
+    def __post_init__(self) -> None:
+        if min(self.max_channels, self.stride_convs, self.dim, self.heads, self.layers) < 1:
+            raise ValueError(f"{self}: every size must be at least 1")
+        if self.dim % 2 or self.dim % self.heads:  # sine and cosine pairs; equal heads
+            raise ValueError(f"{self}: dim must be even and a multiple of heads")
+        if self.bins_out < 1:
+            raise ValueError(f"{self}: at most 5 stride_convs leave a frequency bin")
+
+    @property
+    def channels(self) -> list[int]:
+        """Output channels of each convolution."""
+        return [min(64 * 2 ** max(i - 1, 0), self.max_channels) for i in range(self.stride_convs + 2)]
+
+    @property
+    def strides(self) -> list[tuple[int, int]]:
+        """(frequency, time) stride of each convolution."""
+        return [(1, 1), *[(2, 1)] * self.stride_convs, (2, 2)]
+
+    @property
+    def bins_out(self) -> int:
+        """Frequency bins that the convolutions leave of 161; they are not padded along frequency."""
+        bins = _BINS
+        for stride, _ in self.strides:
+            bins = (bins - _KERNEL) // stride + 1
+        return bins
+
+
+class ConvTransformer(nn.Module):
+    """Waveform segment to quality logit; the score is `1 + 4 * sigmoid(logit)`.
+
+    Under `torch.autocast` only the convolutions from the third to the last but one take the lower precision
+    (70% of v7's operations): in bfloat16 that moves v7's scores of real speech by at most 0.0032 MOS (over 500
+    clips, clean, noisy and band-limited), where plain autocast of everything moves them by up to 0.017.
+    """
+
+    def __init__(self, config: ConvTransformerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ConvTransformerConfig()
+        self.cnn = _Convolutions(config)
+        dim_maps = config.channels[-1] * config.bins_out
+        self.transformer_pool_attn = QualityHead(dim_maps, config.dim, config.heads, config.layers)
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(batch, 122880) float32 at 16 kHz, any level, to logits (batch,) float32.
+
+        Raises `ValueError` for another shape: pad or crop with `speechdistill.audio.fit`.
+        """
+        if segments.ndim != 2 or segments.shape[1] != SEGMENT_SAMPLES:
+            raise ValueError(f"shape {tuple(segments.shape)}; expected segments (batch, {SEGMENT_SAMPLES})")
+        maps = self.cnn(features(segments))  # (batch, channels, bins, frames)
+        with _float32(maps):
+            logits: Tensor = self.transformer_pool_attn(maps.flatten(1, 2).transpose(1, 2))
+        return logits
+
+
+def features(segments: Tensor) -> Tensor:
+    """Compressed complex spectrum of peak-normalised waves, as the released model makes it.
+
+    (batch, num_samples) to (batch, 2, 161, num_samples // 160) float32: real and imaginary part of the STFT
+    with the magnitude to the power 0.3. Always float32: bfloat16 keeps 3 digits of a spectrum spanning 10.
+    """
+    with _float32(segments):
+        waves = segments.float()
+        waves = waves / (waves.abs().amax(dim=1, keepdim=True) + 1e-8)
+        margin = (_WINDOW - _HOP) // 2
+        spectrum = torch.stft(
+            F.pad(waves, (margin, margin), mode="reflect"),
+            n_fft=_WINDOW,
+            hop_length=_HOP,
+            window=torch.hann_window(_WINDOW, device=waves.device),
+            center=False,
+            return_complex=True,
+        )
+        parts = torch.view_as_real(spectrum).movedim(-1, 1)
+        # The floor of 1e-12 stands under the root, so that silence has a gradient (0, not NaN).
+        magnitude = parts.square().sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()
+        return parts * magnitude.pow(0.3 - 1)
+
+
+class _Convolutions(nn.Module):
+    def __init__(self, config: ConvTransformerConfig) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        inputs = 2
+        for channels, stride in zip(config.channels, config.strides, strict=True):
+            stages += [nn.Conv2d(inputs, channels, _KERNEL, stride, padding=(0, 1)), nn.LeakyReLU(0.1)]
+            inputs = channels
+        self.cnn = nn.Sequential(*stages)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        with _float32(maps):
+            maps = self.cnn[: 2 * _FIRST_FLOAT32](maps)
+        maps = self.cnn[2 * _FIRST_FLOAT32 : -2](maps)  # the only part in the precision of autocast
+        with _float32(maps):
+            out: Tensor = self.cnn[-2:](maps.float())
+        return out
+
+
+class QualityHead(nn.Module):
+    """BatchNorm, transformer, attention pooling and a linear output: the part that XLS-R teachers share.
+
+    `forward` takes (batch, frames <= 384, dim_input) and returns logits (batch,) float32.
+    """
+
+    def __init__(self, dim_input: int, dim: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.norm_input = nn.BatchNorm1d(dim_input)
+        self.transformer = _Transformer(dim_input, dim, heads, layers)
+        self.norm_trans = nn.BatchNorm1d(dim)
+        self.pool = _AttentionPool(dim)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        hidden = self.transformer(_over_frames(self.norm_input, frames))
+        logits: Tensor = self.pool(_over_frames(self.norm_trans, hidden))
+        return logits
+
+
+class _Transformer(nn.Module):
+    def __init__(self, dim_input: int, dim: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim_input)  # a second one after `norm_input`: so the released file has it
+        self.position_encoding = _PositionEncoding(dim)
+        self.linear_proj = nn.Linear(dim_input, dim)
+        layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, batch_first=True)
+        self.transformer_encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        hidden = self.linear_proj(_over_frames(self.norm, frames))
+        out: Tensor = self.transformer_encoder(self.position_encoding(hidden))
+        return out
+
+
+class _PositionEncoding(nn.Module):
+    pe: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # Wavelengths up to twice the sequence (768), where "Attention Is All You Need" has 10000.
+        rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(2 * _FRAMES) / dim))
+        angles = torch.arange(_FRAMES)[:, None] * rates
+        self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, _FRAMES, dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.pe[:, : hidden.shape[1]]
+
+
+class _AttentionPool(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, 2 * dim)
+        self.linear2 = nn.Linear(2 * dim, 1)
+        self.linear3 = nn.Linear(dim, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weights = self.linear2(F.relu(self.linear1(hidden))).softmax(dim=1)  # (batch, frames, 1)
+        logits: Tensor = self.linear3((weights * hidden).sum(dim=1))
+        return logits.squeeze(-1).float()
+
+
+def _float32(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _over_frames(norm: nn.Module, frames: Tensor) -> Tensor:
+    """BatchNorm1d normalises dimension 1 of (batch, dim, frames); here the last of (batch, frames, dim)."""
+    out: Tensor = norm(frames.transpose(1, 2)).transpose(1, 2)
+    return out

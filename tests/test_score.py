@@ -1,0 +1,201 @@
+"""Scoring files: every file has a row, patterns find what they say, results appear whole."""
+
+import csv
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from speechdistill import audio, score
+from speechdistill.teachers import Label, Unscorable
+from speechdistill.teachers.distillmos import Teacher
+
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return Teacher(device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Good, silent and broken files: a.flac, deep/b.WAV, silent.wav, torn.wav, and what is no audio."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "deep").mkdir()
+    soundfile.write(tmp_path / "a.flac", 0.1 * rng.standard_normal(2 * RATE), RATE)
+    soundfile.write(tmp_path / "deep" / "b.WAV", 0.1 * rng.standard_normal((44_100, 2)), 44_100)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
+    (tmp_path / "torn.wav").write_bytes((tmp_path / "silent.wav").read_bytes()[:5000])
+    (tmp_path / "README.md").write_text("not audio")
+    (tmp_path / "._a.wav").write_bytes(b"what macOS leaves on other disks")
+    return tmp_path
+
+
+class Constant:
+    """A teacher that says 3 of everything, and None of the first second."""
+
+    name, weights_hash = "constant", "0"
+
+    def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
+        return [Label(3.0, 0.0, None) for _ in waves]
+
+    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
+        return [(0.0, None), (1.0, 3.0)]
+
+
+def test_every_file_has_a_row_with_a_score_or_the_reason(folder: Path, teacher: Teacher) -> None:
+    paths = [*score.expand([str(folder)]), str(folder / "missing.wav"), str(folder / "README.md")]
+    rows = list(score.score_files(paths, teacher))
+    assert [row["path"] for row in rows] == paths
+    assert all(list(row) == ["path", "duration_s", "mos", "error"] for row in rows)
+    assert all((row["mos"] is None) != (row["error"] is None) for row in rows)
+    a, b, silent, torn, missing, readme = rows
+    (label,) = teacher.label([audio.load(str(folder / "a.flac"))])
+    assert isinstance(label, Label)
+    assert (a["mos"], a["duration_s"]) == (label.score, 2.0)
+    assert 1 < b["mos"] < 5
+    assert (silent["error"], silent["duration_s"]) == ("silent (peak below -80 dBFS)", 1.0)
+    assert "truncated" in torn["error"]
+    assert "FileNotFoundError" in missing["error"]
+    assert "not audio" in readme["error"]
+
+
+def test_timeline_has_a_row_per_second_and_the_errors_too(folder: Path, teacher: Teacher) -> None:
+    paths = [str(folder / name) for name in ("a.flac", "silent.wav", "torn.wav")]
+    rows = list(score.score_files(paths, teacher, timeline=True))
+    assert [Path(row["path"]).name for row in rows] == ["a.flac", "a.flac", "silent.wav", "torn.wav"]
+    assert [row["start_s"] for row in rows] == [0.0, 1.0, None, None]
+    assert all(list(row) == ["path", "start_s", "mos", "error"] for row in rows)
+    assert all((row["mos"] is None) != (row["error"] is None) for row in rows)
+
+
+def test_a_silent_second_has_a_row_that_says_so(folder: Path) -> None:
+    first, second = score.score_files([str(folder / "a.flac")], Constant(), timeline=True)
+    assert (first["mos"], first["error"]) == (None, "silent")
+    assert (second["mos"], second["error"]) == (3.0, None)
+
+
+def test_errors_of_any_kind_become_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> np.ndarray:
+        raise RuntimeError("AccessDenied")
+
+    monkeypatch.setattr(audio, "load", refuse)
+    (row,) = score.score_files(["s3://bucket/a.wav"], Constant())
+    assert row["error"] == "RuntimeError: AccessDenied"
+
+
+def test_the_next_file_is_decoded_while_one_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = {name: threading.Event() for name in "abcd"}
+
+    def load(path: str) -> np.ndarray:
+        assert threading.current_thread() is not threading.main_thread()
+        loading[path].set()
+        return np.ones(RATE, np.float32)
+
+    class Waiting(Constant):
+        def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
+            if not loading["b"].wait(timeout=30):
+                raise AssertionError("b was not decoded during a")
+            assert not loading["c"].is_set(), "only one file ahead"
+            return super().label(waves)
+
+    monkeypatch.setattr(audio, "load", load)
+    rows = score.score_files(list("abcd"), Waiting())
+    assert next(rows)["path"] == "a"
+    del rows  # closes the generator: nothing more is decoded
+    assert not loading["d"].is_set()
+
+
+def test_expand_finds_files_folders_and_globs_once_and_sorted(folder: Path) -> None:
+    (folder / "take[1].wav").write_bytes(b"x")
+    (folder / "x.raw").write_bytes(b"x")
+
+    def found(*patterns: str) -> list[str]:
+        paths = score.expand([str(folder / pattern) for pattern in patterns])
+        return [str(Path(path).relative_to(folder)) for path in paths]
+
+    assert found("") == ["a.flac", "deep/b.WAV", "silent.wav", "take[1].wav", "torn.wav"]
+    assert found("README.md") == ["README.md"]  # named: its row will say why not
+    assert found("take[1].wav") == ["take[1].wav"]
+    assert found("*.wav", "silent.wav", "a.flac") == ["silent.wav", "take[1].wav", "torn.wav", "a.flac"]
+    assert found("**") == ["a.flac", "deep/b.WAV", "silent.wav", "take[1].wav", "torn.wav"]
+    assert found("**/*.WAV") == ["deep/b.WAV"]
+    assert found("*.raw") == ["x.raw"]
+    assert found("deep", "deep/*") == ["deep/b.WAV"]
+
+
+def test_expand_passes_urls_on_and_globs_them() -> None:
+    for name in ("one.wav", "two.flac", "notes.txt"):
+        fsspec.filesystem("memory").pipe_file(f"/scores/{name}", b"x")
+    assert score.expand(["https://host/a.wav?signed=1"]) == ["https://host/a.wav?signed=1"]
+    assert score.expand(["memory://scores/*"]) == ["memory:///scores/one.wav", "memory:///scores/two.flac"]
+
+
+@pytest.mark.parametrize("pattern", ["nothing.wav", "no*thing", "empty", "memory://void/*.wav"])
+def test_a_pattern_that_matches_nothing_is_an_error(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError) as error:
+        score.expand([pattern])
+    assert repr(pattern) in str(error.value)
+
+
+ROWS = [
+    {"path": "a,\n.wav", "duration_s": 1.5, "mos": 3.25, "error": None},
+    {"path": "caf\udce9.wav", "duration_s": None, "mos": None, "error": "corrupt"},  # a name that is no UTF-8
+]
+
+
+def test_results_read_back_from_csv_parquet_and_json(tmp_path: Path) -> None:
+    named = [ROWS[0], ROWS[1] | {"path": r"caf\udce9.wav"}]
+    for suffix in ("csv", "parquet", "json"):
+        score.write(iter(ROWS), str(tmp_path / f"scores.{suffix}"))
+    assert json.loads((tmp_path / "scores.json").read_text()) == named
+    assert pq.read_table(tmp_path / "scores.parquet").to_pylist() == named
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read == [{k: "" if v is None else str(v) for k, v in row.items()} for row in named]
+    assert {file.name for file in tmp_path.iterdir()} == {"scores.csv", "scores.parquet", "scores.json"}
+
+
+def test_columns_without_a_value_keep_their_type(tmp_path: Path) -> None:
+    score.write(ROWS[1:], str(tmp_path / "scores.parquet"))
+    fields = pq.read_schema(tmp_path / "scores.parquet")
+    assert (fields.field("mos").type, fields.field("error").type) == (pa.float64(), pa.string())
+
+
+def test_without_a_file_the_rows_are_printed_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
+    score.write(ROWS[1:])
+    assert capsys.readouterr().out == "path,duration_s,mos,error\n" + r"caf\udce9.wav" + ",,,corrupt\n"
+
+
+def test_another_extension_is_refused_before_any_work(tmp_path: Path) -> None:
+    def rows() -> Iterator[score.Row]:
+        raise AssertionError("scored in vain")
+        yield
+
+    with pytest.raises(ValueError, match=r"'\.xlsx'; choose from \.csv, \.parquet, \.json"):
+        score.write(rows(), str(tmp_path / "scores.xlsx"))
+
+
+def test_a_failure_while_scoring_leaves_the_older_file(tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    out.write_text("older")
+
+    def rows() -> Iterator[score.Row]:
+        yield ROWS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score.write(rows(), str(out))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["older"]
