@@ -77,15 +77,33 @@ def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path) -
 
     config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
     pseudolabel.run(config)
-    pseudolabel.run(config)  # a resumed job goes on with its run
+    pseudolabel.run(replace(config, num_samples=4))  # a resumed job goes on with its run
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("pseudolabel")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["recipe"] == "weights_free" and len(run.data.params["clips_sha256"]) == 64
-    assert run.data.metrics["labelled"] == 2
+    assert run.data.metrics["labelled"] == 4
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"scores.png", "summary.json"}
     assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_ends(
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    summary = pseudolabel.run(config)
+    assert pseudolabel.run(config) == summary
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speechdistill.flow._parts", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pseudolabel.run(replace(config, num_samples=4))
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    assert pseudolabel.run(replace(config, num_samples=4))["labelled"] == 4
 
 
 def test_a_tracking_outage_does_not_stop_the_run(

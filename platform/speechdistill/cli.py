@@ -4,11 +4,12 @@ import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
+from tqdm import tqdm
 
 from speechdistill.ingest import Ingest
 from speechdistill.pseudolabel import Pseudolabel
@@ -92,21 +93,40 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
 
 def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
     def action() -> int:
-        from tqdm import tqdm
-
         from speechdistill import score, teachers
 
         paths = score.expand(config.paths)
+        score.writer(config.out)  # a wrong extension is told before the work
         teacher = teachers.load(config.model, weights=config.weights, dtype=config.dtype).teacher
-        rows = []
-        with tqdm(total=len(paths), unit="file", dynamic_ncols=True, disable=None) as bar:
-            for row in score.score_files(paths, teacher, config.timeline):
-                rows.append(row)
-                bar.update(len({r["path"] for r in rows}) - bar.n)
-        score.write(rows, config.out)
-        return 1 if any(row["error"] for row in rows) else 0
+        scored = _Scored(len(paths))
+        score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
+        if scored.stopped:
+            print(f"\nstopped after {scored.files} of {len(paths)} files; their rows are written", file=sys.stderr)
+            return 130
+        return 1 if scored.failed else 0
 
     return _guarded(action, "nothing was written")
+
+
+class _Scored:
+    """Passes rows on with a progress bar, and remembers whether any failed or the user stopped."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self.files, self.failed, self.stopped = total, 0, False, False
+
+    def watch(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        path = None
+        with tqdm(total=self._total, unit="file", dynamic_ncols=True) as bar:
+            try:
+                for row in rows:
+                    if row["path"] != path:
+                        path = row["path"]
+                        self.files += 1
+                        bar.update()
+                    self.failed |= row["error"] is not None
+                    yield row
+            except KeyboardInterrupt:  # what is scored is not lost
+                self.stopped = True
 
 
 def _report(summary: dict[str, Any], out: str) -> str:

@@ -97,6 +97,7 @@ def run(flow: Flow) -> Totals:
     missing, totals = shards.survey(layout, flow.retry_rejected)
     _judge(flow, totals)
     if missing:
+        shards.reopen(layout.out)
         connect()
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)

@@ -69,8 +69,8 @@ class Pseudolabel:
     """Actors that run the teacher. Default: one per GPU, or per CPU where there is none."""
     teach_gpus: float | None = None
     """GPUs per teacher actor, such as 0.5. Default: 1 where the cluster has a GPU, else 0."""
-    batch_s: float = 61.44
-    """Seconds of audio that a teacher actor takes at once."""
+    batch_s: float | None = None
+    """Seconds of audio that a teacher actor takes at once. Default: 8 segments, on a GPU 64."""
 
 
 def run(config: Pseudolabel) -> dict[str, Any]:
@@ -95,6 +95,9 @@ def run(config: Pseudolabel) -> dict[str, Any]:
         config.retry_rejected,
         session.add,
     )
+    earlier = table.read_json(f"{config.out}/summary.json")
+    if earlier and earlier["num_samples"] >= num_samples and not config.retry_rejected:
+        return dict(earlier)
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     try:
         summary = _summary(config, flow.run(job), session, table.fingerprint(identity))
@@ -167,12 +170,11 @@ class Degrade:
 class Teach:
     """Worker of the second stage: the teacher scores exactly the stored int16 samples."""
 
-    def __init__(self, teacher: str, weights: str | None, dtype: str, one_thread: bool) -> None:
+    def __init__(self, teacher: str, weights: str | None, dtype: str, batch_s: float | None) -> None:
         import torch
 
-        if one_thread:
-            torch.set_num_threads(1)
-        self._teacher = teachers.load(teacher, weights=weights, dtype=dtype).teacher
+        torch.set_num_threads(1)  # actors, not threads, fill the CPUs
+        self._teacher = teachers.load(teacher, weights=weights, dtype=dtype, batch_s=batch_s).teacher
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         waves = [audio.decode(row["audio"], row["audio_format"]) for row in rows]
@@ -223,9 +225,11 @@ def _stages(config: Pseudolabel, recipe: Recipe, cpus: float, gpus: float) -> tu
         degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)
         teach_cpus = min(1.0, 0.75 * free / teach_actors)
         degrade_cpus = min(1.0, 0.25 * free / degrade_actors)
-    rows = max(1, int(config.batch_s / recipe.segment_s))
+    batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
+    rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
     degrade = partial(Degrade, config.clips, recipe, config.seed, config.audio_format, config.reference)
-    teach = partial(Teach, config.teacher, config.weights, config.dtype, one_thread=not teach_gpus)
+    # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
+    teach = partial(Teach, config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
     return (
         flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, batch_rows=16, isolated=True),
         flow.Stage("teach", teach, TAUGHT, teach_actors, teach_cpus, teach_gpus, batch_rows=rows),
@@ -265,6 +269,7 @@ class Session:
 def _summary(config: Pseudolabel, totals: Totals, session: Session, fingerprint: str) -> dict[str, Any]:
     counts = totals.sums.get("score_counts", [])
     return {
+        "num_samples": totals.done,
         "labelled": totals.labelled,
         "rejected": totals.rejected,
         "hours": totals.sums.get("audio_s", 0.0) / 3600,

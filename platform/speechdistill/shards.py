@@ -146,6 +146,13 @@ def _write_part(k: int, block: pa.Table, layout: Layout) -> str:
     return text
 
 
+def reopen(out: str) -> None:
+    """Remove `summary.json`, whose existence means that the run is complete, before more parts are made."""
+    fs, path = fsspec.url_to_fs(f"{out}/summary.json")
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
 def finish(layout: Layout) -> None:
     """Write `rejects/rejects.parquet`, then `manifest.parquet`; drop parts that a larger one has replaced."""
     there = listed(layout.out)
