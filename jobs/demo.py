@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import soundfile
 import tyro
 
-from speechdistill import audio, cli, table
+from speechdistill import __version__, audio, cli, degradations, table
 from speechdistill.plan import Plan
 from speechdistill.pseudolabel import make_sample
 
@@ -36,36 +36,27 @@ class Demo:
 
 
 def main(demo: Demo) -> int:
-    given = (demo.speech, demo.noise, demo.rir)
-    # Other recordings are another run, in a folder of its own.
-    out = Path(demo.out) / (f"own-{table.fingerprint(given)[:8]}" if any(given) else "synthetic")
-    manifest, run = out / "manifest", out / "pseudolabels"
-    sources = _own(demo) if demo.speech else _synthetic(out / "corpus")
-    if not demo.speech and any(given):
-        print("error: give --speech DIR (make demo SPEECH=DIR) with --noise and --rir", file=sys.stderr)
+    own = _own(demo)
+    if own and not demo.speech:
+        print("error: --noise and --rir need --speech DIR beside them (make demo SPEECH=DIR)", file=sys.stderr)
         return 2
-    labelling = [
-        "--clips",
-        f"{manifest}/clips.parquet",
-        "--num-samples",
-        str(demo.num_samples),
-        "--seed",
-        "1",
-    ]
-    for command in (
-        ["ingest", *sources, "--out", str(manifest)],
-        ["pseudolabel", *labelling, "--rows-per-part", "16", "--out", str(run)],
-    ):
-        if code := _step(command):
-            return code
-    degraded = _listen(run, out)
-    scores = out / "scores.json"
-    if code := _step(["score", str(out / "clean.wav"), str(out / "degraded.wav"), "--out", str(scores)]):
+    # Other recordings, or other library versions, are another run, in a folder of its own.
+    out = Path(demo.out) / (f"own-{table.fingerprint(own)[:8]}" if own else "synthetic")
+    if code := _step(["ingest", *(own or _synthetic(out / "corpus")), "--out", f"{out}/manifest"]):
         return code
-    clean_mos, degraded_mos = (row["mos"] for row in table.read_json(str(scores)))
-    print(f"clean {clean_mos:.2f} MOS, degraded {degraded_mos:.2f} MOS")
-    print(f"(sample {degraded.sample_id}: {', '.join(map(str, degraded.steps))})")
-    _next(out, manifest, run)
+    clips = f"{out}/manifest/clips.parquet"
+    versions = {**audio.codec_versions(), **degradations.library_versions()}
+    run = out / f"pseudolabels-{table.fingerprint([table.file_hash(clips), versions, __version__])[:8]}"
+    number, labels = str(demo.num_samples), ["--seed", "1", "--rows-per-part", "16", "--out", str(run)]
+    if code := _step(["pseudolabel", "--clips", clips, "--num-samples", number, *labels]):
+        return code
+    sample = _listen(run, out)
+    if code := _step(["score", f"{out}/clean.wav", f"{out}/degraded.wav", "--out", f"{out}/scores.json"]):
+        return code
+    clean, degraded = (row["mos"] for row in table.read_json(f"{out}/scores.json"))
+    print(f"clean {clean:.2f} MOS, degraded {degraded:.2f} MOS, by")
+    print("\n".join(f"  {step}" for step in sample.steps))
+    _next(out, clips, run)
     return 0
 
 
@@ -87,24 +78,25 @@ def _step(arguments: list[str]) -> int:
 
 
 def _listen(run: Path, out: Path) -> Plan:
-    """Write the worst sample and its clean segment as `degraded.wav` and `clean.wav`, made again from its plan."""
+    """Write the worst degraded sample and its clean segment as files, made again from its plan alone."""
     rows = pq.read_table(run / "shards", columns=["score", "plan"]).sort_by("score")
-    worst = Plan.from_json(rows["plan"][0].as_py())
+    plans = [Plan.from_json(text) for text in rows["plan"].to_pylist()]
+    worst = next((plan for plan in plans if plan.steps), plans[0])
     for name, wave in zip(("degraded", "clean"), make_sample(worst), strict=True):
         soundfile.write(out / f"{name}.wav", wave, audio.SAMPLE_RATE)
     return worst
 
 
-def _next(out: Path, manifest: Path, run: Path) -> None:
+def _next(out: Path, clips: str, run: Path) -> None:
     print(f"""
 Results are below {out}:
-  pseudolabels/shards/*.parquet  audio, score, logit and the full plan of every sample
-  pseudolabels/summary.json      counts, hours, histogram, throughput
-  clean.wav, degraded.wav        the worst sample, before and after
+  {run.name}/shards/*.parquet  audio, score, logit and the full plan of every sample
+  {run.name}/summary.json      counts, hours, histogram, throughput
+  clean.wav, degraded.wav                 the worst sample, before and after
 What to type next (after `source .venv/bin/activate`):
   speechdistill score YOUR_RECORDINGS --out scores.csv
-  speechdistill pseudolabel --clips {manifest}/clips.parquet --recipe as_is --out {out}/as-is
-  mlflow ui --backend-store-uri sqlite:///{run}/mlflow.db
+  speechdistill pseudolabel --clips {clips} --recipe as_is --out {out}/as-is
+  mlflow ui --backend-store-uri sqlite:///{run.resolve()}/mlflow.db
   ray job submit --working-dir . -- python jobs/pseudolabel.py --help      (on a cluster)""")
 
 

@@ -145,11 +145,7 @@ def test_pools_that_would_hang_are_refused() -> None:
 
 def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) -> None:
     layout = milli_flow(tmp_path, 20).layout
-    block = flow._expand(pa.table({"id": [0, 1]}), np.array([2, 0]), layout)
-    block = block.set_column(1, "reject_stage", pa.array(["degrade"] * len(block)))
-    nulls = {name: pa.nulls(len(block), table.schema("pseudolabel.v1").field(name).type) for name in milli.COLUMNS}
-    for name, values in nulls.items():
-        block = block.append_column(name, values)
+    block = rejected(layout, 2, 0)
     with pytest.raises(RunError, match="7 of part 0's 8 ids"):
         shards.write_parts(block.slice(0, 11), layout)
     assert not (tmp_path / "shards").exists()
@@ -175,6 +171,39 @@ def test_a_damaged_shard_is_named_with_the_fix(tmp_path: Path, local_ray: None) 
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"is damaged.*delete it"):
         flow.run(milli_flow(tmp_path, 16))
+
+
+def test_parts_that_nobody_sees_end_the_run_with_the_fix(tmp_path: Path) -> None:
+    layout = milli_flow(tmp_path, 16).layout
+    with pytest.raises(RunError, match=r"2 parts were written but are not in .*storage that all nodes share"):
+        shards.finish(layout)
+
+
+def test_the_protocol_holds_on_a_url() -> None:
+    layout = milli_flow("memory://run", 20).layout
+    shards.claim(layout.out, {"seed": 1})
+    with pytest.raises(RunError, match="seed: 1 -> 2"):
+        shards.claim(layout.out, {"seed": 2})
+    shards.write_parts(rejected(layout, 0, 2), layout)
+    missing, totals = shards.survey(layout)
+    assert (missing, totals.rejected) == ([1], 12)
+    grown = milli_flow("memory://run", 40).layout
+    shards.reopen(grown)
+    assert shards.survey(grown)[0] == [1, 2, 3, 4], "the part that must grow is still there"
+    shards.write_parts(rejected(grown, 1, 2, 3, 4), grown)
+    shards.finish(grown)
+    assert len(table.read("memory://run/manifest.parquet", "shard.v1")) == 5
+    assert len(table.read("memory://run/rejects/rejects.parquet", "reject.v1")) == 40
+
+
+def rejected(layout: shards.Layout, *parts: int) -> pa.Table:
+    """A block of these parts in which every row is rejected."""
+    block = flow._expand(pa.table({"id": list(range(len(parts)))}), np.array(parts), layout)
+    for name in ("reject_stage", "reject_type", "reject_message"):
+        block = block.set_column(block.column_names.index(name), name, pa.array(["no"] * len(block)))
+    for name in milli.COLUMNS:
+        block = block.append_column(name, pa.nulls(len(block), table.schema("pseudolabel.v1").field(name).type))
+    return block
 
 
 def test_footers_say_what_the_parts_hold(tmp_path: Path, local_ray: None) -> None:

@@ -91,6 +91,51 @@ def test_lists_carry_what_the_user_knows(tmp_path: Path, local_ray: None, suffix
     assert "mos 'good' in its list is no number" in messages and "missing.flac" in messages
 
 
+def test_a_kill_between_the_two_files_of_a_part_loses_nothing(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = corpus(tmp_path / "c"), tmp_path / "m"
+    real = table.publish
+
+    def killed(data: bytes, uri: str) -> None:
+        if killed.calls == 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        killed.calls += 1  # type: ignore[attr-defined]
+        real(data, uri)
+
+    killed.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(table, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ingest.run(Ingest(out=str(out), speech=(str(root / "speech"),)))
+    monkeypatch.undo()
+    ingest.run(Ingest(out=str(out), noise=(str(root / "noise"),), speech=(str(root / "speech"),)))
+    assert len(manifest_of(out)) == 7
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path, local_ray: None) -> None:
+    root = corpus(tmp_path / "c")
+    for name in ("a", "b"):
+        (root / "speech" / name).symlink_to(root / "speech")
+    ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(root / "speech"),)))
+    assert len(manifest_of(tmp_path / "m")) == 6
+
+
+def test_a_bad_line_costs_its_row_only(tmp_path: Path, local_ray: None) -> None:
+    corpus(tmp_path)
+    lines = [
+        {"path": "speech/v0.flac", "votes": 8.0, "speaker": 17},
+        {"path": "speech/v1.flac", "votes": float("inf")},
+        {"path": "speech/v2.flac", "mos": [3]},
+        {"path": "\ud800.wav"},
+        {"path": "speech/v3.flac", "votes": 2.5},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(tmp_path / "list.jsonl"),)))
+    (good,) = manifest_of(tmp_path / "m")
+    assert (good["votes"], good["speaker"]) == (8, "17")
+    assert len(rejects_of(tmp_path / "m")) == 4
+
+
 def test_a_file_given_twice_is_one_clip(tmp_path: Path, local_ray: None) -> None:
     speech = str(corpus(tmp_path / "c") / "speech")
     ingest.run(Ingest(out=str(tmp_path / "m"), speech=(speech, speech)))

@@ -83,7 +83,7 @@ def test_platform_is_a_source_root_and_not_a_package() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
     code = "import platform, speechdistill; print(platform.system())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "Linux" or run.stdout.strip()
+    assert run.stdout.strip() == "Linux"
 
 
 def test_jobs_are_executable_and_not_named_after_a_library() -> None:

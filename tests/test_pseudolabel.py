@@ -94,6 +94,9 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
     summary = pseudolabel.run(config)
     assert pseudolabel.run(config) == summary
+    next((tmp_path / "shards").glob("*.parquet")).unlink()  # a damaged run is mended
+    assert pseudolabel.run(config)["labelled"] == 2 and len(rows_of(tmp_path)) == 2
+    assert pseudolabel.run(replace(config, num_samples=1))["labelled"] == 2, "a smaller number lost what was there"
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -267,6 +270,33 @@ def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(tmp_path:
     assert summary["labelled"] == len(good)
 
 
+def test_a_run_in_which_all_is_rejected_still_ends_with_its_summary(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "speech").mkdir()
+    soundfile.write(tmp_path / "speech" / "silent.wav", np.zeros(48000), 16000)
+    ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "speech"),)))
+    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", f"{tmp_path}/run", recipe="as_is", max_reject_share=1.0)
+    summary = pseudolabel.run(config)
+    assert (summary["labelled"], summary["rejected"], summary["score_mean"]) == (0, 1, None)
+
+
+@pytest.mark.parametrize(("option", "value"), [("rows_per_part", 0), ("seed", -1), ("teach_actors", 0), ("batch_s", 0)])
+def test_numbers_that_cannot_be_meant_are_refused_before_work(tmp_path: Path, option: str, value: int) -> None:
+    config = replace(Pseudolabel("clips.parquet", str(tmp_path / "out")), **{option: value})
+    with pytest.raises(RunError, match=f"--{option.replace('_', '-')} is {value}; it must be at least"):
+        pseudolabel.run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_scores_the_clean_clip_higher(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
+    command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "8"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    clean, degraded = (row["mos"] for row in table.read_json(f"{tmp_path}/synthetic/scores.json"))
+    assert clean > degraded
+    assert "labelled 8 samples" in run.stdout and "What to type next" in run.stdout
+
+
 def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ray: None) -> None:
     folder = tmp_path / "speech"
     folder.mkdir()
@@ -312,10 +342,15 @@ def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
     rows = [manifests.row(str(any_audio / "speech.wav"), duration_s=length / rate)]
     rows += [manifests.row(str(any_audio / f"other{i}.wav"), duration_s=1.0) for i in range(4)]
     if given_noise:
-        rows.append(manifests.row(str(any_audio / "noise.wav"), "noise", length / rate))
+        rows += [manifests.row(str(any_audio / f"{kind}.wav"), kind, length / rate) for kind in ("noise", "rir")]
     plans = Plans(plan.weights_free(), Clips(table.from_rows(rows, "clip.v1")), seed=0)
-    sample = plans[sample_id]
-    degraded, clean = pseudolabel.make_sample(sample)
+    of_it = (plans[i] for i in range(sample_id, sample_id + 1000))
+    sample = next(sample for sample in of_it if sample.uri.endswith("speech.wav"))
+    try:
+        degraded, clean = pseudolabel.make_sample(sample)
+    except audio.AudioError as error:
+        assert kind == "silence" and "rir.wav" in error.path  # a silent impulse response is refused
+        return
     assert len(degraded) == len(clean) == sample.num_samples
     assert degraded.dtype == np.int16
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+__version__ = "0.1.0"
+
 
 def load(name: str = "distillmos", **options: Any) -> Callable[..., float]:
     """A speech-quality model as a function: `load("distillmos")(wave, sample_rate)` is a MOS from 1 to 5.

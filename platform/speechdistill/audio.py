@@ -70,7 +70,7 @@ def load(uri: str, start: int = 0, num_samples: int | None = None, channel: int 
             raise AudioError(
                 uri,
                 f"samples {start}..{start + wanted} lie outside its {info.num_samples} samples at 16 kHz",
-                "choose a section inside it, or run the ingest job again if the file has changed",
+                "choose a section inside it; if the file has changed, ingest it into a new manifest",
             )
         if channel is not None and not 0 <= channel < info.channels:
             raise AudioError(uri, f"it has no channel {channel}", f"choose one of 0..{info.channels - 1}")

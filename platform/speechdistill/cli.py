@@ -123,7 +123,8 @@ class _Scored:
                         path = row["path"]
                         self.files += 1
                         bar.update()
-                    self.failed |= row["error"] is not None
+                    silent_second = row.get("start_s") is not None
+                    self.failed |= row["error"] is not None and not silent_second
                     yield row
             except KeyboardInterrupt:  # what is scored is not lost
                 self.stopped = True

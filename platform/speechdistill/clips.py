@@ -1,6 +1,5 @@
 """The clip manifest as plans see it: three pools of clips, in manifest order."""
 
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -45,24 +44,11 @@ class Clips:
     """A `clip.v1` manifest split by kind: `speech`, `noise` and `rir`."""
 
     def __init__(self, manifest: pa.Table) -> None:
-        self._manifest = manifest
+        self.speech, self.noise, self.rir = (
+            Pool(manifest.filter(pc.equal(manifest["kind"], kind))) for kind in ("speech", "noise", "rir")
+        )
 
     @classmethod
     def read(cls, uri: str) -> "Clips":
         columns = ["clip_id", "uri", "kind", "duration_s", "speaker"]
         return cls(table.read(uri, "clip.v1", columns))
-
-    @cached_property
-    def speech(self) -> Pool:
-        return self._pool("speech")
-
-    @cached_property
-    def noise(self) -> Pool:
-        return self._pool("noise")
-
-    @cached_property
-    def rir(self) -> Pool:
-        return self._pool("rir")
-
-    def _pool(self, kind: str) -> Pool:
-        return Pool(self._manifest.filter(pc.equal(self._manifest["kind"], kind)))

@@ -21,7 +21,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill import shards
-from speechdistill.isolate import Isolated, Row, Worker
+from speechdistill.isolate import CannotStart, Isolated, Row, Worker
 from speechdistill.shards import REJECT, Layout, RunError, Totals
 
 _WRITE_CPUS = 0.25
@@ -33,7 +33,7 @@ class Stage:
     """A pool of actors that do `make()`'s work: rows in; per row the columns `adds`, or an exception, out.
 
     `num_cpus` and `num_gpus` are Ray's, per actor, and may be fractions. `isolated` runs the work in a child
-    process of the actor, for code that may crash.
+    process of the actor, with at most `memory_gb`, for code that may crash.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Stage:
     num_gpus: float = 0.0
     batch_rows: int = 8
     isolated: bool = False
+    memory_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def run(flow: Flow) -> Totals:
     missing, totals = shards.survey(layout, flow.retry_rejected)
     _judge(flow, totals)
     if missing:
-        shards.reopen(layout.out)
+        shards.reopen(layout)
         connect()
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
@@ -119,6 +120,8 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
     wanted_cpus = sum(stage.actors * stage.num_cpus for stage in stages)
     wanted_gpus = sum(stage.actors * stage.num_gpus for stage in stages)
     pools = ", ".join(f"{s.name} {s.actors} × {s.num_cpus:g} CPU + {s.num_gpus:g} GPU" for s in stages)
+    if any(stage.actors < 1 or stage.num_cpus <= 0 or stage.num_gpus < 0 for stage in stages):
+        raise RunError(f"every pool needs at least one actor and a share of a CPU; these have {pools}")
     if wanted_cpus > cpus - 1 + 1e-6:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_cpus:g} CPUs, but only {cpus - 1:g} of the cluster's {cpus:g} "
@@ -143,7 +146,7 @@ def _judge(flow: Flow, totals: Totals) -> None:
 
 
 def _reasons(flow: Flow) -> str:
-    shards.finish(flow.layout)
+    shards.finish(flow.layout, complete=False)
     reasons = shards.reject_reasons(flow.layout.out)
     lines = "".join(f"\n  {count} × {reason}" for reason, count in reasons.most_common(5))
     return f"The reasons (all are in {flow.layout.out}/rejects/rejects.parquet):{lines}\n"
@@ -193,7 +196,7 @@ class _Actor:
 
     def __init__(self, stage: Stage, schema: pa.Schema) -> None:
         self._stage, self._schema = stage, schema
-        self._work: Worker = Isolated(stage.make) if stage.isolated else stage.make()
+        self._work: Worker = Isolated(stage.make, stage.memory_gb) if stage.isolated else stage.make()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -211,5 +214,7 @@ class _Actor:
             return []
         try:
             return self._work(rows)
+        except CannotStart:  # ends the run: every row would fail
+            raise
         except Exception as error:
             return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]

@@ -10,7 +10,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,6 +58,7 @@ def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
     if not (config.speech or config.noise or config.rir or config.list):
         raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR or --list FILE")
+    config = replace(config, out=table.absolute(config.out))
     flow.connect()
     ignored: Counter[str] = Counter()
     ingest_rows(_rows(config, ignored), config.out)
@@ -70,12 +71,12 @@ def run(config: Ingest) -> dict[str, Any]:
 
 def clip_id(kind: str, uri: str) -> str:
     """16 hexadecimal digits that depend on the kind and the address alone."""
-    return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:
     """Read the headers of all rows not yet ingested, and commit them part by part; memory does not grow with rows."""
-    number = 1 + max((n for n, _ in _parts(out, "rejects")), default=-1)
+    number = 1 + max((n for what in ("clips", "rejects") for n, _ in _parts(out, what)), default=-1)
     probing = ray.remote(_probed)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
@@ -166,7 +167,7 @@ def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> tuple[pa.Table, pa
 def _tried(probe: Callable[[Row], Row], row: Row) -> Row | Exception:
     try:
         return {**probe(row), "clip_id": clip_id(str(row["kind"]), row["uri"])}
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever a file or a line holds: its row is rejected with it
         return error
 
 
@@ -193,7 +194,7 @@ def _clip(row: Row) -> Row:
         raise audio.AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
     return {
         **row,
-        **{key: _number(uri, row, key, kind) for key, kind in (("mos", float), ("votes", int)) if key in row},
+        **{key: _number(uri, row, key) for key in ("mos", "votes") if key in row},
         "duration_s": info.duration_s,
         "sample_rate": info.sample_rate,
         "channels": info.channels,
@@ -201,10 +202,13 @@ def _clip(row: Row) -> Row:
     }
 
 
-def _number(uri: str, row: Row, key: str, kind: type) -> Any:
+def _number(uri: str, row: Row, key: str) -> float | int:
     try:
-        return kind(row[key])
-    except ValueError:
+        value = float(row[key])
+        if key == "votes" and not value.is_integer():
+            raise ValueError
+        return int(value) if key == "votes" else value
+    except (ValueError, TypeError):
         raise audio.AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
 
 
@@ -220,8 +224,9 @@ def _version(uri: str) -> Row:
 
 def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
     clips, rejects = tables
-    table.publish(table.parquet_bytes(clips), f"{out}/parts/clips-{number:06d}.parquet")
+    # Clips last: a kill in between leaves rejects of files that are looked at again.
     table.publish(table.parquet_bytes(rejects), f"{out}/parts/rejects-{number:06d}.parquet")
+    table.publish(table.parquet_bytes(clips), f"{out}/parts/clips-{number:06d}.parquet")
     return len(clips) + len(rejects)
 
 

@@ -25,16 +25,21 @@ class ChildDied(RuntimeError):
     """The child process ended, or did not answer in time, while it worked on these rows."""
 
 
+class CannotStart(RuntimeError):
+    """The worker could not be made: no row's fault."""
+
+
 class Isolated:
     """A `Worker` whose work happens in a child process made with `make`.
 
     When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
-    kills it again becomes a `ChildDied` in the result. Errors of `make` itself are raised here.
+    kills it again becomes a `ChildDied` in the result. Where `make` fails, now or in a later child, `CannotStart`
+    is raised with its reason. `memory_gb` limits the child's own memory.
     """
 
-    def __init__(self, make: Callable[[], Worker], memory_gb: float = 4.0, timeout_s: float = 600.0) -> None:
+    def __init__(self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = 600.0) -> None:
         self._make = cloudpickle.dumps(make)
-        self._memory_bytes = int(memory_gb * 2**30)
+        self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
         self._ask(None)
@@ -58,7 +63,10 @@ class Isolated:
     def _ask(self, rows: list[Row] | None) -> list[Row | Exception]:
         if self._child is None:
             self._start()
-            self._answer(None)  # raises what `make` raised
+            try:
+                self._answer(None)
+            except Exception as error:
+                raise CannotStart(f"{type(error).__name__}: {error}") from error
         return self._answer(rows) if rows else []
 
     def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
@@ -106,13 +114,13 @@ def child() -> None:
         work: Worker = pickle.loads(connection.recv_bytes())()
     except Exception as error:
         connection.send(_portable(error))
-        return
+        os._exit(1)  # a normal exit would wait for the thread that holds stdin
     connection.send(None)
     while True:
         try:
             rows = connection.recv()
         except EOFError:
-            return
+            os._exit(0)
         try:
             answer: Any = [_portable(r) if isinstance(r, Exception) else r for r in work(rows)]
         except Exception as error:
@@ -121,7 +129,7 @@ def child() -> None:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)
     os._exit(0)
 
 

@@ -1,5 +1,6 @@
 """The main job: plan -> degrade (CPU actors) -> teach (teacher actors) -> label shards, on the engine."""
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -7,10 +8,11 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, degradations, flow, plan, shards, table, teachers
+from speechdistill import __version__, audio, degradations, flow, plan, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.isolate import Row
 from speechdistill.plan import Plan, Plans, Recipe
@@ -62,7 +64,7 @@ class Pseudolabel:
     retry_rejected: bool = False
     """Make the parts with rejects again, after their cause was mended."""
     rows_per_part: int = 64
-    """Samples per shard file, which is also what a killed driver loses at most per actor."""
+    """Samples per shard file; a killed driver loses the parts that are on their way."""
     degrade_actors: int | None = None
     """CPU actors that degrade. Default: what fits the cluster."""
     teach_actors: int | None = None
@@ -78,6 +80,9 @@ def run(config: Pseudolabel) -> dict[str, Any]:
 
     Raises `RunError`, `TableError` or `ValueError` with the cause and the fix; what was labelled is kept.
     """
+    _validate(config)
+    weights = config.weights and table.absolute(config.weights)
+    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out), weights=weights)
     recipe = resolved(config)
     plans = Plans(recipe, Clips.read(config.clips), config.seed)
     num_samples = len(plans) if config.num_samples is None else config.num_samples
@@ -86,30 +91,34 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
     identity = _identity(config, recipe)
     shards.claim(config.out, identity)
+    _keep_manifest(config, identity["clips_sha256"])
+    there = shards.listed(config.out)
+    # A smaller number than before keeps what is there.
+    num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
     session = Session()
     job = flow.Flow(
         shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, _totals),
         identity,
-        partial(_stages, config, recipe),
+        partial(_stages, config, recipe, identity["teacher"]["sha256"]),
         config.max_reject_share,
         config.retry_rejected,
         session.add,
     )
-    earlier = table.read_json(f"{config.out}/summary.json")
-    if earlier and earlier["num_samples"] >= num_samples and not config.retry_rejected:
-        return dict(earlier)
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     try:
-        summary = _summary(config, flow.run(job), session, table.fingerprint(identity))
+        totals = flow.run(job)
+        summary = table.read_json(f"{config.out}/summary.json")
+        if session.samples or not summary:  # otherwise it was complete, and is left as it is
+            summary = _summary(config, totals, session, table.fingerprint(identity))
+            table.publish_json(summary, f"{config.out}/summary.json")
         tracking.metrics({key: value for key, value in summary.items() if isinstance(value, (int, float))})
         tracking.figure(histogram(summary), "scores.png")
         tracking.document(summary, "summary.json")
-        table.publish_json(summary, f"{config.out}/summary.json")
     except BaseException as error:
         tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracking.end("FINISHED")
-    return summary
+    return dict(summary)
 
 
 def resolved(config: Pseudolabel) -> Recipe:
@@ -170,11 +179,15 @@ class Degrade:
 class Teach:
     """Worker of the second stage: the teacher scores exactly the stored int16 samples."""
 
-    def __init__(self, teacher: str, weights: str | None, dtype: str, batch_s: float | None) -> None:
+    def __init__(self, teacher: str, weights: str | None, dtype: str, batch_s: float | None, sha256: str) -> None:
         import torch
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         self._teacher = teachers.load(teacher, weights=weights, dtype=dtype, batch_s=batch_s).teacher
+        if self._teacher.weights_hash != sha256:
+            raise ValueError(
+                f"{teacher} has other weights on this node than on the driver; install the same everywhere"
+            )
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         waves = [audio.decode(row["audio"], row["audio_format"]) for row in rows]
@@ -194,12 +207,50 @@ def histogram(summary: Mapping[str, Any]) -> Any:
     axes = figure.subplots()
     axes.stairs(summary["score_histogram"]["counts"], summary["score_histogram"]["edges"], fill=True)
     axes.set(xlabel="score (MOS)", ylabel="samples", xlim=(1, 5))
-    axes.set_title(f"{summary['labelled']:,} samples, {summary['hours']:.2f} h, mean {summary['score_mean']:.2f}")
+    mean = f", mean {summary['score_mean']:.2f}" if summary["labelled"] else ""
+    axes.set_title(f"{summary['labelled']:,} samples, {summary['hours']:.2f} h{mean}")
     return figure
 
 
+def _validate(config: Pseudolabel) -> None:
+    """Raise `RunError` for a number that cannot be meant, before anything is written."""
+    smallest = {
+        "num_samples": 1,
+        "seed": 0,
+        "segment_s": teachers.MIN_DURATION_S,
+        "snr_sigma_db": 0,
+        "max_reject_share": 0,
+        "rows_per_part": 1,
+        "degrade_actors": 1,
+        "teach_actors": 1,
+        "teach_gpus": 0,
+        "batch_s": teachers.MIN_DURATION_S,
+    }
+    for name, least in smallest.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise RunError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
+def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
+    """Copy the manifest into the run, where the workers read it: an ingest job may replace the original meanwhile."""
+    copy = _manifest(config)
+    fs, path = fsspec.url_to_fs(copy)
+    if not fs.exists(path):
+        with fsspec.open(config.clips, "rb") as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RunError(f"{config.clips} changed just now; run the same command again when its ingest has ended")
+        table.publish(data, copy)
+
+
+def _manifest(config: Pseudolabel) -> str:
+    return f"{config.out}/clips.parquet"
+
+
 def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
-    teacher = teachers.load(config.teacher, weights=config.weights, dtype=config.dtype).teacher
+    # On the CPU: the driver only wants its name and hash, and must not hold a GPU for the run.
+    teacher = teachers.load(config.teacher, weights=config.weights, device="cpu", dtype=config.dtype).teacher
     return {
         "job": "pseudolabel",
         "recipe": asdict(recipe),
@@ -209,30 +260,35 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
         "audio_format": config.audio_format,
         "reference": config.reference,
         "rows_per_part": config.rows_per_part,
-        "libraries": {**audio.codec_versions(), **degradations.library_versions()},
+        "libraries": {"speechdistill": __version__, **audio.codec_versions(), **degradations.library_versions()},
     }
 
 
-def _stages(config: Pseudolabel, recipe: Recipe, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def _stages(
+    config: Pseudolabel, recipe: Recipe, teacher_sha256: str, cpus: float, gpus: float
+) -> tuple[flow.Stage, ...]:
+    """The pools for a cluster; whatever its size, one CPU stays free for Ray Data's own tasks."""
+    free = max(0.5, cpus - 1)
     teach_gpus = (1.0 if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
-    free = max(0.5, cpus - 1)  # one CPU is for Ray Data's own tasks
     if teach_gpus:
-        teach_actors, teach_cpus = config.teach_actors or max(1, int(gpus / teach_gpus)), 0.25
-        degrade_actors = config.degrade_actors or max(1, int(free - 0.25 * teach_actors))
-        degrade_cpus = min(1.0, (free - 0.25 * teach_actors) / degrade_actors)
+        teach_actors = config.teach_actors or max(1, int(gpus / teach_gpus))
+        teach_cpus = min(0.25, 0.25 * free / teach_actors)
+        degrade_actors = config.degrade_actors or max(1, int(free - teach_actors * teach_cpus))
+        degrade_cpus = min(1.0, (free - teach_actors * teach_cpus) / degrade_actors)
     else:  # on CPUs the teacher takes nine tenths of the time (7.68 s: 0.16 s, degrading them: 0.015 s)
         teach_actors = config.teach_actors or max(1, int(cpus))
-        degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)
         teach_cpus = min(1.0, 0.75 * free / teach_actors)
+        degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)
         degrade_cpus = min(1.0, 0.25 * free / degrade_actors)
     batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
-    degrade = partial(Degrade, config.clips, recipe, config.seed, config.audio_format, config.reference)
+    degrade = partial(Degrade, _manifest(config), recipe, config.seed, config.audio_format, config.reference)
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
-    teach = partial(Teach, config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
+    model = (config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
+    teach = partial(Teach, *model, teacher_sha256)
     return (
-        flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, batch_rows=16, isolated=True),
-        flow.Stage("teach", teach, TAUGHT, teach_actors, teach_cpus, teach_gpus, batch_rows=rows),
+        flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, 0, 16, isolated=True, memory_gb=4),
+        flow.Stage("teach", teach, TAUGHT, teach_actors, teach_cpus, teach_gpus, rows, isolated=True),
     )
 
 
@@ -250,31 +306,31 @@ class Session:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._samples, self._audio_s = 0, 0.0
+        self.samples, self._audio_s = 0, 0.0
 
     def add(self, part: Mapping[str, Any]) -> None:
-        self._samples += part["ids"]
+        self.samples += part["ids"]
         self._audio_s += part["totals"]["audio_s"]
 
     def throughput(self) -> dict[str, float]:
         seconds = time.monotonic() - self._started
         return {
             "session_s": seconds,
-            "session_samples": self._samples,
-            "session_samples_per_s": self._samples / seconds,
+            "session_samples": self.samples,
+            "session_samples_per_s": self.samples / seconds,
             "session_audio_hours_per_hour": self._audio_s / seconds,
         }
 
 
 def _summary(config: Pseudolabel, totals: Totals, session: Session, fingerprint: str) -> dict[str, Any]:
-    counts = totals.sums.get("score_counts", [])
+    counts = totals.sums.get("score_counts")
     return {
         "num_samples": totals.done,
         "labelled": totals.labelled,
         "rejected": totals.rejected,
         "hours": totals.sums.get("audio_s", 0.0) / 3600,
         "score_mean": totals.sums["score_sum"] / totals.labelled if totals.labelled else None,
-        "score_histogram": {"edges": SCORE_EDGES.round(3).tolist(), "counts": counts},
+        "score_histogram": {"edges": SCORE_EDGES.round(3).tolist(), "counts": counts or [0] * (len(SCORE_EDGES) - 1)},
         "reject_reasons": dict(shards.reject_reasons(config.out).most_common(10)),
         **session.throughput(),
         "recipe": config.recipe,

@@ -102,7 +102,11 @@ def _whole(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Iterato
         yield row | {"error": _reason(wave)}
         return
     row["duration_s"] = len(wave) / audio.SAMPLE_RATE
-    (label,) = teacher.label([wave])
+    try:
+        (label,) = teacher.label([wave])
+    except RuntimeError as error:  # out of GPU memory on this file, say: the others' scores are not lost
+        yield row | {"error": _reason(error)}
+        return
     yield row | ({"error": _reason(label)} if isinstance(label, Unscorable) else {"mos": label.score})
 
 

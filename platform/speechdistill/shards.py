@@ -93,14 +93,7 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
 
 def listed(out: str) -> dict[int, int]:
     """The committed parts of a folder: part number -> number of its ids (the largest, where a run has grown)."""
-    fs, path = fsspec.url_to_fs(f"{out}/shards")
-    fs.invalidate_cache()
-    found: dict[int, int] = {}
-    for name in fs.ls(path, detail=False) if fs.exists(path) else []:
-        if match := _NAME.search(name):
-            k, count = int(match[1]), int(match[2])
-            found[k] = max(count, found.get(k, 0))
-    return found
+    return {k: count for k, count, _, _ in sorted(_files(out))}
 
 
 def survey(layout: Layout, retry_rejected: bool = False) -> tuple[list[int], Totals]:
@@ -146,39 +139,53 @@ def _write_part(k: int, block: pa.Table, layout: Layout) -> str:
     return text
 
 
-def reopen(out: str) -> None:
-    """Remove `summary.json`, whose existence means that the run is complete, before more parts are made."""
-    fs, path = fsspec.url_to_fs(f"{out}/summary.json")
+def reopen(layout: Layout) -> None:
+    """Make a folder ready for more parts: no `summary.json`, which says that the run is complete, and no part that
+    is now to have more ids, so that readers never see an id twice.
+    """
+    fs, path = fsspec.url_to_fs(f"{layout.out}/summary.json")
     if fs.exists(path):
         fs.rm_file(path)
+    for k, count, _, name in _files(layout.out):
+        if count < len(layout.ids(k)):
+            fs.rm_file(name)
 
 
-def finish(layout: Layout) -> None:
-    """Write `rejects/rejects.parquet`, then `manifest.parquet`; drop parts that a larger one has replaced."""
-    there = listed(layout.out)
-    parts = sorted(there)
-    fs, root = fsspec.url_to_fs(f"{layout.out}/shards")
-    sizes = {}
-    for entry in fs.ls(root, detail=True):
-        match = _NAME.search(entry["name"])
-        if match and int(match[2]) < there[int(match[1])]:
-            fs.rm_file(entry["name"])
-        elif match:
-            sizes[int(match[1])] = entry["size"]
+def finish(layout: Layout, complete: bool = True) -> None:
+    """Write `rejects/rejects.parquet`, then `manifest.parquet`, from the footers of all parts.
+
+    Raises `RunError` where a part is not there (unless `complete` is false).
+    """
+    sizes = {k: (count, size) for k, count, size, _ in sorted(_files(layout.out))}
+    missing = sorted(set(range(layout.num_parts)) - set(sizes))
+    if complete and missing:
+        raise RunError(
+            f"{len(missing)} parts were written but are not in {layout.out}/shards (part {missing[0]} and others); "
+            "--out must be storage that all nodes share, a URL or a network folder"
+        )
     rejects, files = [], []
-    for k, part in zip(parts, _footers(layout, there, parts), strict=True):
+    counts = {k: count for k, (count, _) in sizes.items()}
+    for (k, (count, size)), part in zip(sizes.items(), _footers(layout, counts, list(sizes)), strict=True):
         rejects += part["rejects"]
         files.append(
             {
-                "path": f"shards/{layout.path(k, there[k]).rsplit('/', 1)[1]}",
+                "path": f"shards/{layout.path(k, count).rsplit('/', 1)[1]}",
                 "rows": part["labelled"],
                 "rejects": len(part["rejects"]),
-                "size_bytes": sizes[k],
+                "size_bytes": size,
                 "content_sha256": part["content_sha256"],
             }
         )
     table.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{layout.out}/rejects/rejects.parquet")
-    table.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
+    if complete:
+        table.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
+
+
+def reject_reasons(out: str) -> Counter[str]:
+    """How often each reason stands in a run's rejects; names and numbers inside are left out, so that they add up."""
+    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
+    reasons = (f"{row['stage']}: {row['error_type']}: {row['message']}" for row in rows)
+    return Counter(re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "…", reason)) for reason in reasons)
 
 
 def content_hash(rows: pa.Table) -> str:
@@ -216,7 +223,10 @@ def _rejects(bad: pa.Table) -> list[dict[str, str]]:
     ]
 
 
-def reject_reasons(out: str) -> Counter[str]:
-    """How often each reason stands in a finished run's rejects; file names and numbers inside are left out."""
-    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
-    return Counter(f"{row['stage']}: {row['error_type']}: {row['message']}" for row in rows)
+def _files(out: str) -> list[tuple[int, int, int, str]]:
+    """(part, number of its ids, bytes, name) of every committed file."""
+    fs, path = fsspec.url_to_fs(f"{out}/shards")
+    fs.invalidate_cache()
+    entries = fs.ls(path, detail=True) if fs.exists(path) else []
+    matches = [(_NAME.search(entry["name"]), entry) for entry in entries]
+    return [(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m]

@@ -1,7 +1,7 @@
 """Tables on disk: published schemas, validation, atomic writes, fingerprints.
 
 A schema is `schemas/<name>.json` (`clip.v1`, `pseudolabel.v1`, ...). A published one is never edited: a change
-is a new version. Files appear whole or not at all, on a local disk and on any fsspec URL.
+is a new version. Files appear whole or not at all, on a local disk and on object stores.
 """
 
 import hashlib
@@ -116,8 +116,8 @@ def parquet_bytes(
 def publish(data: bytes | IO[bytes], uri: str) -> None:
     """Write a file whole or not at all, replacing an older one.
 
-    Locally a temporary name, fsync and rename; on an object store one put, which is atomic there (a move
-    would be a copy and a delete, and a file object closed by an exception would publish a torn object).
+    Locally a temporary name, fsync and rename; elsewhere one put, which is atomic on object stores (a move would be
+    a copy and a delete, and a file object closed by an exception would publish a torn object).
     """
     fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
     if fs is not None:
@@ -168,6 +168,13 @@ def read_json(uri: str) -> Any | None:
         return None
     except json.JSONDecodeError as error:
         raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, since workers run in other folders; `file://` is a local path; a URL as it is."""
+    if uri.startswith("file://"):
+        uri = uri.removeprefix("file://")
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
 
 
 def fingerprint(value: Any) -> str:

@@ -7,6 +7,7 @@ and left out: the files beside the run are the truth.
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Tracking:
 
         self._client = MlflowClient(tracking_uri=self._uri)
         known = table.read_json(f"{self._out}/tracking.json")
-        if known and known["tracking_uri"] == self._uri:
+        if known and known["tracking_uri"] == _without_password(self._uri):
             self.run_id = known["run_id"]
             self._client.update_run(self.run_id, status="RUNNING")
             return
@@ -66,7 +67,9 @@ class Tracking:
         for key, value in parameters.items():
             text = value if isinstance(value, str) else json.dumps(value)
             self._client.log_param(self.run_id, key, text)
-        table.publish_json({"tracking_uri": self._uri, "run_id": self.run_id}, f"{self._out}/tracking.json")
+        table.publish_json(
+            {"tracking_uri": _without_password(self._uri), "run_id": self.run_id}, f"{self._out}/tracking.json"
+        )
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -83,4 +86,8 @@ class Tracking:
             action(*arguments)
         except Exception as error:
             self._failed = True
-            _LOG.warning("MLflow at %s does not answer (%s); this run goes on without it", self._uri, error)
+            _LOG.warning("MLflow at %s: %s; this run goes on without it", _without_password(self._uri), error)
+
+
+def _without_password(uri: str) -> str:
+    return re.sub("//[^/@]*@", "//", uri)

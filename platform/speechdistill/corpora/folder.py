@@ -10,14 +10,16 @@ import fsspec
 
 from speechdistill.audio import EXTENSIONS
 
+_NO_FOLDER = "{} is not a folder; give folders with --speech, --noise, --rir"
+
 
 def rows(root: str, kind: str, ignored: Counter[str]) -> Iterator[dict[str, Any]]:
-    """A row per audio file below `root`, in sorted order; `ignored` counts the other files' extensions.
+    """A row per audio file below `root`, in sorted order, links followed; `ignored` counts what else is there.
 
     Raises `FileNotFoundError` where there is no such folder.
     """
     corpus = PurePosixPath(root.rstrip("/")).name
-    for uri in _files(root):
+    for uri in _files(root, ignored):
         extension = os.path.splitext(uri)[1].lower()  # noqa: PTH122 (a URL is no path)
         if extension in EXTENSIONS:
             yield {"uri": uri, "kind": kind, "corpus": corpus}
@@ -25,21 +27,32 @@ def rows(root: str, kind: str, ignored: Counter[str]) -> Iterator[dict[str, Any]
             ignored[extension or "(none)"] += 1
 
 
-def _files(root: str) -> Iterator[str]:
-    if "://" not in root:
-        top = Path(root).resolve()
-        if not top.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder; give folders with --speech, --noise, --rir")
-        walk = os.walk(top, followlinks=True)
-        prefix = ""
-    else:
-        fs, path = fsspec.url_to_fs(root)
-        if not fs.isdir(path):
-            raise FileNotFoundError(f"{root} is not a folder; give folders with --speech, --noise, --rir")
-        walk = fs.walk(path)
-        prefix = root.split("://")[0] + "://"
-    for folder, folders, names in walk:
-        if isinstance(folders, list):
-            folders.sort()
+def _files(root: str, ignored: Counter[str]) -> Iterator[str]:
+    if "://" in root:
+        yield from _files_of_url(root)
+        return
+    if not Path(root).is_dir():
+        raise FileNotFoundError(_NO_FOLDER.format(root))
+    seen: set[tuple[int, int]] = set()  # followed links may lead back
+
+    def unreadable(error: OSError) -> None:
+        ignored["(unreadable folder)"] += 1
+
+    for folder, folders, names in os.walk(Path(root).resolve(), onerror=unreadable, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (f"{folder}/{name}" for name in sorted(names))
+
+
+def _files_of_url(root: str) -> Iterator[str]:
+    fs, path = fsspec.url_to_fs(root)
+    if not fs.isdir(path):
+        raise FileNotFoundError(_NO_FOLDER.format(root))
+    archive = root[root.index("::") :] if "::" in root else ""  # zip://folder::s3://bucket/a.zip
+    for folder, _, names in fs.walk(path):
         for name in sorted(names):
-            yield f"{prefix}{folder}/{name}"
+            yield fs.unstrip_protocol(f"{folder}/{name}") + archive

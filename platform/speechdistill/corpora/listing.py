@@ -14,6 +14,7 @@ from speechdistill import table
 
 _LOG = logging.getLogger(__name__)
 _FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
+_NUMBERS = {"mos", "votes"}
 
 
 def rows(file: str) -> Iterator[dict[str, Any]]:
@@ -31,14 +32,15 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
         if number == 0 and (unknown := sorted(set(line) - known)):
             _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(known))
         values = {key: value for key, value in line.items() if key in known and value not in ("", None)}
-        yield {"kind": "speech", **values, "uri": _absolute(str(path), folder)}
+        texts = {key: value if key in _NUMBERS else str(value) for key, value in values.items()}
+        yield {"kind": "speech", **texts, "uri": _absolute(str(path), folder)}
 
 
 def _lines(file: str) -> Iterator[dict[str, Any]]:
     suffix = Path(file).suffix.lower()
     if suffix == ".csv":
         with fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as lines:
-            yield from csv.DictReader(lines)
+            yield from csv.DictReader(lines, restkey="(fields beyond the header)")
     elif suffix in (".jsonl", ".ndjson"):
         with fsspec.open(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines):
