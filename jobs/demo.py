@@ -13,7 +13,7 @@ import tyro
 
 from speechdistill import __version__, audio, cli, degradations, table
 from speechdistill.plan import Plan
-from speechdistill.pseudolabel import make_sample
+from speechdistill.samples import make_sample
 
 
 @dataclass(frozen=True)

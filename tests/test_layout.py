@@ -18,7 +18,7 @@ TIERS = (
     {"audio", "table", "isolate"},
     {"clips", "shards", "tracking"},
     {*FAMILIES, "plan", "score"},
-    {"flow"},
+    {"flow", "samples"},
     {"ingest", "pseudolabel"},
     {"cli"},
 )

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, ingest, plan, pseudolabel, shards, table, teachers
+from speechdistill import audio, ingest, plan, pseudolabel, samples, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.ingest import Ingest
 from speechdistill.plan import Plan, Plans
@@ -58,7 +58,7 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     teacher = teachers.load("distillmos")
     for row in rows.values():
         sample = Plan.from_json(row["plan"])
-        degraded, clean = pseudolabel.make_sample(sample)
+        degraded, clean = samples.make_sample(sample)
         assert audio.encode(degraded, "flac") == row["audio"], "the stored audio is not its plan's"
         assert audio.encode(clean, "flac") == row["reference"]
         stored = audio.decode(row["audio"], row["audio_format"])
@@ -347,7 +347,7 @@ def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
     of_it = (plans[i] for i in range(sample_id, sample_id + 1000))
     sample = next(sample for sample in of_it if sample.uri.endswith("speech.wav"))
     try:
-        degraded, clean = pseudolabel.make_sample(sample)
+        degraded, clean = samples.make_sample(sample)
     except audio.AudioError as error:
         # Four seconds of an impulse response are read; one that is silent in them is refused.
         assert "rir.wav" in error.path and not np.any(np.abs(wave[: 4 * rate]) > 1e-5)

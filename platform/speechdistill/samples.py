@@ -1,0 +1,92 @@
+"""The workers of the labelling job: plans to degraded audio, audio to labels."""
+
+import numpy as np
+import pyarrow as pa
+
+from speechdistill import audio, table, teachers
+from speechdistill.clips import Clips
+from speechdistill.isolate import Row
+from speechdistill.plan import Plan, Plans, Recipe
+
+SCHEMA = "pseudolabel.v1"
+_LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
+_FIELDS = [field for field in table.schema(SCHEMA) if field.name != "sample_id"]
+DEGRADED = pa.schema([field for field in _FIELDS if field.name not in _LABELS])
+TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
+
+
+def make_sample(sample: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The degraded and the clean segment of a plan: int16 at 16 kHz, shape (num_samples,) each.
+
+    Raises `AudioError` for a source that cannot be read, and `ArithmeticError` naming a step whose output is not
+    finite.
+    """
+    clean = audio.load(sample.uri, sample.start, sample.num_samples)
+    wave = clean
+    for step in sample.steps:
+        wave = step.apply(wave)
+        if wave.shape != clean.shape or not np.isfinite(wave).all():
+            raise ArithmeticError(f"{step} gave {wave.shape} samples, not all finite; report it with this plan")
+    return audio.quantise(_within_full_scale(wave)), audio.quantise(_within_full_scale(clean))
+
+
+class Degrade:
+    """Worker of the first stage: sample ids to stored audio and its plan."""
+
+    def __init__(self, clips: str, recipe: Recipe, seed: int, audio_format: str, reference: bool) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
+        self._plans = Plans(recipe, Clips.read(clips), seed)
+        self._format, self._reference = audio_format, reference
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        return [self._one(row["id"]) for row in rows]
+
+    def _one(self, sample_id: int) -> Row | Exception:
+        sample = self._plans[sample_id]
+        try:
+            degraded, clean = make_sample(sample)
+        except Exception as error:
+            return error
+        return {
+            "audio": audio.encode(degraded, self._format),
+            "audio_format": self._format,
+            "sample_rate": audio.SAMPLE_RATE,
+            "num_samples": len(degraded),
+            "plan": sample.to_json(),
+            "speaker": sample.speaker,
+            "clip_ids": sample.clip_ids,
+            "segment_start_s": sample.start / audio.SAMPLE_RATE,
+            "segment_duration_s": sample.num_samples / audio.SAMPLE_RATE,
+            "reference": audio.encode(clean, self._format) if self._reference else None,
+        }
+
+
+class Teach:
+    """Worker of the second stage: the teacher scores exactly the stored int16 samples."""
+
+    def __init__(self, teacher: str, weights: str | None, dtype: str, batch_s: float | None, sha256: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # actors, not threads, fill the CPUs
+        self._teacher = teachers.load(teacher, weights=weights, dtype=dtype, batch_s=batch_s).teacher
+        if self._teacher.weights_hash != sha256:
+            raise ValueError(
+                f"{teacher} has other weights on this node than on the driver; install the same everywhere"
+            )
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        waves = [audio.decode(row["audio"], row["audio_format"]) for row in rows]
+        return [self._row(label) for label in self._teacher.label(waves)]
+
+    def _row(self, label: teachers.Label | Exception) -> Row | Exception:
+        if isinstance(label, Exception):
+            return label
+        return {**label._asdict(), "teacher": self._teacher.name, "teacher_hash": self._teacher.weights_hash}
+
+
+def _within_full_scale(wave: np.ndarray) -> np.ndarray:
+    """Scaled down to a peak of 0.99 where noise or a room has pushed it over full scale."""
+    peak = float(np.max(np.abs(wave), initial=0.0))
+    return wave * np.float32(0.99 / peak) if peak > 1.0 else wave
