@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, ingest, plan, pseudolabel, samples, shards, table, teachers
+from speechdistill import audio, flow, ingest, plan, pseudolabel, samples, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.ingest import Ingest
 from speechdistill.plan import Plan, Plans
@@ -285,6 +285,16 @@ def test_numbers_that_cannot_be_meant_are_refused_before_work(tmp_path: Path, op
     with pytest.raises(RunError, match=f"--{option.replace('_', '-')} is {value}; it must be at least"):
         pseudolabel.run(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 16, 96])
+@pytest.mark.parametrize(("gpus", "share"), [(0, None), (1, None), (1, 0.5), (2, 0.1), (8, 0.25)])
+def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None) -> None:
+    config = Pseudolabel("clips.parquet", "out", teach_gpus=share)
+    degrade, teach = pseudolabel._stages(config, plan.weights_free(), "0", cpus, gpus)
+    flow.check_pools((degrade, teach), cpus, gpus)
+    assert teach.actors == (gpus / (share or 1) if gpus else cpus)
+    assert teach.batch_rows == (64 if gpus else 8)
 
 
 def test_the_demo_scores_the_clean_clip_higher(tmp_path: Path) -> None:
