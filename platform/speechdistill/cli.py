@@ -1,7 +1,6 @@
 """`speechdistill ...`: every command of the platform; the scripts in jobs/ are the same commands for a cluster."""
 
 import logging
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,6 @@ class Score:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, _stop)  # what `ray job stop` sends
     command = tyro.extras.subcommand_cli_from_dict(
         {"ingest": _ingest, "pseudolabel": _pseudolabel, "score": _score},
         prog="speechdistill",
@@ -51,10 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     sys.exit(main())
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _guarded(action: Callable[[], int], resume: str) -> int:

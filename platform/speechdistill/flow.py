@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +102,7 @@ def run(flow: Flow) -> Totals:
     if missing:
         shards.reopen(layout)
         connect()
+        _stop_on_sigterm()
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         stages = flow.stages(cpus, gpus)
@@ -113,6 +116,16 @@ def run(flow: Flow) -> Totals:
                 _judge(flow, totals)
     shards.finish(layout)
     return totals
+
+
+def _stop_on_sigterm() -> None:
+    """Let SIGTERM, which `ray job stop` sends, end the driver as Ctrl-C does; the handler of `ray.init` aborts."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
