@@ -1,6 +1,6 @@
 """A millisecond flow for engine tests: real stages, shards and schema, with tiny waves instead of speech.
 
-Runs as a program too (`python tests/milli.py OUT NUM_IDS [--slow]`), so that tests can kill its driver.
+Runs as a program too (`python tests/milli.py OUT NUM_IDS`), so that tests can kill its driver.
 """
 
 import os
@@ -17,12 +17,9 @@ import pyarrow as pa
 
 from speechdistill import audio, flow, shards, table
 from speechdistill.isolate import Row
+from speechdistill.samples import DEGRADED, TAUGHT
 
 COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sample_id"]
-LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
-SCHEMA = table.schema("pseudolabel.v1")
-DEGRADED = pa.schema([SCHEMA.field(name) for name in COLUMNS if name not in LABELS])
-TAUGHT = pa.schema([SCHEMA.field(name) for name in LABELS])
 
 
 @dataclass(frozen=True)

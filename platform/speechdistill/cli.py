@@ -58,7 +58,6 @@ def _guarded(action: Callable[[], int], resume: str) -> int:
         print(f"\nstopped; {resume}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        logging.getLogger(__name__).debug("", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 1
 
