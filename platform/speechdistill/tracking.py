@@ -1,20 +1,39 @@
-"""The one importer of mlflow: a run that describes a job, and never stops it.
+"""A run that describes a job in MLflow, and never stops or slows it.
 
-`MLFLOW_TRACKING_URI` wins; else an sqlite database in the output folder. What a server does not take is told once
-and left out: the files beside the run are the truth.
+The job only fills a queue: one thread writes it to the log beside the run (`event_log.py`), another sends the log to
+MLflow (`mlflow_sender.py`), over and over while it does not answer.
 """
 
 import json
 import logging
+import math
 import os
-import re
-from collections.abc import Mapping
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from speechdistill import table
+from speechdistill.event_log import EventLog, order, run_event, segments
+from speechdistill.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
 _LOG = logging.getLogger(__name__)
+_WRITE_S = 1.0  # at most one write a second, since each is a whole object on object stores
+_SEND_S, _SEND_AT_MOST_S = 5.0, 60.0  # between two sends; doubled after each that failed
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What `sync` sent, what is left (artifacts that were not taken, events of a job that goes on), and the run."""
+
+    sent: int
+    left: int
+    run_id: str
 
 
 def tracking_uri(out: str) -> str:
@@ -26,68 +45,175 @@ def tracking_uri(out: str) -> str:
     return f"sqlite:///{Path(out).resolve()}/mlflow.db"
 
 
+def run_id(out: str) -> str | None:
+    """The MLflow run of `out` at `tracking_uri(out)`, or None while that has not answered yet."""
+    out = table.absolute(out)
+    found = state(out, place(out, tracking_uri(out))).get("run_id")
+    return str(found) if found else None
+
+
+def sync(out: str) -> Synced:
+    """Send what MLflow lacks of the run in `out`; also while its job goes on elsewhere.
+
+    With MLFLOW_TRACKING_URI set to another server than the job's, that server gets the whole run as a new one. Raises
+    `TrackingError` where `out` has no log, the job was tracked at a server that is not set now, or it does not answer.
+    """
+    out = table.absolute(out)
+    uri = tracking_uri(out)
+    names = list(segments(out))
+    if not names:
+        raise TrackingError(f"{out} has no tracking log (tracking/events-*.jsonl); give the --out folder of a run")
+    last_session = max(session for session, _ in map(order, names))
+    tracked_at = run_event(out, [name for name in names if order(name)[0] == last_session])["place"]
+    if tracked_at != place(out, uri) and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise TrackingError(f"{out} was tracked at {tracked_at}; set MLFLOW_TRACKING_URI to it, or to another server")
+    sender = Sender(out, uri)
+    try:
+        sent = sender.send() + sender.send()  # again: what a running job added meanwhile, its last status above all
+    except TrackingError:
+        raise
+    except Exception as error:
+        # `from None`: the original text, which a traceback would print, may hold the password.
+        raise TrackingError(f"{failure(uri, error)}; the log is kept: sync again when it answers") from None
+    return Synced(sent, sender.left(), str(sender.run_id))
+
+
 class Tracking:
-    """One MLflow run for one output folder: a resumed job goes on with the run it began."""
+    """One MLflow run for one output folder: a resumed job goes on with the run it began.
+
+    No method waits for MLflow or the storage, or raises because of them; only `end` waits, for as long as it is told.
+    """
 
     def __init__(self, out: str, experiment: str, name: str, parameters: Mapping[str, Any]) -> None:
-        self._uri, self._out, self._failed = tracking_uri(out), out, False
-        self.run_id: str | None = None
-        self._try(self._start, experiment, name, parameters)
+        self._out = table.absolute(out)
+        self._uri = tracking_uri(self._out)
+        self._log, self._sender = EventLog(self._out), Sender(self._out, self._uri)
+        self._work, self._ending, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._written, self._all_written, self._all_sent = threading.Event(), threading.Event(), threading.Event()
+        self._add(
+            "run",
+            experiment=experiment,
+            name=name,
+            tag=uuid.uuid4().hex,
+            place=place(self._out, self._uri),
+            parameters={key: _text(value) for key, value in parameters.items()},
+        )
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._write, self._send)]
+        for thread in self._threads:
+            thread.start()
 
-    def metrics(self, values: Mapping[str, float]) -> None:
-        def log() -> None:
-            for key, value in values.items():
-                self._client.log_metric(self.run_id, key, value)
-
-        self._try(log)
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """One point for each value, at this time and `step`; what is no number is left out with a warning."""
+        numbers: dict[str, float | str] = {}
+        for key, value in values.items():
+            with _left_out(f"metric {key}"):
+                numbers[key] = _number(value)
+        with _left_out("step"):
+            self._add("metrics", step=int(step), values=numbers)
 
     def figure(self, figure: Any, name: str) -> None:
-        self._try(lambda: self._client.log_figure(self.run_id, figure, name))
+        """A matplotlib figure as the PNG file `name`; an earlier file of that name is replaced."""
+        with _left_out(name):
+            image = BytesIO()
+            figure.savefig(image, format="png")
+            self._add_file(name, image.getvalue())
 
     def document(self, value: Mapping[str, Any], name: str) -> None:
-        self._try(lambda: self._client.log_dict(self.run_id, value, name))
+        """A JSON document as the file `name`; an earlier file of that name is replaced."""
+        with _left_out(name):
+            self._add_file(name, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
-    def end(self, status: str) -> None:
-        """`FINISHED`, `FAILED` or `KILLED`."""
-        self._try(lambda: self._client.set_terminated(self.run_id, status))
+    def end(self, status: str, patience_s: float = 30.0) -> None:
+        """Close with `FINISHED`, `FAILED` or `KILLED`; waits at most `patience_s` seconds for what is still to send.
 
-    def _start(self, experiment: str, name: str, parameters: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seven, the default, is minutes of waiting
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        from mlflow import MlflowClient
+        A warning says what is left. A server that does not answer at once is not waited for any longer.
+        """
+        deadline = time.monotonic() + patience_s
+        self._add("status", status=status)
+        self._ending.set()
+        self._work.set()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._over.set()
+        if not self._all_written.is_set():
+            _LOG.warning("%d events could not be written to %s/tracking and are lost", len(self._log), self._out)
+        elif not self._all_sent.is_set():
+            with _left_out("what is left to send"):
+                text = "%d events are not sent to MLflow at %s; `speechdistill sync %s` sends them later"
+                _LOG.warning(text, self._sender.left(), without_password(self._uri), self._out)
 
-        self._client = MlflowClient(tracking_uri=self._uri)
-        known = table.read_json(f"{self._out}/tracking.json")
-        if known and known["tracking_uri"] == _without_password(self._uri):
-            self.run_id = known["run_id"]
-            self._client.update_run(self.run_id, status="RUNNING")
-            return
-        run = self._client.create_run(self._experiment(experiment), run_name=name)
-        self.run_id = run.info.run_id
-        for key, value in parameters.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            self._client.log_param(self.run_id, key, text)
-        table.publish_json(
-            {"tracking_uri": _without_password(self._uri), "run_id": self.run_id}, f"{self._out}/tracking.json"
-        )
+    def _add(self, event: str, **fields: Any) -> None:
+        self._log.add(event, **fields)
+        self._work.set()
 
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found:
-            return str(found.experiment_id)
-        # Without a location of its own, `mlruns/` would land in the working directory.
-        location = (Path(self._out).resolve() / "mlartifacts").as_uri() if self._uri.startswith("sqlite:") else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+    def _add_file(self, name: str, data: bytes) -> None:
+        self._log.add_file(name, data)
+        self._work.set()
 
-    def _try(self, action: Any, *arguments: Any) -> None:
-        if self._failed:
-            return
-        try:
-            action(*arguments)
-        except Exception as error:
-            self._failed = True
-            _LOG.warning("MLflow at %s: %s; this run goes on without it", _without_password(self._uri), error)
+    def _write(self) -> None:
+        """The first thread: from the queue to the log."""
+        warned = False
+        while not self._over.is_set():
+            self._work.wait()
+            self._work.clear()
+            ending = self._ending.is_set()
+            try:
+                self._log.flush()
+            except Exception as error:
+                if not warned:
+                    _LOG.warning("%s/tracking: %s; its events are kept in memory and tried again", self._out, error)
+                warned = True
+                self._over.wait(_SEND_S)
+                self._work.set()
+                continue
+            if ending:
+                self._all_written.set()
+            self._written.set()
+            if ending:
+                return
+            self._ending.wait(_WRITE_S)
+
+    def _send(self) -> None:
+        """The second thread: from the log to MLflow."""
+        pause, warned = _SEND_S, False
+        while True:
+            self._written.wait()
+            self._written.clear()
+            last = self._all_written.is_set()
+            try:
+                self._sender.send()
+                complete = not self._sender.late
+            except Exception as error:
+                complete = False
+                if not warned:
+                    _LOG.warning("%s; this run goes on without it, and it is tried again", failure(self._uri, error))
+                warned = True
+            if last:
+                if complete:
+                    self._all_sent.set()
+                return
+            if complete:
+                pause = _SEND_S
+            else:
+                self._written.set()
+            self._all_written.wait(pause)
+            pause = pause if complete else min(2 * pause, _SEND_AT_MOST_S)
 
 
-def _without_password(uri: str) -> str:
-    return re.sub("//[^/@]*@", "//", uri)
+def _text(value: Any) -> str:
+    """A parameter as MLflow holds it: at most 6000 characters."""
+    return (value if isinstance(value, str) else json.dumps(value, default=str))[:6000]
+
+
+def _number(value: Any) -> float | str:
+    """JSON knows no NaN."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+@contextmanager
+def _left_out(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _LOG.warning("%s is not tracked: %s", what, error)

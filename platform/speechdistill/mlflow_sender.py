@@ -1,0 +1,245 @@
+"""The one importer of mlflow: sends the log of a run to an MLflow server or database.
+
+`OUT/tracking/sent.json` holds for each MLflow its run, the bytes it has of each segment and the artifacts it lacks.
+Every event is sent at least once. MLflow keeps equal points once, and a run is found again by its tag, so a killed
+driver or a `sync` beside a running job doubles nothing. (Only on object stores, which cannot be locked, two processes
+that create the run within the same instant can make two.)
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speechdistill import table
+from speechdistill.event_log import alone, pending, read, run_event, segments
+
+_LOG = logging.getLogger(__name__)
+_TAG = "speechdistill.run"
+
+
+class TrackingError(RuntimeError):
+    """A run that cannot be sent to MLflow: why, and what to do."""
+
+
+class Sender:
+    """Sends the log of one output folder to one MLflow; for one thread."""
+
+    def __init__(self, out: str, uri: str) -> None:
+        self._out, self._uri, self._place = out, uri, place(out, uri)
+        self._client: Any = None
+        self.run_id: str | None = None  # None until the server was asked for it, and after it failed
+        self._sent: dict[str, int] = {}
+        self.late: list[str] = []  # artifacts that were not taken yet: they must not hold up the points after them
+        self._refused: set[tuple[str, str]] = set()
+        self._told: set[str] = set()
+
+    def send(self) -> int:
+        """Send what is missing, store how far it got, return the number of events; raises what the server raises."""
+        try:
+            return self._send()
+        except TrackingError:
+            raise
+        except Exception:  # a connection kept open fails once after the server has closed it
+            return self._send()
+
+    def left(self) -> int:
+        """How many events and artifacts are not sent."""
+        known = state(self._out, self._place)
+        if self.run_id:  # what is stored may be another process's, which has come less far
+            known = {"sent": dict(self._sent), "artifacts_left": self.late}
+        sent = known.get("sent", {})
+        lines = (read(f"{self._out}/tracking/{name}", sent.get(name, 0)) for name in pending(self._out, sent))
+        return sum(data.count(b"\n") for data in lines) + len(known.get("artifacts_left", []))
+
+    def _send(self) -> int:
+        try:
+            if self.run_id is None:
+                self._connect()
+            before = len(self.late)
+            lines = sum(self._send_segment(name) for name in pending(self._out, self._sent))
+        except Exception:
+            self.run_id = None
+            raise
+        for name in list(self.late):
+            self._send_artifact(name)
+        return lines + before - len(self.late)
+
+    def _connect(self) -> None:
+        """Find the run on the server, or create it; what is known of a run that is gone is forgotten."""
+        self._client = self._client or _mlflow_client(self._uri)
+        with alone(self._out):
+            known = state(self._out, self._place)
+            if known and self._is_active(known["run_id"]):
+                self.run_id, self._sent, self.late = known["run_id"], known["sent"], known["artifacts_left"]
+                return
+            first = run_event(self._out, list(segments(self._out)))
+            self.run_id = self._find(first) or self._create(first)
+            self._sent, self.late = {}, []
+            self._store()
+
+    def _is_active(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def _find(self, first: Mapping[str, Any]) -> str | None:
+        experiment = self._client.get_experiment_by_name(first["experiment"])
+        if not experiment:
+            return None
+        runs = self._client.search_runs([experiment.experiment_id], f"tags.`{_TAG}` = '{first['tag']}'")
+        return min((str(run.info.run_id) for run in runs), default=None)
+
+    def _create(self, first: Mapping[str, Any]) -> str:
+        tags = {_TAG: first["tag"]}
+        experiment = self._experiment(first["experiment"])
+        run = self._client.create_run(experiment, first["time_ms"], tags=tags, run_name=first["name"])
+        mine = str(run.info.run_id)
+        chosen = self._find(first) or mine
+        if chosen != mine:  # another process, that could not be locked out, has created one too
+            self._client.delete_run(mine)
+        return chosen
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if not found:
+            try:
+                return str(self._client.create_experiment(name, _artifact_location(self._out, self._uri)))
+            except MlflowException:  # another job may have created it just now
+                found = self._client.get_experiment_by_name(name)
+                if not found:
+                    raise
+        return str(found.experiment_id)
+
+    def _send_segment(self, name: str) -> int:
+        from mlflow.entities import Metric
+
+        start = self._sent.get(name, 0)
+        data = read(f"{self._out}/tracking/{name}", start)
+        events = [json.loads(line) for line in data.splitlines()]
+        for event in events:
+            if event["event"] == "run":
+                self._send_parameters(event["parameters"])
+        points = [
+            Metric(key, float(value), event["time_ms"], event["step"])
+            for event in events
+            if event["event"] == "metrics"
+            for key, value in event["values"].items()
+        ]
+        self._log_batch("metrics", points, 1000)
+        states = [event for event in events if event["event"] in ("run", "status")]
+        if states:
+            self._send_status(states[-1].get("status", "RUNNING"), states[-1]["time_ms"])
+        artifacts = [event["name"] for event in events if event["event"] == "artifact"]
+        self.late = list(dict.fromkeys([*self.late, *artifacts]))
+        self._sent[name] = start + len(data)
+        self._store()
+        return len(events)
+
+    def _send_parameters(self, parameters: Mapping[str, str]) -> None:
+        """Parameters that the run has are not sent again; MLflow refuses to change one, so a change becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        there = self._client.get_run(self.run_id).data
+        new = [Param(key, value) for key, value in parameters.items() if key not in there.params]
+        changed = [
+            RunTag(f"changed.{key}", value)
+            for key, value in parameters.items()
+            if key in there.params and value != there.tags.get(f"changed.{key}", there.params[key])
+        ]
+        self._log_batch("params", new, 100)
+        self._log_batch("tags", changed, 100)
+
+    def _log_batch(self, kind: str, items: list[Any], at_most: int) -> None:
+        """Log items `at_most` at once; a name that MLflow does not allow is left out, or all after it would wait."""
+        from mlflow.exceptions import MlflowException
+
+        for start in range(0, len(items), at_most):
+            some = [item for item in items[start : start + at_most] if (kind, item.key) not in self._refused]
+            try:
+                self._client.log_batch(self.run_id, **{kind: some})
+            except MlflowException as error:
+                if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                    raise
+                if not self._is_active(str(self.run_id)):  # deleted just now; asked for again, it is made anew
+                    raise
+                if len(some) == 1:
+                    self._refused.add((kind, some[0].key))
+                    self._tell(f"{some[0].key!r} of the {kind} is refused and left out", error)
+                else:
+                    self._log_batch(kind, some, len(some) // 2)
+
+    def _send_status(self, status: str, time_ms: int) -> None:
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status)
+        else:
+            self._client.set_terminated(self.run_id, status, time_ms)
+
+    def _send_artifact(self, name: str) -> None:
+        folder, _, file = name.rpartition("/")
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                (Path(temporary) / file).write_bytes(read(f"{self._out}/tracking/artifacts/{name}"))
+                self._client.log_artifact(self.run_id, f"{temporary}/{file}", folder or None)
+            self.late.remove(name)
+            self._store()
+        except Exception as error:
+            self._tell(f"artifact {name} is not sent yet", error)
+
+    def _tell(self, text: str, error: Exception) -> None:
+        if text not in self._told:
+            _LOG.warning("%s (%s)", text, failure(self._uri, error))
+        self._told.add(text)
+
+    def _store(self) -> None:
+        """The last writer wins: each tells what it has seen through itself, and at worst some is sent again."""
+        sent = table.read_json(f"{self._out}/tracking/sent.json") or {}
+        sent[self._place] = {"run_id": self.run_id, "sent": self._sent, "artifacts_left": self.late}
+        table.publish_json(sent, f"{self._out}/tracking/sent.json")
+
+
+def _mlflow_client(uri: str) -> Any:
+    # This module tries again by itself; MLflow's seven retries of 120 s would be many minutes in one call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _artifact_location(out: str, uri: str) -> str | None:
+    """Without a server to choose one, `mlruns/` would land in the working directory."""
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        return (database.resolve().parent / "mlartifacts").as_uri()
+    return None if uri.startswith(("http", "databricks")) else f"{out}/mlartifacts"
+
+
+def state(out: str, place: str) -> dict[str, Any]:
+    return dict((table.read_json(f"{out}/tracking/sent.json") or {}).get(place, {}))
+
+
+def place(out: str, uri: str) -> str:
+    """The name of an MLflow in sent.json; the database in the folder keeps its name when the folder moves."""
+    return "mlflow.db" if uri == f"sqlite:///{out}/mlflow.db" else without_password(uri)
+
+
+def failure(uri: str, error: Exception) -> str:
+    return f"MLflow at {without_password(uri)}: {without_password(str(error))}"
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"(?<=//)([^/@\s]*|[^:/@\s]+:[^@\s]*)@", "", text)
