@@ -1,0 +1,334 @@
+"""The trials of `speechdistill doctor`: each really does what it names, in a child process, here or on a node.
+
+A trial is a function `(member, places) -> detail`; it raises `Missing` for what nobody installed, set or asked for,
+and any other exception for what does not work.
+"""
+
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+
+from speechdistill import audio, degradations, plan, table, teachers, tracking
+from speechdistill.audio import SAMPLE_RATE
+from speechdistill.clips import Clips
+from speechdistill.samples import make_sample
+
+# Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
+_SOUNDFILE = {
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+    "ogg": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+}
+_AV = {"m4a": ("mp4", "aac"), "webm": ("webm", "libopus"), "wma": ("asf", "wmav2")}
+
+
+class Missing(Exception):
+    """What a trial needs is not there: the reason, the fix."""
+
+
+class Places(NamedTuple):
+    """Where results would go and which manifest would be read, if they are known; absolute paths or URLs."""
+
+    out: str | None = None
+    clips: str | None = None
+
+
+def names() -> list[str]:
+    """Everything that can be tried, in the order of the report."""
+    components = dict.fromkeys(name for make in plan.RECIPES.values() for stage in make().stages for name in stage.odds)
+    return [
+        "machine",
+        *(f"teacher:{name}" for name in teachers.names()),
+        *(f"degradation:{name}" for name in components),
+        *(f"recipe:{name}" for name in plan.RECIPES),
+        *(f"format:{name}" for name in (*_SOUNDFILE, *_AV)),
+        *("gpu", "storage:s3", "storage:out", "clips", "tracking", "demo", "torchaudio"),
+    ]
+
+
+@contextmanager
+def published(out: str, name: str) -> Iterator[str]:
+    """A small file in the folder or URL `out`; afterwards it is gone, and so are folders made for it."""
+    uri = f"{out}/{name}"
+    made = [folder for folder in Path(uri).parents if not folder.exists()] if "://" not in uri else []
+    try:
+        table.publish(name.encode(), uri)
+        try:
+            yield uri
+        finally:
+            fs, path = fsspec.url_to_fs(uri)
+            fs.rm_file(path)
+    finally:
+        for folder in made:
+            if folder.exists():
+                folder.rmdir()
+
+
+def _machine(_: str, places: Places) -> str:
+    folder = tempfile.gettempdir()
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    cpus = len(os.sched_getaffinity(0))
+    text = f"Python {platform.python_version()} on {platform.machine()}, {cpus} CPUs, {free_gb:.0f} GB free in {folder}"
+    if free_gb < 1:
+        raise OSError(text)
+    return text
+
+
+def _teacher(name: str, places: Places) -> str:
+    model = teachers.load(name)
+    score = model(_voice(2.0), SAMPLE_RATE)
+    if not 1 <= score <= 5:
+        raise ArithmeticError(f"a score of {score}, which is not from 1 to 5")
+    return f"weights {model.teacher.weights_hash[:12]} give a synthetic voice {score:.2f} MOS"
+
+
+@cache  # recipes ask again
+def _degradation(name: str, places: Places) -> str:
+    """Drawn with and without recordings of noise and rooms at hand, and applied."""
+    try:
+        component = degradations.component(name)
+    except ValueError as error:
+        raise Missing("not part of this version", "use recipe weights_free, which does without it") from error
+    steps = set()
+    with _corpus() as manifests:
+        for clips in manifests:
+            clip = clips.speech[0]
+            wave = audio.load(clip.uri)
+            scene = degradations.Scene(clip.clip_id, clip.speaker, len(wave), clips)
+            for seed in range(4):
+                step = component(np.random.default_rng(seed), scene)
+                degraded = step.apply(wave)
+                if degraded.shape != wave.shape or not np.isfinite(degraded).all():
+                    raise ArithmeticError(f"{step} gave {degraded.shape} samples, not all finite")
+                steps.add(type(step).__name__)
+    return f"{', '.join(sorted(steps))} applied"
+
+
+def _recipe(name: str, places: Places) -> str:
+    recipe = plan.RECIPES[name]()
+    try:
+        plan.check(recipe)
+    except ValueError as error:
+        raise Missing(*str(error).split("; ", 1)) from error
+    for stage in recipe.stages:
+        for component in stage.odds:  # the samples below may miss one
+            _degradation(component, places)
+    with _corpus() as (_, clips):
+        plans = plan.Plans(recipe, clips, seed=0)
+        for i in range(len(plans)):
+            make_sample(plans[i])
+    return f"{len(plans)} samples made"
+
+
+def _format(suffix: str, places: Places) -> str:
+    """A voice written in the format and read back; FLAC, which shards hold, must return it bit for bit."""
+    wave = _voice(2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/voice.{suffix}"
+        try:
+            _write(wave, path, suffix)
+        except Exception as error:
+            raise Missing(f"no test file could be written ({error})", "score a file of your own to see") from error
+        decoded = audio.load(path)
+    likeness = _likeness(wave, decoded)
+    if abs(len(decoded) - len(wave)) > 0.25 * SAMPLE_RATE or not likeness > 0.9:
+        raise ArithmeticError(f"{len(wave)} samples came back as {len(decoded)}, correlation {likeness:.2f}")
+    pcm = audio.quantise(wave)
+    if suffix == "flac" and not np.array_equal(audio.quantise(audio.decode(audio.encode(pcm, "flac"), "flac")), pcm):
+        raise ArithmeticError("samples do not survive encoding and decoding bit for bit")
+    return f"written and read back, correlation {likeness:.3f}"
+
+
+def _write(wave: np.ndarray, path: str, suffix: str) -> None:
+    import av
+    import soundfile
+
+    if suffix in _SOUNDFILE:
+        file_format, subtype = _SOUNDFILE[suffix]
+        soundfile.write(path, wave, SAMPLE_RATE, format=file_format, subtype=subtype)
+        return
+    container, codec = _AV[suffix]
+    with av.open(path, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
+        stream.bit_rate = 32_000
+        frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
+        frame.sample_rate = SAMPLE_RATE
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def _likeness(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest normalised cross-correlation: a codec's delay and gain do not count."""
+    from scipy.signal import correlate
+
+    scale = np.linalg.norm(first) * np.linalg.norm(second)
+    return float(correlate(first, second, method="fft").max() / max(scale, 1e-9))
+
+
+def _gpu(_: str, places: Places) -> str:
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        build = f"torch {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'})"
+        if Path("/dev/nvidia0").exists():
+            raise RuntimeError(f"there is an NVIDIA GPU, but {build} says: {error}") from error
+        raise Missing(f"no NVIDIA GPU, {build}", "not needed: everything runs on CPUs, slower") from error
+    found = []
+    for index in range(torch.cuda.device_count()):
+        ones = torch.ones(256, 256, device=f"cuda:{index}")
+        if float((ones @ ones)[0, 0]) != 256:
+            raise ArithmeticError(f"GPU {index} multiplies wrongly")
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB")
+    return f"{', '.join(found)} (torch {torch.__version__})"
+
+
+def _storage(which: str, places: Places) -> str:
+    if which == "s3":
+        return _s3()
+    if not places.out:
+        raise Missing("not tried", "give --out PLACE, the folder or URL where results are to go")
+    name = f"doctor-{uuid.uuid4().hex[:8]}.txt"
+    with published(places.out, name) as uri:
+        fs, path = fsspec.url_to_fs(uri)
+        fs.invalidate_cache()
+        listed = [str(entry).rpartition("/")[2] for entry in fs.ls(path.rpartition("/")[0], detail=False)]
+        if fs.cat_file(path) != name.encode() or name not in listed:
+            raise OSError(f"{places.out}: what was written is not what is read or listed")
+    return f"{places.out}: written, read, listed, deleted"
+
+
+def _s3() -> str:
+    fsspec.get_filesystem_class("s3")
+    credentials = import_module("botocore.session").Session().get_credentials()
+    if credentials is None:
+        fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (and AWS_ENDPOINT_URL if not Amazon's)"
+        raise Missing(f"s3fs {version('s3fs')} finds no credentials", fix)
+    variables = ", ".join(sorted(name for name in os.environ if name.startswith("AWS_")))
+    return (
+        f"s3fs {version('s3fs')}, credentials from {credentials.method}; "
+        f"variables set: {variables or 'none'}; --out s3://BUCKET/DIR tries them"
+    )
+
+
+def _clips(_: str, places: Places) -> str:
+    """A second of the first, the last and some random recordings of each kind."""
+    if not places.clips:
+        raise Missing("not tried", "give --clips MANIFEST, the clips.parquet that `speechdistill ingest` wrote")
+    clips = Clips.read(places.clips)
+    pools = {"speech": clips.speech, "noise": clips.noise, "rir": clips.rir}
+    rng, tried = np.random.default_rng(), 0
+    for pool in filter(len, pools.values()):
+        for index in {0, len(pool) - 1, *rng.integers(len(pool), size=4).tolist()}:
+            clip = pool[index]
+            audio.load(clip.uri, 0, min(clip.num_samples, SAMPLE_RATE))
+            tried += 1
+    if not len(clips.speech):
+        raise ValueError(f"{places.clips} has no speech; ingest some with --speech DIR")
+    return f"{', '.join(f'{len(pool):,} {kind}' for kind, pool in pools.items())}; {tried} recordings read"
+
+
+def _tracking(_: str, places: Places) -> str:
+    uri = tracking.tracking_uri(places.out or ".")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return "mlflow.db in each run's folder, since MLFLOW_TRACKING_URI is not set"
+    if uri.startswith("sqlite:///"):
+        return _sqlite(Path(uri.removeprefix("sqlite:///")))
+    if not uri.startswith(("http://", "https://")):
+        raise Missing(f"not tried: {uri} is neither http(s) nor sqlite", "look for the run there after a small job")
+    try:
+        urllib.request.urlopen(f"{re.sub('//[^/@]*@', '//', uri).rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise
+        return f"{uri} answers, and wants credentials, which were not tried"
+    return f"{uri} answers"
+
+
+def _sqlite(path: Path) -> str:
+    is_new = not path.exists()
+    with closing(sqlite3.connect(path, timeout=5)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        database.rollback()
+    if is_new:
+        path.unlink(missing_ok=True)
+    return f"{path} can be written"
+
+
+def _demo(_: str, places: Places) -> str:
+    from speechdistill.corpora import espeak
+
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = audio.probe(next(espeak.rows(folder, 1))["uri"]).duration_s
+    return f"espeak-ng spoke {seconds:.1f} s"
+
+
+def _torchaudio(_: str, places: Places) -> str:
+    try:
+        import_module("torchaudio").functional.resample(import_module("torch").zeros(1, 160), 16_000, 8_000)
+    except Exception as error:  # a build for another torch raises OSError
+        reason = "not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+        raise Missing(reason, "not needed: nothing here uses it") from error
+    return f"torchaudio {version('torchaudio')}, which nothing here needs"
+
+
+@contextmanager
+def _corpus() -> Iterator[tuple[Clips, Clips]]:
+    """Manifests of made-up recordings: of speech alone, and of speech, noise and a room."""
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    decay = np.exp(-np.arange(4800) / 800) * rng.standard_normal(4800)
+    waves = {"noise": 0.1 * rng.standard_normal(4 * SAMPLE_RATE), "rir": np.append(4.0, decay) / 8}
+    waves |= {f"speech{i}": _voice(2.0, pitch_hz=100.0 + 20 * i) for i in range(6)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for name, wave in waves.items():
+            uri, kind = f"{folder}/{name}.wav", name.rstrip("0123456789")
+            soundfile.write(uri, wave, SAMPLE_RATE)
+            row = {"clip_id": name, "uri": uri, "kind": kind, "speaker": name, "duration_s": len(wave) / SAMPLE_RATE}
+            rows.append({**row, "sample_rate": SAMPLE_RATE, "channels": 1})
+        speech = [row for row in rows if row["kind"] == "speech"]
+        yield Clips(table.from_rows(speech, "clip.v1")), Clips(table.from_rows(rows, "clip.v1"))
+
+
+def _voice(seconds: float, pitch_hz: float = 120.0) -> np.ndarray:
+    """Harmonics of a gliding pitch in syllables; float32 at 16 kHz, shape (num_samples,)."""
+    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    phase = 2 * np.pi * np.cumsum(pitch_hz + 20 * np.sin(2 * np.pi * 0.6 * t)) / SAMPLE_RATE
+    tone = sum(np.sin(k * phase) / k for k in range(1, 20))
+    return np.asarray(0.2 * tone * np.clip(np.sin(2 * np.pi * 3 * t), 0, 1), np.float32)
+
+
+TRIALS: dict[str, Callable[[str, Places], str]] = {
+    "machine": _machine,
+    "teacher": _teacher,
+    "degradation": _degradation,
+    "recipe": _recipe,
+    "format": _format,
+    "gpu": _gpu,
+    "storage": _storage,
+    "clips": _clips,
+    "tracking": _tracking,
+    "demo": _demo,
+    "torchaudio": _torchaudio,
+}
