@@ -16,9 +16,9 @@ REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
 def local_ray() -> Iterator[None]:
     import ray
 
-    from speechdistill import flow
+    from speechdistill import cluster
 
-    flow.connect()
+    cluster.connect()
     yield
     ray.shutdown()
 

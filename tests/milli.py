@@ -24,10 +24,13 @@ COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sam
 
 @dataclass(frozen=True)
 class Degrade:
-    """id -> a wave of it. Raises on `fails`; aborts its process on `aborts`; on `killed` once (a file in `marks`)."""
+    """id -> a wave of it. Raises on `fails`; aborts its process on `aborts`; fills its memory on `hoards`; is killed on
+    `killed` once (a file in `marks`).
+    """
 
     fails: tuple[int, ...] = ()
     aborts: tuple[int, ...] = ()
+    hoards: tuple[int, ...] = ()
     killed: tuple[int, ...] = ()
     marks: str = ""
 
@@ -37,6 +40,8 @@ class Degrade:
     def _one(self, sample_id: int) -> Row | Exception:
         if sample_id in self.aborts:
             os.abort()
+        if sample_id in self.hoards:
+            np.ones(2**30)  # 8 GiB
         if sample_id in self.fails:
             return ValueError(f"id {sample_id} is bad")
         kill_once(sample_id, self.killed, self.marks)
@@ -106,7 +111,7 @@ def milli_flow(
         layout=shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, 8, totals),
         identity={"seed": options.pop("seed", 0)},
         stages=lambda cpus, gpus: (
-            flow.Stage("degrade", partial(_same, degrade), DEGRADED, 1, 0.25, isolated=True),
+            flow.Stage("degrade", partial(_same, degrade), DEGRADED, 1, 0.25, isolated=True, memory_gb=4),
             flow.Stage("teach", partial(_same, teach), TAUGHT, 2, 0.25, batch_rows=4),
         ),
         **options,  # type: ignore[arg-type]

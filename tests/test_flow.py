@@ -9,14 +9,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import milli
 from milli import Degrade, Teach, milli_flow
-from speechdistill import flow, shards, table
+from speechdistill import flow, parts, shards, table
 from speechdistill.shards import RunError
 
 MILLI = Path(__file__).with_name("milli.py")
@@ -67,6 +66,48 @@ def test_a_row_that_aborts_its_process_is_rejected_alone(tmp_path: Path, local_r
     assert set(rejects) == {5}
     assert rejects[5]["error_type"] == "ChildDied" and "SIGABRT" in rejects[5]["message"]
     assert_exactly_once(tmp_path, 24)
+
+
+def test_a_row_that_runs_out_of_memory_is_rejected_alone(tmp_path: Path, local_ray: None) -> None:
+    flow.run(milli_flow(tmp_path, 24, Degrade(hoards=(5,)), max_reject_share=0.5))
+    rejects = rejects_of(tmp_path)
+    assert set(rejects) == {5}
+    assert "Memory" in rejects[5]["error_type"] and rejects[5]["stage"] == "degrade"
+    assert_exactly_once(tmp_path, 24)
+
+
+def test_a_run_tells_how_far_it_is(tmp_path: Path, local_ray: None) -> None:
+    reports: list[dict[str, float]] = []
+    flow.run(
+        milli_flow(tmp_path, 160, Degrade(fails=(3,)), max_reject_share=0.5, report=reports.append, report_every_s=0.3)
+    )
+    last = reports[-1]
+    assert (last["done"], last["labelled"], last["rejected"]) == (160, 159, 1)
+    assert last["rejected/degrade.ValueError"] == 1
+    assert last["eta_s"] == 0 and last["queue/teach"] == last["queue/write"] == 0
+    assert [report["done"] for report in reports] == sorted(report["done"] for report in reports)
+    assert any(report["samples_per_s"] > 0 and report.get("per_s/audio_s", 0) > 0 for report in reports)
+    assert any(report.get("busy/teach", 0) > 0 for report in reports)
+    assert all(0 <= report["cpu_use"] <= 1 and report["nodes"] == 1 for report in reports[:-1])
+
+
+def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_ray: None) -> None:
+    waiting = Teach(waits_for=(150, str(tmp_path / "later")))
+    totals = flow.run(milli_flow(tmp_path, 160, teach=waiting, max_hours=12 / 3600))
+    assert totals.done == sum(shards.listed(str(tmp_path)).values()) < 160
+    assert not (tmp_path / "manifest.parquet").exists()
+    (tmp_path / "later").touch()
+    assert flow.run(milli_flow(tmp_path, 160, teach=waiting, max_hours=1)).labelled == 160
+    assert_exactly_once(tmp_path, 160)
+
+
+def test_a_trial_writes_nothing_and_knows_what_it_cost(tmp_path: Path, local_ray: None) -> None:
+    trial = flow.trial(milli_flow(tmp_path / "run", 10_000, Degrade(fails=(0,))), 40)
+    assert (trial.num_ids, trial.labelled) == (40, 39), "the first part is in it"
+    assert {stage: work.rows for stage, work in trial.work.items()} == {"degrade": 40, "teach": 40, "write": 40}
+    assert all(work.cpu_s > 0 and work.busy_s > 0 for work in trial.work.values())
+    assert trial.size_bytes > 40 * 320 and not (tmp_path / "run").exists()
+    assert flow.trial(milli_flow(tmp_path / "run", 3), 40).num_ids == 3
 
 
 def test_killed_children_and_actors_lose_nothing(tmp_path: Path, local_ray: None) -> None:
@@ -146,6 +187,9 @@ def test_pools_that_would_hang_are_refused() -> None:
 def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) -> None:
     layout = milli_flow(tmp_path, 20).layout
     block = rejected(layout, 2, 0)
+    with pytest.raises(RunError, match=r"not the run's folder on this node; --out must be storage that all nodes"):
+        shards.write_parts(block, layout)
+    shards.claim(layout.out, {})
     with pytest.raises(RunError, match="7 of part 0's 8 ids"):
         shards.write_parts(block.slice(0, 11), layout)
     assert not (tmp_path / "shards").exists()
@@ -196,9 +240,9 @@ def test_the_protocol_holds_on_a_url() -> None:
     assert len(table.read("memory://run/rejects/rejects.parquet", "reject.v1")) == 40
 
 
-def rejected(layout: shards.Layout, *parts: int) -> pa.Table:
+def rejected(layout: shards.Layout, *numbers: int) -> pa.Table:
     """A block of these parts in which every row is rejected."""
-    block = flow._expand(pa.table({"id": list(range(len(parts)))}), np.array(parts), layout)
+    block = pa.concat_tables([parts.block(layout.ids(k)) for k in numbers])
     for name in ("reject_stage", "reject_type", "reject_message"):
         block = block.set_column(block.column_names.index(name), name, pa.array(["no"] * len(block)))
     for name in milli.COLUMNS:

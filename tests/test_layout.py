@@ -13,17 +13,22 @@ FAMILIES = ("corpora", "degradations", "teachers", "students")
 
 # A module may import modules of lower tiers only; members of a family never import each other.
 TIERS = (
+    {"tar_files"},
     {"audio_files"},
     {"audio_decoders"},
     {"audio", "table", "isolate"},
-    {"clips", "shards", "tracking"},
-    {*FAMILIES, "plan", "score"},
-    {"flow", "samples"},
-    {"ingest", "pseudolabel"},
+    {"clips", "shards", "event_log"},
+    {"mlflow_sender"},
+    {"tracking"},
+    {*FAMILIES, "plan", "score", "cluster", "parts"},
+    {"monitor", "samples"},
+    {"flow", "trials"},
+    {"cost"},
+    {"doctor", "ingest", "pseudolabel"},
     {"cli"},
 )
 WITHIN_TIER = {("plan", "degradations"), ("teachers", "students"), ("score", "teachers")}
-ONLY_IN = {"ray": {"flow", "ingest"}, "mlflow": {"tracking"}, "tyro": {"cli"}}
+ONLY_IN = {"ray": {"cluster", "monitor", "parts", "flow", "ingest"}, "mlflow": {"mlflow_sender"}, "tyro": {"cli"}}
 HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
 NEURAL = {"students.conv_transformer", "teachers.distillmos"}  # are nothing without torch
 

@@ -7,14 +7,13 @@ the run and its number.
 
 import json
 import logging
-import os
-import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,15 @@ import pyarrow as pa
 import ray
 from tqdm import tqdm
 
-from speechdistill import shards
+from speechdistill import cluster, shards
 from speechdistill.isolate import CannotStart, Isolated, Row, Worker
+from speechdistill.monitor import Board, Monitor, Report, Work
 from speechdistill.shards import REJECT, Layout, RunError, Totals
 
-_WRITE_CPUS = 0.25
+_LOG = logging.getLogger(__name__)
+# Little of a CPU is needed to make ids and to write, and on a cluster whose pools are full no node may have more left.
+_IO_CPUS = 0.01
+_TRIAL_ROWS = 8
 _EARLY_ROWS = 100  # the reject share is judged against at least so many rows, or all of a smaller run
 
 
@@ -53,7 +56,8 @@ class Stage:
 class Flow:
     """What to run. `identity` decides what each id becomes and is kept in `run.json`; the rest only says how.
 
-    `stages` makes the pools for a cluster's CPUs and GPUs; `on_part` sees the footer of each committed part.
+    `stages` makes the pools for a cluster's CPUs and GPUs, which are at least `grow_to` (for a cluster that scales by
+    itself). `on_part` sees the footer of each committed part, `report` the figures of `Monitor` once a minute.
     """
 
     layout: Layout
@@ -61,39 +65,31 @@ class Flow:
     stages: Callable[[float, float], tuple[Stage, ...]]
     max_reject_share: float = 0.05
     retry_rejected: bool = False
+    max_hours: float | None = None
+    grow_to: tuple[float, float] = (0.0, 0.0)
     on_part: Callable[[Mapping[str, Any]], None] = lambda part: None
+    report: Report = lambda figures: None
+    report_every_s: float = 60.0
 
 
-def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` (a submitted job has it), or start a local Ray for this process."""
-    # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    if ray.is_initialized():
-        return
-    package = Path(__file__).parent
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"py_modules": [str(package)]})
-        return
-    # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
-    # in a variable, since the file it would make in the home folder would be picked up by later clusters.
-    paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-    )
+@dataclass(frozen=True)
+class Trial:
+    """What a sample of a run's ids cost: what each stage did, and the bytes of their parts."""
+
+    num_ids: int
+    labelled: int
+    work: Mapping[str, Work]
+    size_bytes: int
+    stages: tuple[Stage, ...]
 
 
 def run(flow: Flow) -> Totals:
     """Make every missing part, and return the totals over all of them, earlier ones included.
 
-    Raises `RunError` where the folder belongs to another configuration, the cluster is too small for the pools,
-    or more than `max_reject_share` of the rows are rejected. What is committed stays; the same call resumes.
+    After `max_hours` it ends early: then `done` of the totals is less than the layout's number of ids. Raises
+    `RunError` where the folder belongs to another configuration or is not shared by all nodes, the cluster is too
+    small for the pools, or more than `max_reject_share` of the rows are rejected. What is committed stays; the same
+    call resumes.
     """
     layout = flow.layout
     shards.claim(layout.out, flow.identity)
@@ -101,21 +97,77 @@ def run(flow: Flow) -> Totals:
     _judge(flow, totals)
     if missing:
         shards.reopen(layout)
-        connect()
-        _stop_on_sigterm()
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        stages = flow.stages(cpus, gpus)
-        check_pools(stages, cpus, gpus)
-        with tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar:
-            for part in _parts(layout, stages, np.array(missing, np.int64)):
+        stages = _pools(flow)
+        cluster.check_shared(layout.out)
+        with (
+            tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
+            Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
+            closing(_parts(layout, stages, np.array(missing, np.int64), monitor.board)) as parts,
+            _at_most(flow.max_hours),
+        ):
+            for part in parts:
                 totals.add(part)
                 bar.set_postfix(rejected=totals.rejected, refresh=False)
                 bar.update(part["ids"])
                 flow.on_part(part)
                 _judge(flow, totals)
-    shards.finish(layout)
+    if totals.done < layout.num_ids:  # time was up, perhaps between a commit and its count
+        _, totals = shards.survey(layout)
+    shards.finish(layout, complete=totals.done >= layout.num_ids)
     return totals
+
+
+def trial(flow: Flow, num_ids: int = 200) -> Trial:
+    """Make `num_ids` ids, spread evenly over the run, write nothing, and tell what they cost."""
+    layout = replace(flow.layout, rows_per_part=min(_TRIAL_ROWS, flow.layout.num_ids))
+    whole_parts = layout.num_ids // layout.rows_per_part
+    chosen = np.unique(np.linspace(0, whole_parts - 1, min(whole_parts, -(-num_ids // _TRIAL_ROWS))).astype(np.int64))
+    stages, board = _pools(flow), Board()
+    totals, size_bytes = Totals(), 0
+    with tqdm(total=len(chosen) * layout.rows_per_part, unit="sample", dynamic_ncols=True, desc="dry run") as bar:
+        for part in _parts(layout, stages, chosen, board, publish=False):
+            totals.add(part)
+            size_bytes += part["size_bytes"]
+            bar.update(part["ids"])
+    return Trial(totals.done, totals.labelled, board.read(), size_bytes, stages)
+
+
+def _pools(flow: Flow) -> tuple[Stage, ...]:
+    cluster.connect()
+    _stop_on_sigterm()
+    resources = ray.cluster_resources()
+    cpus, gpus = (max(resources.get(name, 0.0), n) for name, n in zip(("CPU", "GPU"), flow.grow_to, strict=True))
+    stages = flow.stages(cpus, gpus)
+    check_pools(stages, cpus, gpus)
+    now = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    if now != (cpus, gpus):
+        text = "the pools are sized for %g CPUs and %g GPUs; the cluster has %g and %g now, and must grow to them"
+        _LOG.warning(text, cpus, gpus, *now)
+    return stages
+
+
+class _TimeUp(BaseException):  # no Exception: what lies between must not take it for a failure of its own
+    pass
+
+
+@contextmanager
+def _at_most(hours: float | None) -> Iterator[None]:
+    """End the body after so long, wherever it waits (in the main thread, as signals are)."""
+
+    def stop(*_: object) -> None:
+        raise _TimeUp
+
+    if hours is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours))
+    try:
+        with suppress(_TimeUp):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _stop_on_sigterm() -> None:
@@ -138,12 +190,14 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
     if wanted_cpus > cpus - 1 + 1e-6:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_cpus:g} CPUs, but only {cpus - 1:g} of the cluster's {cpus:g} "
-            "are free for actors (one is for reading and writing); lower the numbers of actors or their CPUs"
+            "are free for actors (one is for reading and writing); lower the numbers of actors or their CPUs, "
+            "or say with --grow-to what the cluster may grow to"
         )
     if wanted_gpus > gpus + 1e-6:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_gpus:g} GPUs, but the cluster has {gpus:g}; "
-            "lower the number of actors, or give each a fraction of a GPU"
+            "lower the number of actors, give each a fraction of a GPU, or say with --grow-to what the cluster may "
+            "grow to"
         )
 
 
@@ -165,31 +219,39 @@ def _reasons(flow: Flow) -> str:
     return f"The reasons (all are in {flow.layout.out}/rejects/rejects.parquet):{lines}\n"
 
 
-def _parts(layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray) -> Iterator[dict[str, Any]]:
+def _parts(
+    layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray, board: Board, publish: bool = True
+) -> Generator[dict[str, Any], None, None]:
     """Run the stages over the missing parts; yields the footer of each part once it is committed."""
+    from speechdistill.parts import Parts  # imports ray.data, which takes seconds
+
     # One block per part, never split: then a stage's output is whole parts, whatever the order they arrive in. (A
     # repartition before the write, the obvious way, holds all parts back until the stages before it are done.)
-    dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
+    dataset = ray.data.read_datasource(
+        Parts(layout, missing.tolist()),
+        num_cpus=_IO_CPUS,
+        concurrency=min(2, len(missing)),
+        override_num_blocks=len(missing),
+    )
     dataset.context.target_max_block_size = None
     dataset.context.enable_progress_bars = False
-    dataset = dataset.map_batches(
-        partial(_expand, missing=missing, layout=layout), batch_size=None, batch_format="pyarrow"
-    )
+    # By default an actor that dies while it starts, with its node say, ends the run.
+    dataset.context.max_consecutive_actor_init_deaths = 3 + 2 * max(stage.actors for stage in stages)
     columns = [pa.field("id", pa.int64())]
     for stage in stages:
         columns += list(stage.adds)
         dataset = dataset.map_batches(
             _Actor,
-            fn_constructor_args=(stage, pa.schema([*columns, *REJECT])),
+            fn_constructor_args=(stage, pa.schema([*columns, *REJECT]), board),
             batch_size=stage.batch_rows,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=stage.actors),
             num_cpus=stage.num_cpus,
             num_gpus=stage.num_gpus,
         )
-    dataset = dataset.map_batches(
-        partial(shards.write_parts, layout=layout), batch_size=None, batch_format="pyarrow", num_cpus=_WRITE_CPUS
-    )
+    write = partial(_write, layout=layout, board=board, publish=publish)
+    writers = ray.data.TaskPoolStrategy(size=min(max(2, stages[-1].actors // 4), len(missing)))
+    dataset = dataset.map_batches(write, batch_size=None, batch_format="pyarrow", compute=writers, num_cpus=_IO_CPUS)
     try:
         for row in dataset.iter_rows():
             yield json.loads(row["part"])
@@ -198,23 +260,24 @@ def _parts(layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray) -> It
         raise RunError(f"the run ended early: {last}; what is committed stays, the same command goes on") from error
 
 
-def _expand(parts: pa.Table, missing: np.ndarray, layout: Layout) -> pa.Table:
-    ids = np.concatenate([layout.ids(k) for k in missing[parts["id"].to_numpy()]])
-    nulls = [pa.nulls(len(ids), field.type) for field in REJECT]
-    return pa.Table.from_arrays([pa.array(ids, pa.int64()), *nulls], names=["id", *REJECT.names])
+def _write(block: pa.Table, layout: Layout, board: Board, publish: bool) -> pa.Table:
+    with board.working("write", len(block)):
+        return shards.write_parts(block, layout, publish)
 
 
 class _Actor:
     """One actor of a stage. A failing row becomes a reject; a batch that fails as a whole is tried row by row."""
 
-    def __init__(self, stage: Stage, schema: pa.Schema) -> None:
-        self._stage, self._schema = stage, schema
+    def __init__(self, stage: Stage, schema: pa.Schema, board: Board) -> None:
+        self._stage, self._schema, self._board = stage, schema, board
         self._work: Worker = Isolated(stage.make, stage.memory_gb) if stage.isolated else stage.make()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
         live = [row for row in rows if row["reject_stage"] is None]
-        for row, result in zip(live, self._results(live), strict=True):
+        with self._board.working(self._stage.name, len(rows), self._cpu_s):
+            results = self._results(live)
+        for row, result in zip(live, results, strict=True):
             if isinstance(result, Exception):
                 reason = (self._stage.name, type(result).__name__, str(result))
                 row.update(zip(REJECT.names, reason, strict=True))
@@ -231,3 +294,6 @@ class _Actor:
             raise
         except Exception as error:
             return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]
+
+    def _cpu_s(self) -> float:
+        return time.process_time() + getattr(self._work, "cpu_s", 0.0)

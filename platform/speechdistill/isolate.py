@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -34,7 +35,7 @@ class Isolated:
 
     When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
     kills it again becomes a `ChildDied` in the result. Where `make` fails, now or in a later child, `CannotStart`
-    is raised with its reason. `memory_gb` limits the child's own memory.
+    is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the CPU time of all its children.
     """
 
     def __init__(self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = 600.0) -> None:
@@ -42,6 +43,7 @@ class Isolated:
         self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
+        self.cpu_s = self._cpu_s_of_child = 0.0
         self._ask(None)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
@@ -75,9 +77,11 @@ class Isolated:
                 self._connection.send(rows)
             if not self._connection.poll(self._timeout_s):
                 raise self._died(f"gave no answer for {self._timeout_s:.0f} s")
-            answer = self._connection.recv()
+            answer, cpu_s = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._died("ended") from error
+        self.cpu_s += cpu_s - self._cpu_s_of_child
+        self._cpu_s_of_child = cpu_s
         if isinstance(answer, Exception):
             raise answer
         return answer or []
@@ -90,6 +94,7 @@ class Isolated:
         with theirs:
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
         self._connection.send_bytes(self._make)
+        self._cpu_s_of_child = 0.0
 
     def _died(self, how: str) -> ChildDied:
         assert self._child is not None
@@ -113,9 +118,9 @@ def child() -> None:
     try:
         work: Worker = pickle.loads(connection.recv_bytes())()
     except Exception as error:
-        connection.send(_portable(error))
+        connection.send((_portable(error), time.process_time()))
         os._exit(1)  # a normal exit would wait for the thread that holds stdin
-    connection.send(None)
+    connection.send((None, time.process_time()))
     while True:
         try:
             rows = connection.recv()
@@ -125,7 +130,7 @@ def child() -> None:
             answer: Any = [_portable(r) if isinstance(r, Exception) else r for r in work(rows)]
         except Exception as error:
             answer = _portable(error)
-        connection.send(answer)
+        connection.send((answer, time.process_time()))
 
 
 def _end_with_stdin() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -12,10 +12,11 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import __version__, audio, degradations, flow, plan, shards, table, teachers
+from speechdistill import audio, cost, flow, plan, shards, table, teachers
 from speechdistill.clips import Clips
+from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe
-from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Teach
+from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Teach, libraries
 from speechdistill.shards import RunError, Totals
 from speechdistill.tracking import Tracking, tracking_uri
 
@@ -68,52 +69,61 @@ class Pseudolabel:
     """GPUs per teacher actor, such as 0.5. Default: 1 where the cluster has a GPU, else 0."""
     batch_s: float | None = None
     """Seconds of audio that a teacher actor takes at once. Default: 8 segments, on a GPU 64."""
+    grow_to: str | None = None
+    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8: the pools are sized for it. Default:
+    the nodes it has now."""
+    max_hours: float | None = None
+    """Stop cleanly after so many hours; the same command goes on later."""
+    dry_run: bool = False
+    """Write nothing: label 200 samples of the run, and print what all of it would take."""
+    price: str | None = None
+    """With --dry-run: money for an hour of each, such as cpu=0.05,gpu=2.5."""
 
 
 def run(config: Pseudolabel) -> dict[str, Any]:
     """Run or resume the job and return its summary, which is also `summary.json`, written last.
 
-    Raises `RunError`, `TableError` or `ValueError` with the cause and the fix; what was labelled is kept.
+    Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `RunError`, `TableError` or
+    `ValueError` with the cause and the fix; what was labelled is kept.
     """
-    _validate(config)
-    weights = config.weights and table.absolute(config.weights)
-    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out), weights=weights)
-    recipe = resolved(config)
-    plans = Plans(recipe, Clips.read(config.clips), config.seed)
-    num_samples = len(plans) if config.num_samples is None else config.num_samples
-    if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
-        raise RunError(f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here")
-    tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
-    identity = _identity(config, recipe)
+    config, recipe, num_samples, identity = _prepared(config)
     shards.claim(config.out, identity)
     _keep_manifest(config, identity["clips_sha256"])
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
     num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
     session = Session()
-    job = flow.Flow(
-        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, _totals),
-        identity,
-        partial(_stages, config, recipe, identity["teacher"]["sha256"]),
-        config.max_reject_share,
-        config.retry_rejected,
-        session.add,
-    )
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
+    job = replace(
+        _flow(config, recipe, num_samples, identity, _manifest(config)),
+        on_part=session.add,
+        report=lambda figures: tracking.metrics(_live(figures), step=int(figures["done"])),
+    )
     try:
         totals = flow.run(job)
-        summary = table.read_json(f"{config.out}/summary.json")
+        complete = totals.done >= num_samples
+        summary = complete and table.read_json(f"{config.out}/summary.json")
         if session.samples or not summary:  # otherwise it was complete, and is left as it is
             summary = _summary(config, totals, session, table.fingerprint(identity))
+        if complete:
             table.publish_json(summary, f"{config.out}/summary.json")
-        tracking.metrics({key: value for key, value in summary.items() if isinstance(value, (int, float))})
-        tracking.figure(histogram(summary), "scores.png")
-        tracking.document(summary, "summary.json")
+            tracking.figure(histogram(summary), "scores.png")
+            tracking.document(summary, "summary.json")
+        numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+        tracking.metrics(numbers, step=summary["num_samples"])
     except BaseException as error:
         tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    tracking.end("FINISHED")
-    return dict(summary)
+    tracking.end("FINISHED" if complete else "KILLED")
+    return {**summary, "complete": complete, "wanted": num_samples}
+
+
+def dry_run(config: Pseudolabel) -> cost.Estimate:
+    """Label 200 samples of the run, write nothing, and tell what all of it takes; raises what `run` does."""
+    config, recipe, num_samples, identity = _prepared(config)
+    trial = flow.trial(_flow(config, recipe, num_samples, identity, config.clips))
+    price = cost.amounts("--price", config.price) if config.price else None
+    return cost.estimate(trial, num_samples, price)
 
 
 def resolved(config: Pseudolabel) -> Recipe:
@@ -136,6 +146,34 @@ def histogram(summary: Mapping[str, Any]) -> Any:
     return figure
 
 
+def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, Any]]:
+    """The configuration with absolute paths, its recipe, number of samples and identity: all checked, none written."""
+    _validate(config)
+    weights = config.weights and table.absolute(config.weights)
+    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out), weights=weights)
+    recipe = resolved(config)
+    plans = Plans(recipe, Clips.read(config.clips), config.seed)
+    num_samples = len(plans) if config.num_samples is None else config.num_samples
+    if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
+        raise RunError(f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here")
+    tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
+    return config, recipe, num_samples, _identity(config, recipe)
+
+
+def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any], clips: str) -> flow.Flow:
+    grow_to = cost.amounts("--grow-to", config.grow_to)
+    degrade = partial(Degrade, clips, recipe, config.seed, config.audio_format, config.reference, identity["libraries"])
+    return flow.Flow(
+        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, _totals),
+        identity,
+        partial(_stages, config, recipe, degrade, identity["teacher"]["sha256"]),
+        config.max_reject_share,
+        config.retry_rejected,
+        config.max_hours,
+        (grow_to["cpu"], grow_to["gpu"]),
+    )
+
+
 def _validate(config: Pseudolabel) -> None:
     """Raise `RunError` for a number that cannot be meant, before anything is written."""
     smallest = {
@@ -149,11 +187,16 @@ def _validate(config: Pseudolabel) -> None:
         "teach_actors": 1,
         "teach_gpus": 0,
         "batch_s": teachers.MIN_DURATION_S,
+        "max_hours": 0,
     }
     for name, least in smallest.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise RunError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    cost.amounts("--grow-to", config.grow_to)
+    cost.amounts("--price", config.price)
+    if config.price and not config.dry_run:
+        raise RunError("--price is for an estimate; give --dry-run with it")
 
 
 def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
@@ -184,12 +227,12 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
         "audio_format": config.audio_format,
         "reference": config.reference,
         "rows_per_part": config.rows_per_part,
-        "libraries": {"speechdistill": __version__, **audio.codec_versions(), **degradations.library_versions()},
+        "libraries": libraries(),
     }
 
 
 def _stages(
-    config: Pseudolabel, recipe: Recipe, teacher_sha256: str, cpus: float, gpus: float
+    config: Pseudolabel, recipe: Recipe, degrade: Callable[[], Worker], teacher_sha256: str, cpus: float, gpus: float
 ) -> tuple[flow.Stage, ...]:
     """The pools for a cluster; whatever its size, one CPU stays free for Ray Data's own tasks."""
     free = max(0.5, cpus - 1)
@@ -206,7 +249,6 @@ def _stages(
         degrade_cpus = min(1.0, 0.25 * free / degrade_actors)
     batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
-    degrade = partial(Degrade, _manifest(config), recipe, config.seed, config.audio_format, config.reference)
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
     model = (config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
     teach = partial(Teach, *model, teacher_sha256)
@@ -244,6 +286,12 @@ class Session:
             "session_samples_per_s": self.samples / seconds,
             "session_audio_hours_per_hour": self._audio_s / seconds,
         }
+
+
+def _live(figures: Mapping[str, float]) -> dict[str, float]:
+    """The monitor's figures, with the audio's in the field's terms."""
+    audio_s = {"audio_hours_per_s": figures["per_s/audio_s"] / 3600} if "per_s/audio_s" in figures else {}
+    return {**{key: value for key, value in figures.items() if not key.startswith("per_s/")}, **audio_s}
 
 
 def _summary(config: Pseudolabel, totals: Totals, session: Session, fingerprint: str) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """The workers of the labelling job: plans to degraded audio, audio to labels."""
 
+import socket
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, table, teachers
+from speechdistill import __version__, audio, degradations, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.isolate import Row
 from speechdistill.plan import Plan, Plans, Recipe
@@ -13,6 +16,11 @@ _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
 _FIELDS = [field for field in table.schema(SCHEMA) if field.name != "sample_id"]
 DEGRADED = pa.schema([field for field in _FIELDS if field.name not in _LABELS])
 TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
+
+
+def libraries() -> dict[str, str]:
+    """Versions that decide the bits of a sample; part of a run's fingerprint."""
+    return {"speechdistill": __version__, **audio.codec_versions(), **degradations.library_versions()}
 
 
 def make_sample(sample: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -31,10 +39,21 @@ def make_sample(sample: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Degrade:
-    """Worker of the first stage: sample ids to stored audio and its plan."""
+    """Worker of the first stage: sample ids to stored audio and its plan.
 
-    def __init__(self, clips: str, recipe: Recipe, seed: int, audio_format: str, reference: bool) -> None:
+    Raises `ValueError` where this node has other versions of the deciding `libraries` than the driver.
+    """
+
+    def __init__(
+        self, clips: str, recipe: Recipe, seed: int, audio_format: str, reference: bool, expected: Mapping[str, str]
+    ) -> None:
         import torch
+
+        if different := table.differences(dict(expected), libraries()):
+            raise ValueError(
+                f"this node makes other audio than the driver (driver -> {socket.gethostname()}): "
+                f"{', '.join(different)}; install requirements.lock on every node"
+            )
 
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
         self._plans = Plans(recipe, Clips.read(clips), seed)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -58,11 +59,12 @@ class Layout:
 
 @dataclass
 class Totals:
-    """Sums over committed parts; `sums` are those of the layout's `totals`."""
+    """Sums over committed parts; `sums` are those of the layout's `totals`, `reasons` count "stage.error type"."""
 
     labelled: int = 0
     rejected: int = 0
     sums: dict[str, Any] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
 
     @property
     def done(self) -> int:
@@ -71,6 +73,7 @@ class Totals:
     def add(self, part: Mapping[str, Any]) -> None:
         self.labelled += part["labelled"]
         self.rejected += len(part["rejects"])
+        self.reasons.update(f"{row['stage']}.{row['error_type']}" for row in part["rejects"])
         for key, value in part["totals"].items():
             self.sums[key] = np.add(self.sums.get(key, np.zeros_like(value)), value).tolist()
 
@@ -109,20 +112,24 @@ def survey(layout: Layout, retry_rejected: bool = False) -> tuple[list[int], Tot
     return sorted((set(range(layout.num_parts)) - set(present)) | again), totals
 
 
-def write_parts(block: pa.Table, layout: Layout) -> pa.Table:
-    """Commit the parts in a block with the columns id, those of the schema, and `REJECT`; returns their footers.
+def write_parts(block: pa.Table, layout: Layout, publish: bool = True) -> pa.Table:
+    """Commit the parts in a block with the columns id, those of the schema, and `REJECT`; returns their footers,
+    each with its file's `size_bytes`. Without `publish` nothing is written.
 
-    Raises `RunError` where the ids are not those of whole parts: then nothing is written.
+    Raises `RunError` where the ids are not those of whole parts, or the folder is not the run's on this node: then
+    nothing is written.
     """
+    if publish and "://" not in layout.out and not Path(layout.out, "run.json").exists():
+        raise RunError(f"{layout.out} is not the run's folder on this node; --out must be storage that all nodes share")
     numbers = pc.divide(block["id"], layout.rows_per_part)
     parts = {k: block.filter(pc.equal(numbers, k)) for k in pc.unique(numbers).to_pylist()}
     for k, rows in parts.items():
         if rows["id"].to_pylist() != list(layout.ids(k)):
             raise RunError(f"a block with {len(rows)} of part {k}'s {len(layout.ids(k))} ids; nothing was written")
-    return pa.table({"part": [_write_part(k, rows, layout) for k, rows in parts.items()]})
+    return pa.table({"part": [_write_part(k, rows, layout, publish) for k, rows in parts.items()]})
 
 
-def _write_part(k: int, block: pa.Table, layout: Layout) -> str:
+def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
     is_good = pc.is_null(block["reject_stage"])
     names = [layout.id_column if name == "id" else name for name in block.column_names]
     rows = table.validate(block.filter(is_good).rename_columns(names), layout.schema, f"part {k}")
@@ -134,9 +141,10 @@ def _write_part(k: int, block: pa.Table, layout: Layout) -> str:
         "totals": layout.totals(rows),
         "content_sha256": content_hash(rows),
     }
-    text = json.dumps(part)
-    table.publish(table.parquet_bytes(rows, {"part": text}, _ROW_GROUP), layout.path(k, len(block)))
-    return text
+    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, _ROW_GROUP)
+    if publish:
+        table.publish(data, layout.path(k, len(block)))
+    return json.dumps({**part, "size_bytes": len(data)})
 
 
 def reopen(layout: Layout) -> None:

@@ -1,0 +1,119 @@
+"""The Ray cluster a job runs on: joining it, asking every node, what it can hold."""
+
+import logging
+import os
+import secrets
+import subprocess
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from speechdistill.shards import RunError
+
+T = TypeVar("T")
+
+# A store that refuses one request in twenty, or is away for a minute, must not cost a sample: ten tries, 110 s.
+_PATIENCE = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` (a submitted job has it), or start a local Ray for this process."""
+    # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    if ray.is_initialized():
+        return
+    package = Path(__file__).parent
+    patience = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
+    os.environ.update(patience)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"py_modules": [str(package)], "env_vars": patience})
+        return
+    # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
+    # in a variable, since the file it would make in the home folder would be picked up by later clusters.
+    paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
+    """Call `function` once on each live node; per node, named "address (id)", its result or its exception."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_called)
+    answers = {}
+    for node in _live_nodes():
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+        answers[name] = task.options(scheduling_strategy=here).remote(function)
+    ray.wait(list(answers.values()), num_returns=len(answers), timeout=timeout_s)
+    return {name: _answer(reference) for name, reference in answers.items()}
+
+
+def check_shared(folder: str) -> None:
+    """Raise `RunError` where a local folder is not the same on all nodes: a file written here must be seen there."""
+    if "://" in folder or len(_live_nodes()) < 2:
+        return
+    probe = Path(folder) / f".probe-{uuid.uuid4().hex}"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    try:
+        blind = [name for name, seen in on_every_node(partial(os.path.exists, probe)).items() if seen is not True]
+    finally:
+        probe.unlink()
+    if blind:
+        raise RunError(
+            f"a file written in {folder} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])}); "
+            "--out must be storage that all nodes share: a URL such as s3://bucket/labels, or a network folder"
+        )
+
+
+def use() -> dict[str, float]:
+    """Mean use of the cluster's CPUs and GPUs now, 0 to 1, and its number of nodes; no `gpu_use` without GPUs."""
+    nodes = [answer for answer in on_every_node(_node_use, timeout_s=10.0).values() if isinstance(answer, tuple)]
+    cpus, gpus = [cpu for cpu, _ in nodes], [gpu for _, of_node in nodes for gpu in of_node]
+    means = {name: sum(values) / len(values) for name, values in (("cpu_use", cpus), ("gpu_use", gpus)) if values}
+    return {"nodes": float(len(_live_nodes())), **means}
+
+
+def _node_use() -> tuple[float, list[float]]:
+    """Use of this node's CPUs, and of each of its GPUs."""
+    import psutil
+
+    return psutil.cpu_percent(interval=0.5) / 100, _gpu_use()
+
+
+def _gpu_use() -> list[float]:
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()
+        return [float(line) / 100 for line in lines]
+    except (OSError, ValueError, subprocess.SubprocessError):  # no GPU, or one that does not tell
+        return []
+
+
+def _called(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _live_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _answer(reference: Any) -> Any:
+    try:
+        return ray.get(reference, timeout=0)
+    except ray.exceptions.RayTaskError as error:
+        return error.as_instanceof_cause()
+    except Exception as error:
+        return error

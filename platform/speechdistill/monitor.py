@@ -1,0 +1,124 @@
+"""Sight of a run: what its actors have done, and once a minute how far it is."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from speechdistill import cluster
+from speechdistill.shards import Totals
+
+Report = Callable[[Mapping[str, float]], None]
+
+
+@dataclass
+class Work:
+    """What the workers of one stage have done; rows that Ray made again, after a kill, are counted again."""
+
+    rows: int = 0
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+class _Board:
+    def __init__(self) -> None:
+        self._work: dict[str, Work] = {}
+
+    def add(self, stage: str, rows: int, busy_s: float, cpu_s: float) -> None:
+        work = self._work.setdefault(stage, Work())
+        work.rows, work.busy_s, work.cpu_s = work.rows + rows, work.busy_s + busy_s, work.cpu_s + cpu_s
+
+    def read(self) -> dict[str, Work]:
+        return self._work
+
+
+class Board:
+    """Where the workers of a run, on any node, note what they do; a lost note only makes the figures smaller."""
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Board).remote()
+
+    @contextmanager
+    def working(self, stage: str, rows: int, cpu_s: Callable[[], float] = time.process_time) -> Iterator[None]:
+        """Note the time that the body takes; `cpu_s` reads a clock of CPU time."""
+        began, cpu_began = time.monotonic(), cpu_s()
+        yield
+        self._actor.add.remote(stage, rows, time.monotonic() - began, cpu_s() - cpu_began)
+
+    def read(self) -> dict[str, Work]:
+        """By stage; empty where the board does not answer."""
+        try:
+            return dict(ray.get(self._actor.read.remote(), timeout=10))
+        except ray.exceptions.RayError:
+            return {}
+
+
+class Monitor:
+    """Calls `report` every `every_s` seconds and at the end, in a thread of its own, with
+
+    `done`, `labelled`, `rejected` and `rejected/<stage>.<error type>`; since the last report `samples_per_s` and
+    `per_s/<sum>` for every number in the totals' sums; `eta_s`; `queue/<stage>`, the rows that wait for a stage;
+    `busy/<stage>`, how many of its actors are at work on average; `nodes`, `cpu_use` and `gpu_use` (0 to 1).
+    """
+
+    def __init__(self, totals: Totals, num_ids: int, stages: Sequence[str], report: Report, every_s: float) -> None:
+        self.board = Board()
+        self._totals, self._num_ids, self._stages = totals, num_ids, [*stages, "write"]
+        self._report, self._every_s = report, every_s
+        self._before = self._began = self._now()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="monitor")
+
+    def __enter__(self) -> "Monitor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=30)
+
+    def _loop(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._end.wait(self._every_s)
+            now = self._now()
+            use = {} if ended else cluster.use()
+            self._report({**self._progress(now), **self._at_work(now), **use})
+            self._before = now
+
+    def _now(self) -> dict[str, Any]:
+        sums = {key: value for key, value in self._totals.sums.items() if isinstance(value, float)}
+        return {"time_s": time.monotonic(), "done": self._totals.done, "sums": sums, "work": self.board.read()}
+
+    def _progress(self, now: Mapping[str, Any]) -> dict[str, float]:
+        totals, before, began = self._totals, self._before, self._began
+        seconds = now["time_s"] - before["time_s"]
+        rate = (now["done"] - began["done"]) / (now["time_s"] - began["time_s"])
+        return {
+            "done": now["done"],
+            "labelled": totals.labelled,
+            "rejected": totals.rejected,
+            **{f"rejected/{reason}": count for reason, count in totals.reasons.items()},
+            "samples_per_s": (now["done"] - before["done"]) / seconds,
+            **{f"per_s/{key}": (value - before["sums"].get(key, 0)) / seconds for key, value in now["sums"].items()},
+            **({"eta_s": (self._num_ids - now["done"]) / rate} if rate else {}),
+        }
+
+    def _at_work(self, now: Mapping[str, Any]) -> dict[str, float]:
+        work, before = now["work"], self._before["work"]
+        seconds = now["time_s"] - self._before["time_s"]
+        rows = [work.get(stage, Work()).rows for stage in self._stages]
+        queues = zip(self._stages[1:], rows[:-1], rows[1:], strict=True)
+        busy = (
+            (stage, work[stage].busy_s - before.get(stage, Work()).busy_s) for stage in self._stages if stage in work
+        )
+        return {
+            **{f"queue/{stage}": max(0, handed - done) for stage, handed, done in queues},
+            **{f"busy/{stage}": busy_s / seconds for stage, busy_s in busy},
+        }

@@ -1,0 +1,145 @@
+"""Exactly once while actors, their children, nodes and drivers are killed, on a cluster of three real Ray nodes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+import milli
+from speechdistill import flow, shards
+from test_flow import assert_exactly_once, contents
+
+NUM_IDS = 800  # a hundred parts
+KINDS = ("degrade child", "degrade actor", "teach actor", "node", "driver")
+
+
+class Nodes:
+    """A head and two worker nodes of one CPU each; a killed one is replaced."""
+
+    def __init__(self) -> None:
+        size = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        self._size = size
+        self.cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+        self.workers = [self.cluster.add_node(**size) for _ in range(2)]
+        self.cluster.wait_for_nodes()
+
+    def kill_one(self, choice: random.Random) -> None:
+        node = choice.choice(self.workers)
+        self.workers.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.workers.append(self.cluster.add_node(**self._size))
+
+    def workers_of(self, kind: str) -> list[psutil.Process]:
+        """Processes of this cluster's nodes: an actor that has a child degrades, one that has none teaches."""
+        raylets = [psutil.Process(info.process.pid) for node in self._nodes() for info in node.all_processes["raylet"]]
+        actors = [p for raylet in raylets for p in raylet.children() if "MapWorker" in _title(p)]
+        with_child = [(actor, [c for c in _children(actor) if "isolate" in _title(c)]) for actor in actors]
+        if kind == "degrade child":
+            return [child for _, children in with_child for child in children]
+        return [actor for actor, children in with_child if bool(children) == (kind == "degrade actor")]
+
+    def _nodes(self) -> list:
+        return [self.cluster.head_node, *self.workers]
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return process.children()
+    return []
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> list[str]:
+    """The content hashes of the same run undisturbed."""
+    out = tmp_path_factory.mktemp("quiet")
+    flow.run(milli.milli_flow(out, NUM_IDS))
+    return contents(out)
+
+
+def drive(out: Path, address: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, milli.__file__, str(out), str(NUM_IDS)]
+    with (out.parent / "driver.log").open("ab") as log:
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def wait_for_parts(out: Path, wanted: int, driver: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 180
+    while len(shards.listed(str(out))) < wanted:
+        assert time.monotonic() < end, f"{wanted} parts did not come"
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(timeout=0.02)
+            assert driver.returncode == 0, (out.parent / "driver.log").read_text()[-3000:]
+            return
+
+
+def killed_run(nodes: Nodes, out: Path, kinds: list[str], choice: random.Random) -> list[str]:
+    """Run to the end, with a kill of each kind at a random moment; returns what was really killed."""
+    moments = sorted(choice.randrange(1, 85) for _ in kinds)
+    killed = []
+    driver = drive(out, nodes.cluster.address)
+    for kind, moment in zip(kinds, moments, strict=True):
+        wait_for_parts(out, moment, driver)
+        if driver.poll() is not None:
+            break
+        if kind == "driver":
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            driver = drive(out, nodes.cluster.address)
+        elif kind == "node":
+            nodes.kill_one(choice)
+        else:
+            victims = nodes.workers_of(kind)
+            if not victims:
+                continue
+            with suppress(psutil.NoSuchProcess):
+                choice.choice(victims).send_signal(signal.SIGKILL)
+        killed.append(f"{kind} after {moment} parts")
+    assert driver.wait(timeout=180) == 0, (out.parent / "driver.log").read_text()[-3000:]
+    return killed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kill_of_each_kind_loses_and_doubles_nothing(
+    kind: str, nodes: Nodes, quiet: list[str], tmp_path: Path
+) -> None:
+    seed = random.randrange(1 << 30)
+    killed = killed_run(nodes, tmp_path / "run", [kind], random.Random(seed))
+    print(f"seed {seed}: killed {killed}")
+    assert killed, f"seed {seed}: nothing was killed"
+    assert_exactly_once(tmp_path / "run", NUM_IDS)
+    assert contents(tmp_path / "run") == quiet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", range(30))
+def test_chaos(run: int, nodes: Nodes, quiet: list[str], tmp_path: Path) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", random.randrange(1 << 30)))
+    choice = random.Random(seed)
+    kinds = choice.choices(KINDS, k=choice.randint(1, 3))
+    killed = killed_run(nodes, tmp_path / "run", kinds, choice)
+    print(f"run {run}, seed {seed}: killed {killed}")
+    assert_exactly_once(tmp_path / "run", NUM_IDS)
+    assert contents(tmp_path / "run") == quiet

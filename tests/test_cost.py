@@ -1,0 +1,37 @@
+"""What a run will take."""
+
+import pytest
+
+from speechdistill import cost
+from speechdistill.flow import Stage, Trial
+from speechdistill.monitor import Work
+from speechdistill.samples import DEGRADED, TAUGHT
+from speechdistill.shards import RunError
+
+
+def trial() -> Trial:
+    stages = (Stage("degrade", list, DEGRADED, actors=4), Stage("teach", list, TAUGHT, actors=2, num_gpus=0.5))
+    work = {"degrade": Work(200, 40.0, 36.0), "teach": Work(200, 30.0, 12.0), "write": Work(200, 4.0, 2.0)}
+    return Trial(num_ids=200, labelled=190, work=work, size_bytes=200 * 120_000, stages=stages)
+
+
+def test_the_trial_is_scaled_to_the_run() -> None:
+    estimate = cost.estimate(trial(), 7200 * 100, cost.amounts("--price", "cpu=0.05, gpu=2"))
+    assert estimate.cpu_hours == pytest.approx(50)  # a quarter of a second for each
+    assert estimate.gpu_hours == pytest.approx(15)  # two actors share a GPU
+    assert estimate.hours == pytest.approx(15)  # two teachers at 0.15 s; four degrading actors need 10
+    assert estimate.output_gb == pytest.approx(86.4)
+    assert estimate.money == pytest.approx(50 * 0.05 + 15 * 2)
+    assert estimate.trial_rejected == 10
+    assert cost.estimate(trial(), 100, None).money is None
+
+
+@pytest.mark.parametrize("text", ["cpu", "0.05", "cpu=,gpu=1", "tpu=1", "cpu=-1", "cpu=nan", ""])
+def test_an_amount_that_cannot_be_read_is_refused_with_the_form(text: str) -> None:
+    with pytest.raises(RunError, match="--price"):
+        cost.amounts("--price", text)
+
+
+def test_what_is_not_named_costs_nothing() -> None:
+    assert cost.amounts("--grow-to", "gpu=8") == {"cpu": 0.0, "gpu": 8.0}
+    assert cost.amounts("--grow-to", None) == {"cpu": 0.0, "gpu": 0.0}
