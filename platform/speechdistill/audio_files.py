@@ -1,14 +1,19 @@
-"""Audio files as bytes, on a disk or behind an fsspec URL, and the one error for unusable ones."""
+"""Audio files as bytes, on a disk, behind an fsspec URL or in a tar, and the one error for unusable ones."""
 
 import re
 import stat
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import fsspec
+from fsspec.spec import AbstractBufferedFile
+
+from speechdistill import tar_files
+from speechdistill.tar_files import Section
 
 SAMPLE_RATE = 16_000
 """Hz of every wave inside the platform (Distill-MOS, section IV-B: signal components up to 8 kHz)."""
@@ -52,7 +57,7 @@ class Info:
 class Source:
     """A seekable binary file. It keeps its first error, since libsndfile's callbacks cannot raise one."""
 
-    def __init__(self, uri: str, file: IO[bytes]) -> None:
+    def __init__(self, uri: str, file: IO[bytes] | Section) -> None:
         self._uri, self._file = uri, file
         self._error: Exception | None = None
 
@@ -75,40 +80,84 @@ class Source:
     def raise_error(self) -> None:
         """Raise `AudioError` if reading failed: the decoder only saw a file that ended early."""
         if self._error is not None:
-            raise _unreadable(self._uri, self._error) from self._error
+            raise unreadable(self._uri, self._error) from self._error
 
 
 @contextmanager
 def source(uri: str) -> Iterator[Source]:
     """The file, or `AudioError`. A URL is read by ranges: 10 s of a long one do not transfer all of it."""
     try:
-        file = _open(uri)
+        file = _opened(uri)
         size = file.seek(0, 2)
         file.seek(0)
     except AudioError:
         raise
     except Exception as error:  # OSError, characters no path may have, an fsspec protocol that is not installed
-        raise _unreadable(uri, error) from error
-    with file:
+        raise unreadable(uri, error) from error
+    with closing(file):
         if size == 0:
             raise AudioError(uri, "empty file (0 bytes)", f"{COPY}, or leave it out")
         yield Source(uri, file)
 
 
-def _open(uri: str) -> IO[bytes]:
+def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None) -> IO[bytes]:
+    """A local regular file or a URL, seekable; one request for a URL is at least `block_bytes`, up to byte `end`.
+
+    Raises `AudioError` for a FIFO, a folder, a device, and the errors of the storage.
+    """
     local = re.sub("^(file|local)://", "", uri)  # fsspec would wait for ever on a FIFO
     if _URL.match(local):
         fs, path = fsspec.url_to_fs(uri)
-        file: IO[bytes] = fs.open(path, "rb", block_size=_BLOCK_BYTES)  # s3fs would read 50 MB ahead
+        has_ranges = fs.async_impl and "::" not in uri
+        file: IO[bytes] = (
+            _Ranged(fs, path, block_size=block_bytes, size=end)
+            if end is not None and has_ranges
+            else fs.open(path, "rb", block_size=block_bytes)  # s3fs would read 50 MB ahead
+        )
+        if "::" in uri:
+            weakref.finalize(file, id, fs)  # an archive's file system closes its files when it goes
         return file
     if not stat.S_ISREG(Path(local).stat().st_mode):
         raise AudioError(uri, "not a regular file", "leave it out")
     return Path(local).open("rb")
 
 
-def _unreadable(uri: str, error: Exception) -> AudioError:
+def version(uri: str) -> tuple[int | None, str | None]:
+    """Size in bytes and etag: an object store's, or size and modification time. A tar's member has the tar's etag."""
+    if member := tar_files.parse(uri):
+        return member.size, version(member.tar)[1]
+    if "://" not in uri:
+        status = Path(uri).stat()
+        return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
+    fs, path = fsspec.url_to_fs(uri)
+    info = fs.info(path)
+    etag = info.get("ETag") or info.get("etag")
+    return info.get("size"), str(etag).strip('"') if etag else None
+
+
+def unreadable(uri: str, error: Exception) -> AudioError:
+    """The storage's error as one that says what to do."""
     reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
     return AudioError(uri, reason, "check the path, its permissions and the connection")
+
+
+class _Ranged(AbstractBufferedFile):  # type: ignore[misc]
+    """An object whose size need not be asked for: one request less for each member of a tar."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        data: bytes = self.fs.cat_file(self.path, start=start, end=end)
+        return data
+
+
+def _opened(uri: str) -> IO[bytes] | Section:
+    member = tar_files.parse(uri)
+    if member is None:
+        return open_file(uri)
+    file = open_file(member.tar, end=member.offset + member.size)
+    if not member.is_in(file):
+        file.close()
+        raise AudioError(uri, "its tar has changed since it was ingested", "ingest the tar into a new manifest")
+    return Section(file, member)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Folders and lists of audio files -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
+"""Folders, lists and tars of audio files -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
 
 Work is committed in parts, so a killed run goes on where it stopped, and a run with new files adds just those.
 `clips.parquet`, all good parts as one file, is replaced at the end.
@@ -8,12 +8,11 @@ import hashlib
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import fsspec
@@ -23,8 +22,8 @@ import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from speechdistill import audio, flow, table
-from speechdistill.corpora import folder, listing
+from speechdistill import audio, audio_files, cluster, table, tar_files
+from speechdistill.corpora import folder, listing, webdataset
 from speechdistill.shards import RunError
 from speechdistill.teachers import MIN_DURATION_S
 
@@ -51,17 +50,22 @@ class Ingest:
     rir: tuple[str, ...] = ()
     """Folders of room impulse responses."""
     list: tuple[str, ...] = ()
-    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ..."""
+    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and WebDataset
+    tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
+    and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
 
 
 def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
     if not (config.speech or config.noise or config.rir or config.list):
         raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR or --list FILE")
-    config = replace(config, out=table.absolute(config.out))
-    flow.connect()
+    files = webdataset.files(config.list)  # missing ones are told before the work
+    config = replace(config, out=table.absolute(config.out), list=tuple(files))
+    cluster.connect()
     ignored: Counter[str] = Counter()
-    ingest_rows(_rows(config, ignored), config.out)
+    whole: set[tuple[str, str]] = set()
+    ingest_rows(_rows(config, ignored, whole), config.out)
+    _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
     summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
     table.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
@@ -115,12 +119,16 @@ def merge(out: str) -> dict[str, Any]:
     }
 
 
-def _rows(config: Ingest, ignored: Counter[str]) -> Iterator[Row]:
+def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]]) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
         for root in roots:
             yield from folder.rows(root, kind, ignored)
-    for file in config.list:
-        yield from listing.rows(file)
+    lines = chain.from_iterable(_lines(file) for file in config.list)
+    yield from webdataset.rows(lines, ignored, whole)
+
+
+def _lines(file: str) -> Iterator[Row]:
+    return iter([{"uri": file, "kind": "speech"}]) if webdataset.is_tar(file) else listing.rows(file)
 
 
 def _new_chunks(rows: Iterator[Row], out: str) -> Iterator[list[Row]]:
@@ -187,6 +195,8 @@ def _reason(error: Exception) -> Row:
 
 def _clip(row: Row) -> Row:
     uri = row["uri"]
+    if "error" in row:  # what its corpus found out already
+        raise row["error"]
     if any("\ud800" <= character <= "\udfff" for character in uri):
         raise audio.AudioError(uri, "its name is not UTF-8, and tables hold only UTF-8", "rename the file")
     info = audio.probe(uri)
@@ -198,7 +208,7 @@ def _clip(row: Row) -> Row:
         "duration_s": info.duration_s,
         "sample_rate": info.sample_rate,
         "channels": info.channels,
-        **_version(uri),
+        **_version(row),
     }
 
 
@@ -212,14 +222,12 @@ def _number(uri: str, row: Row, key: str) -> float | int:
         raise audio.AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
 
 
-def _version(uri: str) -> Row:
-    if "://" not in uri:
-        status = Path(uri).stat()
-        return {"size_bytes": status.st_size, "etag": f"{status.st_size}-{status.st_mtime_ns}"}
-    fs, path = fsspec.url_to_fs(uri)
-    info = fs.info(path)
-    etag = info.get("ETag") or info.get("etag")
-    return {"size_bytes": info.get("size"), "etag": str(etag).strip('"') if etag else None}
+def _version(row: Row) -> Row:
+    member = tar_files.parse(row["uri"])
+    if member and "etag" in row:  # the tar's: asking again would be a request for each member
+        return {"size_bytes": member.size}
+    size, etag = audio_files.version(row["uri"])
+    return {"size_bytes": size, "etag": etag}
 
 
 def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
@@ -236,6 +244,16 @@ def _parts(out: str, what: str) -> list[tuple[int, str]]:
     names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
     found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
     return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
+
+
+def _forget_rejects(ids: Iterable[str], out: str) -> None:
+    """Tars that are whole by now: no clip has their id, by which a mended file is told from others."""
+    mended = pa.array(ids, pa.string())
+    for _, path in _parts(out, "rejects") if len(mended) else []:
+        rejects = table.read(path, "reject.v1")
+        kept = rejects.filter(pc.invert(pc.is_in(rejects["id"], mended)))
+        if len(kept) < len(rejects):
+            table.publish(table.parquet_bytes(kept), path)
 
 
 def _last_rejects(out: str) -> list[Row]:

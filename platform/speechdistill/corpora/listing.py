@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,25 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
-from speechdistill import table
+from speechdistill import corpora, table
 
 _LOG = logging.getLogger(__name__)
-_FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
-_NUMBERS = {"mos", "votes"}
 
 
 def rows(file: str) -> Iterator[dict[str, Any]]:
-    """A row per line of `file`; its column `path` (or `uri`) is relative to the list's own folder.
+    """A row per line of `file`, a path or URL; its column `path` (or `uri`) is relative to the list's own folder.
 
     The other columns are those of `clip.v1` (`kind` defaults to speech); further ones are named in a warning and
     left out. Raises `TableError` for a file of another kind or without paths.
     """
-    known = set(table.schema("clip.v1").names) - _FROM_HEADER
     folder = str(Path(file).resolve().parent) if "://" not in file else file.rsplit("/", 1)[0]
     for number, line in enumerate(_lines(file)):
         path = line.pop("path", None) or line.pop("uri", None)
         if not path:
             raise table.TableError(f"{file}: row {number + 1} has no path; name that column 'path' or 'uri'")
-        if number == 0 and (unknown := sorted(set(line) - known)):
-            _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(known))
-        values = {key: value for key, value in line.items() if key in known and value not in ("", None)}
-        texts = {key: value if key in _NUMBERS else str(value) for key, value in values.items()}
-        yield {"kind": "speech", **texts, "uri": _absolute(str(path), folder)}
+        if number == 0 and (unknown := sorted(set(line) - corpora.columns())):
+            _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(corpora.columns()))
+        yield {"kind": "speech", **corpora.given(line), "uri": _absolute(str(path), folder)}
 
 
 def _lines(file: str) -> Iterator[dict[str, Any]]:
@@ -62,4 +58,9 @@ def _parsed(file: str, number: int, line: str) -> dict[str, Any]:
 
 
 def _absolute(path: str, folder: str) -> str:
-    return path if "://" in path or path.startswith("/") else f"{folder}/{path}"
+    if "://" in path or path.startswith("/"):
+        return path
+    if "://" in folder and {".", ".."} & set(path.split("/")):  # an object store takes them for names
+        scheme, place = folder.split("://", 1)
+        return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
+    return f"{folder}/{path}"

@@ -1,0 +1,122 @@
+"""Tar archives by byte ranges: an index of their members from the headers alone, and a member as a file of its own.
+
+The URI of a member, `s3://bucket/shard.tar#offset=1536&size=32044&member=utt1.flac`, says where its bytes lie. The
+name stands last and as it is, since it may hold any character.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+_MAX_HEADER_BYTES = 1 << 20
+_MEMBER = re.compile(r"(.+?)#offset=([0-9]+)&size=([0-9]+)&member=(.+)", re.DOTALL)
+
+
+class Member(NamedTuple):
+    """`size` bytes of audio from byte `offset` of `tar`, a path or URL; a header of 512 bytes stands before them."""
+
+    tar: str
+    offset: int
+    size: int
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return f"{self.tar}#offset={self.offset}&size={self.size}&member={self.name}"
+
+    def is_in(self, file: IO[bytes]) -> bool:
+        """Whether the header before `offset` is this member's: the tar may have been replaced since it was indexed."""
+        file.seek(self.offset - tarfile.BLOCKSIZE)
+        try:
+            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            return False
+        # Headers hold the beginning of a long name, and writers differ in what they put for one that is not ASCII.
+        has_name = len(self.name) < 99 and self.name.isascii()
+        return header.size == self.size and (header.name == self.name or not has_name)
+
+
+def parse(uri: str) -> Member | None:
+    """The member that `Member.uri` gave `uri` for; None for every other path or URL."""
+    match = _MEMBER.fullmatch(uri)
+    return Member(match[1], int(match[2]), int(match[3]), match[4]) if match else None
+
+
+class Section:
+    """The bytes of a member as a seekable file."""
+
+    def __init__(self, file: IO[bytes], member: Member) -> None:
+        self._file, self._start, self._size = file, member.offset, member.size
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise ValueError(f"seek to {position}")
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def index(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Every whole member in order, by reading headers only; memory does not grow with their number.
+
+    Raises `tarfile.ReadError` for what is no tar, and behind the last whole member of one that is cut or corrupt.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    headers: Any = _Headers(file, size)
+    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8") as tar:
+        end = 0
+        while info := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if info.size < 0 or tar.offset <= end:
+                raise tarfile.ReadError(f"a negative size in the header before byte {end}")
+            if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
+                raise tarfile.ReadError(f"the file ends inside {info.name!r}")
+            end = tar.offset
+            yield info
+        _check_end(file, end)
+
+
+class _Headers:
+    """What `tarfile` reads of a file: a corrupt size must not make it read gigabytes as a long name."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._size = file, size
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int) -> int:
+        if not 0 <= offset <= self._size:
+            raise tarfile.ReadError(f"the file ends before byte {offset}")
+        return self._file.seek(offset)
+
+
+def _check_end(file: IO[bytes], end: int) -> None:
+    """For `tarfile` a header that is cut or corrupt is the end, like the block of zeros that marks it."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        raise tarfile.ReadError(f"the file ends at byte {end} without the mark of a tar's end")
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"the file ends inside the header at byte {end}")
+    if any(block):
+        raise tarfile.ReadError(f"no valid header at byte {end}")
