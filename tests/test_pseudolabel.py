@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, flow, ingest, plan, pseudolabel, samples, shards, table, teachers
+from speechdistill import audio, cli, flow, ingest, plan, pseudolabel, samples, shards, table, teachers, tracking
 from speechdistill.clips import Clips
 from speechdistill.ingest import Ingest
 from speechdistill.plan import Plan, Plans
@@ -67,7 +67,7 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
         assert row["logit"] == pytest.approx(math.log((row["score"] - 1) / (5 - row["score"])), abs=1e-6)
         assert row["teacher_hash"] == teacher.teacher.weights_hash
         assert row["clip_ids"] == sample.clip_ids and row["clip_ids"][0] == sample.clip_id
-    assert summary == table.read_json(f"{tmp_path}/summary.json")
+    assert summary == {**table.read_json(f"{tmp_path}/summary.json"), "complete": True, "wanted": 10}
     assert (summary["labelled"], sum(summary["score_histogram"]["counts"])) == (10, 10)
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
 
@@ -117,6 +117,55 @@ def test_a_tracking_outage_does_not_stop_the_run(
     summary = pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2))
     assert summary["labelled"] == 2
     assert [record.message for record in caplog.records if "goes on without it" in record.message]
+
+
+def test_mlflow_sees_how_far_the_run_is(clips: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=6, rows_per_part=2))
+    metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(tracking.run_id(str(tmp_path))))
+    seen = metrics.data.metrics
+    assert (seen["done"], seen["rejected"], seen["queue/teach"], seen["queue/write"]) == (6, 0, 0, 0)
+    assert seen["eta_s"] == 0 and seen["busy/teach"] > 0 and seen["audio_hours_per_s"] > 0
+
+
+def test_a_dry_run_prints_what_the_run_takes_and_writes_nothing(
+    clips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pseudolabel", "--clips", clips, "--out", str(tmp_path / "run"), "--num-samples", "8"]
+    assert cli.main([*command, "--dry-run", "--price", "cpu=0.05,gpu=2"]) == 0
+    out = capsys.readouterr().out
+    assert "8 samples take about" in out and "nothing was written" in out
+    assert all(word in out for word in ("CPU", "GPU     0.00 h", "output", "money"))
+    assert not (tmp_path / "run").exists()
+    assert cli.main([*command, "--price", "cpu=0.05"]) == 1
+    assert "give --dry-run with it" in capsys.readouterr().err
+
+
+def test_a_run_whose_time_is_up_says_how_to_go_on(
+    clips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pseudolabel", "--clips", clips, "--out", str(tmp_path), "--num-samples", "4", "--rows-per-part", "2"]
+    assert cli.main([*command, "--max-hours", "0"]) == 0
+    assert "--max-hours is over: 0 of 4 samples" in capsys.readouterr().out
+    assert not (tmp_path / "summary.json").exists()
+    assert cli.main(command) == 0
+    assert "labelled 4 samples" in capsys.readouterr().out and (tmp_path / "summary.json").exists()
+
+
+def test_a_node_with_other_libraries_is_refused_with_what_differs(clips: str) -> None:
+    expected = {**samples.libraries(), "soxr": "0.0.1"}
+    with pytest.raises(ValueError, match=r'soxr: "0.0.1" -> .*requirements.lock'):
+        samples.Degrade(clips, plan.as_is(), 0, "flac", False, expected)
+
+
+def test_pools_can_be_sized_for_what_a_cluster_grows_to(clips: str, tmp_path: Path) -> None:
+    config = Pseudolabel(clips, str(tmp_path), grow_to="cpu=80,gpu=4", num_samples=4)
+    job = pseudolabel._flow(*pseudolabel._prepared(config), clips)
+    degrade, teach = job.stages(*job.grow_to)
+    assert (teach.actors, teach.num_gpus) == (4, 1) and degrade.actors == 78
+    with pytest.raises(RunError, match="--grow-to"):
+        pseudolabel.run(replace(config, grow_to="80 CPUs"))
 
 
 def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path: Path) -> None:
@@ -291,7 +340,7 @@ def test_numbers_that_cannot_be_meant_are_refused_before_work(tmp_path: Path, op
 @pytest.mark.parametrize(("gpus", "share"), [(0, None), (1, None), (1, 0.5), (2, 0.1), (8, 0.25)])
 def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None) -> None:
     config = Pseudolabel("clips.parquet", "out", teach_gpus=share)
-    degrade, teach = pseudolabel._stages(config, plan.weights_free(), "0", cpus, gpus)
+    degrade, teach = pseudolabel._stages(config, plan.weights_free(), list, "0", cpus, gpus)
     flow.check_pools((degrade, teach), cpus, gpus)
     assert teach.actors == (gpus / (share or 1) if gpus else cpus)
     assert teach.batch_rows == (64 if gpus else 8)

@@ -5,6 +5,7 @@ import os
 import secrets
 import subprocess
 import uuid
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (a submitted job has it), or start a local Ray for this process."""
     # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # said of every small run
     if ray.is_initialized():
         return
     package = Path(__file__).parent

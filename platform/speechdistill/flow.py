@@ -161,7 +161,8 @@ def _at_most(hours: float | None) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours))
+    # Again each second: an exception that lands in a destructor is dropped.
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours), 1.0)
     try:
         with suppress(_TimeUp):
             yield
