@@ -60,13 +60,15 @@ class Degrade:
 
 @dataclass(frozen=True)
 class Teach:
-    """A wave -> its mean. Raises for the whole batch where an id is in `fails`.
+    """A wave -> its mean. Raises for the whole batch where an id is in `fails`; is killed on `killed`, hangs on `hangs`,
+    once each (a file in `marks`).
 
     `waits_for` = (id, folder): that id is not worked on before the folder exists; gives up after a minute.
     """
 
     fails: tuple[int, ...] = ()
     killed: tuple[int, ...] = ()
+    hangs: tuple[int, ...] = ()
     marks: str = ""
     waits_for: tuple[int, str] | None = None
 
@@ -75,6 +77,9 @@ class Teach:
             raise ArithmeticError(f"no score for {bad}")
         for row in rows:
             kill_once(row["id"], self.killed, self.marks)
+            if row["id"] in self.hangs and not (mark := Path(self.marks) / f"hung-{row['id']}").exists():
+                mark.touch()
+                threading.Event().wait()
             if self.waits_for and self.waits_for[0] == row["id"]:
                 wait_for(Path(self.waits_for[1]))
         means = [float(audio.decode(row["audio"], "pcm16").mean()) for row in rows]

@@ -101,6 +101,16 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_
     assert_exactly_once(tmp_path, 160)
 
 
+def test_a_run_in_which_nothing_moves_starts_its_pools_anew(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging = Teach(hangs=(90,), marks=str(tmp_path))
+    totals = flow.run(milli_flow(tmp_path / "run", 160, teach=hanging, stall_s=6, report_every_s=0.5))
+    assert (tmp_path / "hung-90").exists() and totals.labelled == 160
+    assert any("the pools are started anew" in record.message for record in caplog.records)
+    assert_exactly_once(tmp_path / "run", 160)
+
+
 def test_a_trial_writes_nothing_and_knows_what_it_cost(tmp_path: Path, local_ray: None) -> None:
     trial = flow.trial(milli_flow(tmp_path / "run", 10_000, Degrade(fails=(0,))), 40)
     assert (trial.num_ids, trial.labelled) == (40, 39), "the first part is in it"

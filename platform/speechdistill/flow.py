@@ -70,6 +70,7 @@ class Flow:
     on_part: Callable[[Mapping[str, Any]], None] = lambda part: None
     report: Report = lambda figures: None
     report_every_s: float = 60.0
+    stall_s: float = 900.0  # longer than a child may take for its rows
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,18 @@ def run(flow: Flow) -> Totals:
         with (
             tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
             Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
-            closing(_parts(layout, stages, np.array(missing, np.int64), monitor.board)) as parts,
-            _at_most(flow.max_hours),
+            _Watch(flow, monitor) as watch,
         ):
-            for part in parts:
-                totals.add(part)
-                bar.set_postfix(rejected=totals.rejected, refresh=False)
-                bar.update(part["ids"])
-                flow.on_part(part)
-                _judge(flow, totals)
+            left = dict.fromkeys(missing)
+            while left and not watch.time_is_up:
+                with watch.ending_it(), closing(_parts(layout, stages, list(left), monitor.board)) as parts:
+                    for part in parts:
+                        left.pop(part["part"])
+                        totals.add(part)
+                        bar.set_postfix(rejected=totals.rejected, refresh=False)
+                        bar.update(part["ids"])
+                        flow.on_part(part)
+                        _judge(flow, totals)
     if totals.done < layout.num_ids:  # time was up, perhaps between a commit and its count
         _, totals = shards.survey(layout)
     shards.finish(layout, complete=totals.done >= layout.num_ids)
@@ -125,7 +129,7 @@ def trial(flow: Flow, num_ids: int = 200) -> Trial:
     stages, board = _pools(flow), Board()
     totals, size_bytes = Totals(), 0
     with tqdm(total=len(chosen) * layout.rows_per_part, unit="sample", dynamic_ncols=True, desc="dry run") as bar:
-        for part in _parts(layout, stages, chosen, board, publish=False):
+        for part in _parts(layout, stages, chosen.tolist(), board, publish=False):
             totals.add(part)
             size_bytes += part["size_bytes"]
             bar.update(part["ids"])
@@ -146,29 +150,55 @@ def _pools(flow: Flow) -> tuple[Stage, ...]:
     return stages
 
 
-class _TimeUp(BaseException):  # no Exception: what lies between must not take it for a failure of its own
+class _Enough(BaseException):  # no Exception: what lies between must not take it for a failure of its own
     pass
 
 
-@contextmanager
-def _at_most(hours: float | None) -> Iterator[None]:
-    """End the body after so long, wherever it waits (in the main thread, as signals are)."""
+class _Watch:
+    """Looks every ten seconds whether the time is up or nothing moves any more (in the main thread, as signals are).
 
-    def stop(*_: object) -> None:
-        raise _TimeUp
+    Nothing moves where a node is gone and does not come back: teachers that wait for its audio may hold the CPUs that
+    the actors which make it again need. Starting the pools anew frees them.
+    """
 
-    if hours is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    # Again each second: an exception that lands in a destructor is dropped.
-    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours), 1.0)
-    try:
-        with suppress(_TimeUp):
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    _EVERY_S = 10.0
+
+    def __init__(self, flow: Flow, monitor: Monitor) -> None:
+        self._end = time.monotonic() + 3600 * (float("inf") if flow.max_hours is None else flow.max_hours)
+        self._stall_s, self._monitor = flow.stall_s, monitor
+        self._armed = self.time_is_up = False
+
+    def __enter__(self) -> "_Watch":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, self._look)
+            first_s = min(max(1e-3, self._end - time.monotonic()), self._EVERY_S)
+            signal.setitimer(signal.ITIMER_REAL, first_s, min(self._EVERY_S, self._stall_s))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    @contextmanager
+    def ending_it(self) -> Iterator[None]:
+        """The body may be ended anywhere; what it had begun is begun again."""
+        self._monitor.moved()
+        self._armed = True
+        try:
+            with suppress(_Enough):
+                yield
+        finally:
+            self._armed = False
+
+    def _look(self, *_: object) -> None:
+        self.time_is_up = time.monotonic() >= self._end
+        still_s = self._monitor.still_s()
+        if not self._armed or not (self.time_is_up or still_s > self._stall_s):
+            return
+        if not self.time_is_up:
+            _LOG.warning("nothing was made for %.0f s: the pools are started anew", still_s)
+        raise _Enough  # one that lands in a destructor is dropped; the next look raises it again
 
 
 def _stop_on_sigterm() -> None:
@@ -221,7 +251,7 @@ def _reasons(flow: Flow) -> str:
 
 
 def _parts(
-    layout: Layout, stages: tuple[Stage, ...], missing: np.ndarray, board: Board, publish: bool = True
+    layout: Layout, stages: tuple[Stage, ...], missing: list[int], board: Board, publish: bool = True
 ) -> Generator[dict[str, Any], None, None]:
     """Run the stages over the missing parts; yields the footer of each part once it is committed."""
     from speechdistill.parts import Parts  # imports ray.data, which takes seconds
@@ -229,7 +259,7 @@ def _parts(
     # One block per part, never split: then a stage's output is whole parts, whatever the order they arrive in. (A
     # repartition before the write, the obvious way, holds all parts back until the stages before it are done.)
     dataset = ray.data.read_datasource(
-        Parts(layout, missing.tolist()),
+        Parts(layout, missing),
         num_cpus=_IO_CPUS,
         concurrency=min(2, len(missing)),
         override_num_blocks=len(missing),

@@ -72,6 +72,7 @@ class Monitor:
         self._totals, self._num_ids, self._stages = totals, num_ids, [*stages, "write"]
         self._report, self._every_s = report, every_s
         self._before = self._began = self._now()
+        self._moved_at = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="monitor")
 
@@ -83,11 +84,21 @@ class Monitor:
         self._end.set()
         self._thread.join(timeout=30)
 
+    def moved(self) -> None:
+        """Count the time that nothing moves from now."""
+        self._moved_at = time.monotonic()
+
+    def still_s(self) -> float:
+        """Seconds since a worker has last finished something, as far as is known."""
+        return time.monotonic() - self._moved_at
+
     def _loop(self) -> None:
         ended = False
         while not ended:
             ended = self._end.wait(self._every_s)
             now = self._now()
+            if now["work"] != self._before["work"] or now["done"] != self._before["done"]:
+                self.moved()
             use = {} if ended else cluster.use()
             self._report({**self._progress(now), **self._at_work(now), **use})
             self._before = now

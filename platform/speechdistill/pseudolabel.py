@@ -244,9 +244,10 @@ def _stages(
         degrade_cpus = min(1.0, (free - teach_actors * teach_cpus) / degrade_actors)
     else:  # on CPUs the teacher takes nine tenths of the time (7.68 s: 0.16 s, degrading them: 0.015 s)
         teach_actors = config.teach_actors or max(1, int(cpus))
-        teach_cpus = min(1.0, 0.75 * free / teach_actors)
         degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)
-        degrade_cpus = min(1.0, 0.25 * free / degrade_actors)
+        # Small, so that one finds room beside the teachers when its node is lost.
+        degrade_cpus = min(0.25, 0.25 * free / degrade_actors)
+        teach_cpus = min(1.0, (free - degrade_actors * degrade_cpus) / teach_actors)
     batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
