@@ -2,23 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo-out
+LOCKED ?= requirements.lock
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo test test-slow lint benchmarks clean
+.PHONY: help setup demo test test-slow lint benchmarks lock clean
 
 help:
 	@echo "make demo       label 200 samples end to end on this machine (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
 	@echo "make test       the tests;  make test-slow: the long fault and memory campaigns"
 	@echo "make lint       ruff and mypy;  make benchmarks: measured ratios"
+	@echo "make lock       requirements.lock, which the nodes of a cluster install, from what .venv has"
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
 	@# Without its dependencies: it asks for torchaudio, and only its weights file is used.
 	$(BIN)/python -m pip install --quiet --no-deps distillmos==0.9.1
 	@touch $@
@@ -40,6 +42,48 @@ lint: setup
 
 benchmarks: setup
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Walks from the dependencies in pyproject.toml through the metadata of what is installed in .venv.
+define LOCK
+import sys, tomllib
+from importlib.metadata import PackageNotFoundError, requires, version
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+direct = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
+
+def closure(platform):
+    found, lines = set(), [(line, "") for line in direct]
+    for line, extra in lines:  # grows while it is read
+        need = Requirement(line)
+        if need.marker and not need.marker.evaluate({"extra": extra, **platform}):
+            continue
+        for pair in {(canonicalize_name(need.name), of) for of in ("", *need.extras)} - found:
+            try:
+                lines += [(needed, pair[1]) for needed in requires(pair[0]) or ()]
+            except PackageNotFoundError:  # for another platform: it cannot be pinned from here
+                continue
+            found.add(pair)
+    return {name for name, _ in found}
+
+linux = closure({"sys_platform": "linux", "platform_system": "Linux"})
+windows = closure({"sys_platform": "win32", "platform_system": "Windows"})
+python = ".".join(map(str, sys.version_info[:2]))
+print(f"""# What every node of a cluster installs: the run-time dependencies in pyproject.toml and all that they need, at the
+# versions that the tests ran with. Made by `make lock` from the metadata of the packages in .venv; not edited by hand.
+# Python {python}. torch is pinned without its build: an index of CPU wheels gives the CPU build, PyPI the CUDA build,
+# whose own metadata pins the nvidia-* packages.
+# A second command installs the wheel with the teacher's weights, which asks for torchaudio without need:
+#   pip install --no-deps distillmos=={version("distillmos")}""")
+for name in sorted(linux):
+    print(name, "==", version(name).split("+")[0], "" if name in windows else ' ; sys_platform != "win32"', sep="")
+endef
+export LOCK
+
+# For newer versions: pip install --upgrade what should change into .venv, make test, make lock.
+lock:
+	$(BIN)/python -c "$$LOCK" > $(LOCKED).new
+	mv $(LOCKED).new $(LOCKED)
 
 clean:
 	rm -rf .venv build dist *.egg-info platform/*.egg-info demo-out
