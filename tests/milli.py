@@ -60,8 +60,8 @@ class Degrade:
 
 @dataclass(frozen=True)
 class Teach:
-    """A wave -> its mean. Raises for the whole batch where an id is in `fails`; is killed on `killed`, hangs on `hangs`,
-    once each (a file in `marks`).
+    """A wave -> its mean. Raises for the whole batch where an id is in `fails`; is killed on `killed` and hangs on
+    `hangs`, once each (a file in `marks`).
 
     `waits_for` = (id, folder): that id is not worked on before the folder exists; gives up after a minute.
     """

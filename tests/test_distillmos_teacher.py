@@ -12,7 +12,7 @@ import torch
 
 import speechdistill
 from speechdistill import audio, teachers
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES
+from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, features
 from speechdistill.teachers import Label, Unscorable, distillmos
 from speechdistill.teachers.distillmos import Teacher, segment_starts
 
@@ -115,6 +115,33 @@ def test_label_averages_scores_and_not_logits() -> None:
 )
 def test_windows_lie_as_in_the_released_model(num_samples: int, starts: list[int]) -> None:
     assert segment_starts(num_samples) == starts
+
+
+@pytest.mark.parametrize(("duration_s", "exact", "fast"), [(7.68, 1, 1), (8.68, 2, 2), (10, 4, 2), (60, 54, 8)])
+def test_a_longer_hop_takes_fewer_windows(duration_s: float, exact: int, fast: int) -> None:
+    samples = round(duration_s * RATE)
+    starts = segment_starts(samples, SEGMENT_SAMPLES)
+    assert (len(segment_starts(samples)), len(starts)) == (exact, fast)
+    assert starts[0] == 0
+    assert starts[-1] == samples - SEGMENT_SAMPLES
+    assert max(np.diff(starts), default=0) <= SEGMENT_SAMPLES  # every sample is heard
+
+
+def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
+    wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
+    fast = teachers.load("distillmos", device="cpu", hop_s=7.68)
+    windows = [wave[start : start + SEGMENT_SAMPLES] for start in (0, 66_560, 133_120)]  # centres 3.84, 8, 12.16 s
+    scores = [scored(label).score for label in teacher.label(windows)]
+    assert fast(wave, RATE) == pytest.approx(np.mean(scores), abs=1e-5)
+    assert fast(wave, RATE) != pytest.approx(teachers.Model(teacher)(wave, RATE), abs=1e-3)
+    timeline = [score for _, score in fast.teacher.timeline(wave)]
+    assert timeline == pytest.approx([scores[i] for i in 6 * [0] + 4 * [1] + 6 * [2]], abs=1e-5)
+
+
+@pytest.mark.parametrize("hop_s", [0, -1, 7.69, float("inf"), float("nan")])
+def test_a_hop_that_skips_audio_is_refused(hop_s: float) -> None:
+    with pytest.raises(ValueError, match=rf"hop_s {hop_s}; choose seconds above 0 and up to 7\.68"):
+        teachers.load("distillmos", device="cpu", hop_s=hop_s)
 
 
 def test_timeline_gives_each_second_the_nearest_window(teacher: Teacher) -> None:
@@ -244,6 +271,24 @@ def test_bfloat16_stays_within_a_hundredth_of_float32(teacher: Teacher, real_aud
     low = [scored(label).score for label in Teacher(device="cpu", dtype="bfloat16").label(waves)]
     assert low == pytest.approx(full, abs=0.01)
     assert low != pytest.approx(full, abs=1e-6)  # it did run in bfloat16
+
+
+@pytest.mark.parametrize("num_samples", [1600, 80_000, 119_000, SEGMENT_SAMPLES - 2000, SEGMENT_SAMPLES])
+def test_the_faster_convolutions_give_the_students_maps(teacher: Teacher, num_samples: int) -> None:
+    path = distillmos._released_weights()
+    plain = distillmos._network(Path(path).read_bytes(), path)
+    waves = np.stack([audio.fit(wave, SEGMENT_SAMPLES) for wave in (noise(0.1), noise(8)[:num_samples])])
+    with torch.inference_mode():
+        spectra = features(torch.from_numpy(waves))
+        torch.testing.assert_close(teacher.network.cnn(spectra), plain.cnn(spectra), rtol=1e-4, atol=1e-4)
+        silence = torch.zeros(1, 2, 161, 768)
+        torch.testing.assert_close(teacher.network.cnn(silence), plain.cnn(silence), rtol=1e-4, atol=1e-4)
+
+
+def test_without_onednn_the_scores_are_the_same(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillmos, "_has_fused", lambda dtype: False)
+    expected = scored(teacher.label([noise(2)])[0]).score
+    assert scored(Teacher(device="cpu").label([noise(2)])[0]).score == pytest.approx(expected, abs=1e-5)
 
 
 def test_global_state_of_torch_is_left_alone(teacher: Teacher) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from speechdistill import audio, score
+from speechdistill import audio, cli, score
 from speechdistill.teachers import Label, Unscorable
 from speechdistill.teachers.distillmos import Teacher
 
@@ -81,6 +81,25 @@ def test_a_silent_second_has_a_row_that_says_so(folder: Path) -> None:
     first, second = score.score_files([str(folder / "a.flac")], Constant(), timeline=True)
     assert (first["mos"], first["error"]) == (None, "silent")
     assert (second["mos"], second["error"]) == (3.0, None)
+
+
+def test_the_command_takes_a_hop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    long = np.concatenate([0.1 * rng.standard_normal(8 * RATE), 0.3 * np.sin(np.arange(8 * RATE) / 5)])
+    soundfile.write(folder / "long.wav", long, RATE)
+
+    def command(*options: str) -> tuple[int, float]:
+        code = cli.main(["score", str(folder / "long.wav"), "--out", str(tmp_path / "out.json"), *options])
+        (row,) = json.loads((tmp_path / "out.json").read_text())
+        return code, row["mos"]
+
+    wave = audio.load(str(folder / "long.wav"))
+    for hop_s, options in ((1.0, []), (7.68, ["--hop-s", "7.68"])):
+        (label,) = Teacher(device="cpu", hop_s=hop_s).label([wave])
+        assert isinstance(label, Label)
+        assert command(*options) == (0, label.score)
+    assert command("--hop-s", "8")[0] == 1
+    assert "hop_s 8.0; choose seconds above 0 and up to 7.68" in capsys.readouterr().err
 
 
 def test_errors_of_any_kind_become_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Teachers: models that say how good speech sounds. One file per teacher; its name is the file's name.
 
-A teacher module holds a class `Teacher(weights=None, device=None, dtype="float32", batch_s=None)` with
+A teacher module holds a class `Teacher(weights=None, device=None, dtype="float32", batch_s=None, hop_s=1.0)` with
 
 - `name: str` and `weights_hash: str`, the sha256 of the weights file, for provenance;
 - the verb `label(waves) -> list[Label | Unscorable]`: mono float32 waves at 16 kHz of any lengths, one result
@@ -89,17 +89,19 @@ def load(
     device: str | None = None,
     dtype: str = "float32",
     batch_s: float | None = None,
+    hop_s: float = 1.0,
 ) -> Model:
     """The teacher called `name` as a `Model`; `.teacher` is the teacher itself.
 
     `weights` is a file (default: the released ones), `device` a torch device (default: CUDA where there is
-    one), `dtype` float32 or bfloat16, `batch_s` the seconds of audio that go through the network at once.
+    one), `dtype` float32 or bfloat16, `batch_s` the seconds of audio that go through the network at once,
+    `hop_s` the most seconds from one window of long audio to the next: above 1 it is faster and not exact.
     Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
     """
     if name not in names():
         raise ValueError(f"teacher {name!r} is unknown; choose from {names()}")
     module = importlib.import_module(f"{__name__}.{name}")
-    return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s))
+    return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s))
 
 
 def names() -> list[str]:
