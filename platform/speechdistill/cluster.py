@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from speechdistill.shards import RunError
 
 T = TypeVar("T")
+Use = tuple[float, list[float]]
 
 # A store that refuses one request in twenty, or is away for a minute, must not cost a sample: ten tries, 110 s.
 _PATIENCE = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
@@ -30,10 +31,9 @@ def connect() -> None:
     if ray.is_initialized():
         return
     package = Path(__file__).parent
-    patience = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
-    os.environ.update(patience)
+    be_patient()
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"py_modules": [str(package)], "env_vars": patience})
+        ray.init(runtime_env={"py_modules": [str(package)], "env_vars": {name: os.environ[name] for name in _PATIENCE}})
         return
     # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
     # in a variable, since the file it would make in the home folder would be picked up by later clusters.
@@ -48,6 +48,12 @@ def connect() -> None:
         include_dashboard=False,
         logging_level=logging.ERROR,
     )
+
+
+def be_patient() -> None:
+    """Let failed S3 requests be tried again; before this process's first, since a client keeps what it began with."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
 
 
 def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
@@ -70,7 +76,7 @@ def check_shared(folder: str) -> None:
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
     try:
-        blind = [name for name, seen in on_every_node(partial(os.path.exists, probe)).items() if seen is not True]
+        blind = _blind(probe)
     finally:
         probe.unlink()
     if blind:
@@ -80,19 +86,27 @@ def check_shared(folder: str) -> None:
         )
 
 
-def use() -> dict[str, float]:
-    """Mean use of the cluster's CPUs and GPUs now, 0 to 1, and its number of nodes; no `gpu_use` without GPUs."""
-    nodes = [answer for answer in on_every_node(_node_use, timeout_s=10.0).values() if isinstance(answer, tuple)]
-    cpus, gpus = [cpu for cpu, _ in nodes], [gpu for _, of_node in nodes for gpu in of_node]
+def check_seen(path: str) -> None:
+    """Raise `RunError` where a local file is not seen by all nodes."""
+    if "://" not in path and len(_live_nodes()) > 1 and (blind := _blind(Path(path))):
+        raise RunError(
+            f"{path} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])}); copy it to storage "
+            "that all nodes share"
+        )
+
+
+def use(uses: Sequence[Use]) -> dict[str, float]:
+    """The number of live nodes, and the mean use of CPUs and GPUs, 0 to 1, of the nodes that told theirs."""
+    cpus, gpus = [cpu for cpu, _ in uses], [gpu for _, of_node in uses for gpu in of_node]
     means = {name: sum(values) / len(values) for name, values in (("cpu_use", cpus), ("gpu_use", gpus)) if values}
     return {"nodes": float(len(_live_nodes())), **means}
 
 
-def _node_use() -> tuple[float, list[float]]:
-    """Use of this node's CPUs, and of each of its GPUs."""
+def node_use() -> Use:
+    """Of this node's CPUs since this process asked last, and of each of its GPUs now."""
     import psutil
 
-    return psutil.cpu_percent(interval=0.5) / 100, _gpu_use()
+    return psutil.cpu_percent() / 100, _gpu_use()
 
 
 def _gpu_use() -> list[float]:
@@ -102,6 +116,11 @@ def _gpu_use() -> list[float]:
         return [float(line) / 100 for line in lines]
     except (OSError, ValueError, subprocess.SubprocessError):  # no GPU, or one that does not tell
         return []
+
+
+def _blind(path: Path) -> list[str]:
+    """The nodes that do not see a file (one that does not answer is no proof)."""
+    return [name for name, seen in on_every_node(partial(os.path.exists, path)).items() if seen is False]
 
 
 def _called(function: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ _LOG = logging.getLogger(__name__)
 # Little of a CPU is needed to make ids and to write, and on a cluster whose pools are full no node may have more left.
 _IO_CPUS = 0.01
 _TRIAL_ROWS = 8
+_AT_ONCE = 20_000  # parts in one execution of Ray Data, whose driver keeps an object for each
 _EARLY_ROWS = 100  # the reject share is judged against at least so many rows, or all of a smaller run
 
 
@@ -70,7 +72,7 @@ class Flow:
     on_part: Callable[[Mapping[str, Any]], None] = lambda part: None
     report: Report = lambda figures: None
     report_every_s: float = 60.0
-    stall_s: float = 900.0  # longer than a child may take for its rows
+    stall_s: float = 1800.0  # longer than a few rows that hang their child take
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Trial:
 def run(flow: Flow) -> Totals:
     """Make every missing part, and return the totals over all of them, earlier ones included.
 
-    After `max_hours` it ends early: then `done` of the totals is less than the layout's number of ids. Raises
+    After `max_hours` it ends early: then the totals are not `complete`. Raises
     `RunError` where the folder belongs to another configuration or is not shared by all nodes, the cluster is too
     small for the pools, or more than `max_reject_share` of the rows are rejected. What is committed stays; the same
     call resumes.
@@ -107,17 +109,20 @@ def run(flow: Flow) -> Totals:
         ):
             left = dict.fromkeys(missing)
             while left and not watch.time_is_up:
-                with watch.ending_it(), closing(_parts(layout, stages, list(left), monitor.board)) as parts:
+                made = _parts(layout, stages, list(islice(left, _AT_ONCE)), monitor.renew())
+                with closing(made) as parts, watch.ending_it():
                     for part in parts:
                         left.pop(part["part"])
+                        monitor.moved()
                         totals.add(part)
                         bar.set_postfix(rejected=totals.rejected, refresh=False)
                         bar.update(part["ids"])
                         flow.on_part(part)
                         _judge(flow, totals)
-    if totals.done < layout.num_ids:  # time was up, perhaps between a commit and its count
-        _, totals = shards.survey(layout)
-    shards.finish(layout, complete=totals.done >= layout.num_ids)
+        if watch.interrupted:  # perhaps between a commit and its count
+            _, totals = shards.survey(layout)
+        totals.complete = not left
+    shards.finish(layout, complete=totals.complete)
     return totals
 
 
@@ -133,7 +138,17 @@ def trial(flow: Flow, num_ids: int = 200) -> Trial:
             totals.add(part)
             size_bytes += part["size_bytes"]
             bar.update(part["ids"])
-    return Trial(totals.done, totals.labelled, board.read(), size_bytes, stages)
+    return Trial(totals.done, totals.labelled, _noted(board, totals.done), size_bytes, stages)
+
+
+def _noted(board: Board, rows: int) -> Mapping[str, Work]:
+    """What the board knows once the last notes have arrived."""
+    for _ in range(100):
+        work = board.read()
+        if work.get("write", Work()).rows >= rows:
+            return work
+        time.sleep(0.1)
+    raise RunError("the workers did not tell what they have done; try the dry run again")
 
 
 def _pools(flow: Flow) -> tuple[Stage, ...]:
@@ -166,7 +181,7 @@ class _Watch:
     def __init__(self, flow: Flow, monitor: Monitor) -> None:
         self._end = time.monotonic() + 3600 * (float("inf") if flow.max_hours is None else flow.max_hours)
         self._stall_s, self._monitor = flow.stall_s, monitor
-        self._armed = self.time_is_up = False
+        self._armed = self.time_is_up = self.interrupted = False
 
     def __enter__(self) -> "_Watch":
         if threading.current_thread() is threading.main_thread():
@@ -183,13 +198,12 @@ class _Watch:
     @contextmanager
     def ending_it(self) -> Iterator[None]:
         """The body may be ended anywhere; what it had begun is begun again."""
-        self._monitor.moved()
-        self._armed = True
-        try:
-            with suppress(_Enough):
+        with suppress(_Enough):
+            self._armed = True
+            try:
                 yield
-        finally:
-            self._armed = False
+            finally:
+                self._armed = False
 
     def _look(self, *_: object) -> None:
         self.time_is_up = time.monotonic() >= self._end
@@ -198,6 +212,8 @@ class _Watch:
             return
         if not self.time_is_up:
             _LOG.warning("nothing was made for %.0f s: the pools are started anew", still_s)
+            self._stall_s *= 2  # in case it only takes so long
+        self.interrupted = True
         raise _Enough  # one that lands in a destructor is dropped; the next look raises it again
 
 
@@ -287,8 +303,16 @@ def _parts(
         for row in dataset.iter_rows():
             yield json.loads(row["part"])
     except ray.exceptions.RayError as error:
-        *_, last = filter(None, map(str.strip, str(error).splitlines()))
-        raise RunError(f"the run ended early: {last}; what is committed stays, the same command goes on") from error
+        how = f"the run ended early: {_cause(error)}"
+        raise RunError(f"{how}; what is committed stays, the same command goes on") from error
+
+
+def _cause(error: Exception) -> str:
+    """The last line of what a worker raised: Ray Data puts an error with advice on its own settings behind it."""
+    blocks = str(error).split("\n\nThe above exception was the direct cause of the following exception:\n\n")
+    block = next((block for block in reversed(blocks) if "exceptions.UserCodeException" not in block), blocks[-1])
+    *_, last = filter(None, map(str.strip, block.splitlines()))
+    return last
 
 
 def _write(block: pa.Table, layout: Layout, board: Board, publish: bool) -> pa.Table:
@@ -301,6 +325,7 @@ class _Actor:
 
     def __init__(self, stage: Stage, schema: pa.Schema, board: Board) -> None:
         self._stage, self._schema, self._board = stage, schema, board
+        cluster.node_use()  # the first answer is about no time at all
         self._work: Worker = Isolated(stage.make, stage.memory_gb) if stage.isolated else stage.make()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -308,6 +333,7 @@ class _Actor:
         live = [row for row in rows if row["reject_stage"] is None]
         with self._board.working(self._stage.name, len(rows), self._cpu_s):
             results = self._results(live)
+        self._board.note_use()
         for row, result in zip(live, results, strict=True):
             if isinstance(result, Exception):
                 reason = (self._stage.name, type(result).__name__, str(result))

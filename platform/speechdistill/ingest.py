@@ -59,6 +59,7 @@ def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
     if not (config.speech or config.noise or config.rir or config.list):
         raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR or --list FILE")
+    cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
     config = replace(config, out=table.absolute(config.out), list=tuple(files))
     cluster.connect()
@@ -82,7 +83,7 @@ def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | Non
     """Read the headers of all rows not yet ingested, and commit them part by part; memory does not grow with rows."""
     number = 1 + max((n for what in ("clips", "rejects") for n, _ in _parts(out, what)), default=-1)
     probing = ray.remote(_probed)
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    cpus = max(16, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have none yet
     waiting: deque[Any] = deque()
     with tqdm(unit="file", dynamic_ncols=True, desc="headers") as bar:
         for chunk in _new_chunks(rows, out):
@@ -241,7 +242,8 @@ def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
 def _parts(out: str, what: str) -> list[tuple[int, str]]:
     fs, path = fsspec.url_to_fs(f"{out}/parts")
     fs.invalidate_cache()
-    names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
+    with table.storage(f"{out}/parts"):
+        names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
     found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
     return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
 

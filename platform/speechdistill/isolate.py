@@ -23,7 +23,9 @@ Worker = Callable[[list[Row]], list[Row | Exception]]
 
 
 class ChildDied(RuntimeError):
-    """The child process ended, or did not answer in time, while it worked on these rows."""
+    """The child process ended, or did not answer in time (`hung`), while it worked on these rows."""
+
+    hung = False
 
 
 class CannotStart(RuntimeError):
@@ -34,11 +36,12 @@ class Isolated:
     """A `Worker` whose work happens in a child process made with `make`.
 
     When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
-    kills it again becomes a `ChildDied` in the result. Where `make` fails, now or in a later child, `CannotStart`
-    is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the CPU time of all its children.
+    kills it again, or lets it hang once more, becomes a `ChildDied` in the result. Where `make` fails, now or in a
+    later child, `CannotStart` is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the
+    CPU time of all its children.
     """
 
-    def __init__(self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = 600.0) -> None:
+    def __init__(self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = 300.0) -> None:
         self._make = cloudpickle.dumps(make)
         self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
@@ -59,17 +62,26 @@ class Isolated:
                 return self._ask([row])[0]
             except ChildDied as error:
                 died = error
+                if error.hung:  # it has cost two timeouts by now
+                    break
         assert died is not None
         return died
 
     def _ask(self, rows: list[Row] | None) -> list[Row | Exception]:
         if self._child is None:
-            self._start()
-            try:
-                self._answer(None)
-            except Exception as error:
-                raise CannotStart(f"{type(error).__name__}: {error}") from error
+            self._begin()
         return self._answer(rows) if rows else []
+
+    def _begin(self) -> None:
+        """Start a child; one that dies at once, with its node or for want of memory, is started again."""
+        for tries_left in (2, 1, 0):
+            try:
+                self._start()
+                self._answer(None)
+                return
+            except Exception as error:
+                if not tries_left or not isinstance(error, (ChildDied, OSError)):
+                    raise CannotStart(f"{type(error).__name__}: {error}") from error
 
     def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
         try:
@@ -104,7 +116,9 @@ class Isolated:
         self._connection.close()
         if how == "ended":
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return ChildDied(f"the process working on this row {how}; listen to its source file, or leave the file out")
+        died = ChildDied(f"the process working on this row {how}; listen to its source file, or leave the file out")
+        died.hung = how.startswith("gave no answer")
+        return died
 
 
 def child() -> None:

@@ -1,9 +1,10 @@
 """Sight of a run: what its actors have done, and once a minute how far it is."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from speechdistill import cluster
 from speechdistill.shards import Totals
+
+_LOG = logging.getLogger(__name__)
+_USE_EVERY_S = 30.0
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -28,13 +32,20 @@ class Work:
 class _Board:
     def __init__(self) -> None:
         self._work: dict[str, Work] = {}
+        self._uses: dict[str, tuple[float, cluster.Use]] = {}
 
     def add(self, stage: str, rows: int, busy_s: float, cpu_s: float) -> None:
         work = self._work.setdefault(stage, Work())
         work.rows, work.busy_s, work.cpu_s = work.rows + rows, work.busy_s + busy_s, work.cpu_s + cpu_s
 
+    def note_use(self, node: str, use: cluster.Use) -> None:
+        self._uses[node] = time.monotonic(), use
+
     def read(self) -> dict[str, Work]:
         return self._work
+
+    def uses(self) -> list[cluster.Use]:
+        return [use for at, use in self._uses.values() if time.monotonic() - at < 3 * _USE_EVERY_S]
 
 
 class Board:
@@ -43,6 +54,8 @@ class Board:
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Board).remote()
+        self._next_use = 0.0
+        self._last: dict[str, Work] = {}
 
     @contextmanager
     def working(self, stage: str, rows: int, cpu_s: Callable[[], float] = time.process_time) -> Iterator[None]:
@@ -51,12 +64,27 @@ class Board:
         yield
         self._actor.add.remote(stage, rows, time.monotonic() - began, cpu_s() - cpu_began)
 
+    def note_use(self) -> None:
+        """Note the use of this node's CPUs and GPUs, from an actor now and then.
+
+        (A task on each node would count as work and keep idle nodes from going.)
+        """
+        if time.monotonic() > self._next_use:
+            self._next_use = time.monotonic() + _USE_EVERY_S
+            self._actor.note_use.remote(ray.get_runtime_context().get_node_id(), cluster.node_use())
+
     def read(self) -> dict[str, Work]:
-        """By stage; empty where the board does not answer."""
+        """By stage; the last answer where the board does not answer."""
+        with suppress(ray.exceptions.RayError):
+            self._last = dict(ray.get(self._actor.read.remote(), timeout=10))
+        return self._last
+
+    def uses(self) -> list[cluster.Use]:
+        """Of each node that was at work just now."""
         try:
-            return dict(ray.get(self._actor.read.remote(), timeout=10))
+            return list(ray.get(self._actor.uses.remote(), timeout=10))
         except ray.exceptions.RayError:
-            return {}
+            return []
 
 
 class Monitor:
@@ -84,6 +112,12 @@ class Monitor:
         self._end.set()
         self._thread.join(timeout=30)
 
+    def renew(self) -> Board:
+        """A board for pools that start anew: what the old ones had on their way is made again."""
+        self.board, self._before = Board(), {**self._before, "work": {}}
+        self.moved()
+        return self.board
+
     def moved(self) -> None:
         """Count the time that nothing moves from now."""
         self._moved_at = time.monotonic()
@@ -96,15 +130,20 @@ class Monitor:
         ended = False
         while not ended:
             ended = self._end.wait(self._every_s)
-            now = self._now()
-            if now["work"] != self._before["work"] or now["done"] != self._before["done"]:
-                self.moved()
-            use = {} if ended else cluster.use()
-            self._report({**self._progress(now), **self._at_work(now), **use})
-            self._before = now
+            try:
+                self._look()
+            except Exception as error:  # of the cluster, for a moment: without this thread a run looks stalled
+                _LOG.warning("no figures this time (%s: %s)", type(error).__name__, error)
+
+    def _look(self) -> None:
+        now = self._now()
+        if now["work"] != self._before["work"] or now["done"] != self._before["done"]:
+            self.moved()
+        self._report({**self._progress(now), **self._at_work(now), **cluster.use(self.board.uses())})
+        self._before = now
 
     def _now(self) -> dict[str, Any]:
-        sums = {key: value for key, value in self._totals.sums.items() if isinstance(value, float)}
+        sums = {key: value for key, value in dict(self._totals.sums).items() if isinstance(value, float)}
         return {"time_s": time.monotonic(), "done": self._totals.done, "sums": sums, "work": self.board.read()}
 
     def _progress(self, now: Mapping[str, Any]) -> dict[str, float]:
@@ -115,7 +154,7 @@ class Monitor:
             "done": now["done"],
             "labelled": totals.labelled,
             "rejected": totals.rejected,
-            **{f"rejected/{reason}": count for reason, count in totals.reasons.items()},
+            **{f"rejected/{reason}": count for reason, count in dict(totals.reasons).items()},
             "samples_per_s": (now["done"] - before["done"]) / seconds,
             **{f"per_s/{key}": (value - before["sums"].get(key, 0)) / seconds for key, value in now["sums"].items()},
             **({"eta_s": (self._num_ids - now["done"]) / rate} if rate else {}),
@@ -131,5 +170,5 @@ class Monitor:
         )
         return {
             **{f"queue/{stage}": max(0, handed - done) for stage, handed, done in queues},
-            **{f"busy/{stage}": busy_s / seconds for stage, busy_s in busy},
+            **{f"busy/{stage}": max(0.0, busy_s / seconds) for stage, busy_s in busy},
         }

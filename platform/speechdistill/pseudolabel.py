@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, cost, flow, plan, shards, table, teachers
+from speechdistill import audio, cluster, cost, flow, plan, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe
@@ -101,7 +101,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     )
     try:
         totals = flow.run(job)
-        complete = totals.done >= num_samples
+        complete = totals.complete
         summary = complete and table.read_json(f"{config.out}/summary.json")
         if session.samples or not summary:  # otherwise it was complete, and is left as it is
             summary = _summary(config, totals, session, table.fingerprint(identity))
@@ -121,6 +121,8 @@ def run(config: Pseudolabel) -> dict[str, Any]:
 def dry_run(config: Pseudolabel) -> cost.Estimate:
     """Label 200 samples of the run, write nothing, and tell what all of it takes; raises what `run` does."""
     config, recipe, num_samples, identity = _prepared(config)
+    cluster.connect()
+    cluster.check_seen(config.clips)
     trial = flow.trial(_flow(config, recipe, num_samples, identity, config.clips))
     price = cost.amounts("--price", config.price) if config.price else None
     return cost.estimate(trial, num_samples, price)
@@ -149,6 +151,7 @@ def histogram(summary: Mapping[str, Any]) -> Any:
 def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, Any]]:
     """The configuration with absolute paths, its recipe, number of samples and identity: all checked, none written."""
     _validate(config)
+    cluster.be_patient()
     weights = config.weights and table.absolute(config.weights)
     config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out), weights=weights)
     recipe = resolved(config)
@@ -203,8 +206,10 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
     """Copy the manifest into the run, where the workers read it: an ingest job may replace the original meanwhile."""
     copy = _manifest(config)
     fs, path = fsspec.url_to_fs(copy)
-    if not fs.exists(path):
-        with fsspec.open(config.clips, "rb") as file:
+    with table.storage(copy):
+        is_there = fs.exists(path)
+    if not is_there:
+        with table.storage(config.clips), fsspec.open(config.clips, "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now; run the same command again when its ingest has ended")
@@ -241,7 +246,8 @@ def _stages(
         teach_actors = config.teach_actors or max(1, int(gpus / teach_gpus))
         teach_cpus = min(0.25, 0.25 * free / teach_actors)
         degrade_actors = config.degrade_actors or max(1, int(free - teach_actors * teach_cpus))
-        degrade_cpus = min(1.0, (free - teach_actors * teach_cpus) / degrade_actors)
+        # Not a whole CPU, or they could fill a GPU's node to the brim before its teacher comes.
+        degrade_cpus = min(0.9, (free - teach_actors * teach_cpus) / degrade_actors)
     else:  # on CPUs the teacher takes nine tenths of the time (7.68 s: 0.16 s, degrading them: 0.015 s)
         teach_actors = config.teach_actors or max(1, int(cpus))
         degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)

@@ -65,6 +65,7 @@ class Totals:
     rejected: int = 0
     sums: dict[str, Any] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
+    complete: bool = True
 
     @property
     def done(self) -> int:
@@ -148,15 +149,17 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
 
 
 def reopen(layout: Layout) -> None:
-    """Make a folder ready for more parts: no `summary.json`, which says that the run is complete, and no part that
-    is now to have more ids, so that readers never see an id twice.
+    """Make a folder ready for more parts: no `summary.json`, which says that the run is complete, no manifest, and no
+    part that is now to have more ids, so that readers never see an id twice.
     """
-    fs, path = fsspec.url_to_fs(f"{layout.out}/summary.json")
-    if fs.exists(path):
-        fs.rm_file(path)
-    for k, count, _, name in _files(layout.out):
-        if count < len(layout.ids(k)):
-            fs.rm_file(name)
+    fs, folder = fsspec.url_to_fs(layout.out)
+    with table.storage(layout.out):
+        for name in ("summary.json", "manifest.parquet"):
+            if fs.exists(f"{folder}/{name}"):
+                fs.rm_file(f"{folder}/{name}")
+        for k, count, _, name in _files(layout.out):
+            if count < len(layout.ids(k)):
+                fs.rm_file(name)
 
 
 def finish(layout: Layout, complete: bool = True) -> None:
@@ -210,8 +213,9 @@ def _footers(layout: Layout, counts: Mapping[int, int], parts: list[int]) -> lis
     def footer(k: int) -> dict[str, Any]:
         path = layout.path(k, counts[k])
         try:
-            with fsspec.open(path, "rb") as file:
-                return dict(json.loads(pq.read_metadata(file).metadata[b"part"]))
+            with table.storage(path), fsspec.open(path, "rb") as file:
+                metadata = pq.read_metadata(file).metadata
+            return dict(json.loads(metadata[b"part"]))
         except (pa.ArrowInvalid, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and run the same command again") from error
 
@@ -235,6 +239,7 @@ def _files(out: str) -> list[tuple[int, int, int, str]]:
     """(part, number of its ids, bytes, name) of every committed file."""
     fs, path = fsspec.url_to_fs(f"{out}/shards")
     fs.invalidate_cache()
-    entries = fs.ls(path, detail=True) if fs.exists(path) else []
+    with table.storage(f"{out}/shards"):
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
     matches = [(_NAME.search(entry["name"]), entry) for entry in entries]
     return [(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m]

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from io import BytesIO
@@ -35,6 +36,10 @@ _TYPES = {
 
 class TableError(ValueError):
     """A table or configuration that does not fit: which one, what is wrong, and what to do."""
+
+
+class StorageError(OSError):
+    """A URL whose storage refused, or did not answer after all retries: which one, why, and what to do."""
 
 
 @cache
@@ -94,7 +99,7 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
 def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """Read and validate a Parquet file of schema `name`; `columns` reads only some of them."""
     try:
-        with fsspec.open(uri, "rb") as file:
+        with storage(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
             table = pq.read_table(file, columns=columns)
     except FileNotFoundError as error:
         raise TableError(f"{uri}: no such file; a {name} table is made by the job before this one") from error
@@ -121,7 +126,8 @@ def publish(data: bytes | IO[bytes], uri: str) -> None:
     """
     fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
     if fs is not None:
-        fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
+        with storage(uri):
+            fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,12 +168,36 @@ def publish_json(value: Any, uri: str) -> None:
 def read_json(uri: str) -> Any | None:
     """The parsed file, or None where there is none."""
     try:
-        with fsspec.open(uri, "rb") as file:
-            return json.loads(file.read())
+        with storage(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
+            data = file.read()
+        return json.loads(data)
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
         raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
+
+
+@contextmanager
+def storage(uri: str, *passed: type[Exception]) -> Iterator[None]:
+    """Raise `StorageError` naming the URL for what its storage raises in the body, but for the types `passed`.
+
+    Plugins raise their libraries' own types, mostly without the address. (A local path is in the error already.)
+    What Arrow finds damaged is `pa.ArrowInvalid`.
+    """
+    try:
+        yield
+    except (StorageError, pa.ArrowInvalid):
+        raise
+    except Exception as error:
+        if type(error) is OSError and error.errno is None:  # so Arrow calls most damages
+            raise pa.ArrowInvalid(str(error)) from error
+        if "://" not in uri or isinstance(error, passed):
+            raise
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise StorageError(
+            f"{uri}: the storage refused it or did not answer ({type(error).__name__}: {reason}); check the address, "
+            "the credentials in the environment and the connection, then run the same command again"
+        ) from error
 
 
 def absolute(uri: str) -> str:
@@ -185,7 +215,7 @@ def fingerprint(value: Any) -> str:
 def file_hash(uri: str) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with fsspec.open(uri, "rb") as file:
+    with storage(uri), fsspec.open(uri, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -1,0 +1,419 @@
+"""Exactly once on S3: a real moto server, behind a proxy that lets requests fail."""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+import soundfile
+
+from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
+from manifests import corpus, manifest, voice
+from milli import Degrade, Teach, milli_flow
+from speechdistill import audio, cli, flow, shards, table
+from speechdistill.corpora import folder
+from speechdistill.samples import DEGRADED, TAUGHT
+
+MILLI = Path(__file__).parents[1] / "milli.py"
+HANGS_S = 600  # only bounds a hang
+WHOLE = re.compile(r".*/part-(\d{8})-\d{8}\.parquet")
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with Store() as store:
+        yield store
+
+
+@pytest.fixture
+def proxy(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """This process takes the proxy for S3; `proxy.fault` says what fails, at first nothing."""
+    with Proxy(store.url) as proxy:
+        for name, value in {**proxy.environment, "AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+# What a run has left, read directly from the store.
+
+
+def parts(store: Store, out: str) -> dict[str, bytes]:
+    """Every file in `shards/`."""
+    names = store.fs.ls(f"{out}/shards") if store.fs.exists(f"{out}/shards") else []
+    return {name: store.fs.cat_file(name) for name in names}
+
+
+def rows_of(data: bytes) -> pa.Table:
+    return pq.read_table(BytesIO(data))
+
+
+def assert_whole(name: str, data: bytes, layout: shards.Layout) -> None:
+    """A whole part of the milli flow: the ids of its name, with their audio, and the hash that its footer promises."""
+    match = WHOLE.fullmatch(name)
+    assert match, f"{name} is no part"
+    rows, ids = rows_of(data), list(layout.ids(int(match[1])))
+    footer = json.loads(pq.read_metadata(BytesIO(data)).metadata[b"part"])
+    assert rows["sample_id"].to_pylist() == ids and footer["part"] == int(match[1])
+    assert rows["audio"].to_pylist() == [row["audio"] for row in Degrade()([{"id": i} for i in ids])]
+    assert shards.content_hash(rows) == footer["content_sha256"]
+
+
+def assert_complete(store: Store, layout: shards.Layout) -> None:
+    """Every id in exactly one part, and `manifest.parquet` lists just the parts that are there."""
+    there = parts(store, layout.out)
+    for name, data in there.items():
+        assert_whole(name, data, layout)
+    counts = Counter(i for data in there.values() for i in rows_of(data)["sample_id"].to_pylist())
+    assert counts == Counter(range(layout.num_ids))
+    listed = rows_of(store.fs.cat_file(f"{layout.out}/manifest.parquet"))["path"].to_pylist()
+    assert [f"{layout.out}/{path}" for path in listed] == [f"s3://{name}" for name in sorted(there)]
+
+
+class Reader(threading.Thread):
+    """Reads every file listed in a run's `shards/`, without faults, over and over until it is left."""
+
+    def __init__(self, store: Store, layout: shards.Layout) -> None:
+        super().__init__(daemon=True)
+        self._store, self._layout, self._leave = store, layout, threading.Event()
+        self.reads = 0
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._leave.wait(0.05):
+                for name, data in parts(self._store, self._layout.out).items():
+                    assert_whole(name, data, self._layout)
+                    self.reads += 1
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> "Reader":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        self.join()
+        if self._error:
+            raise self._error
+
+
+# Runs.
+
+
+class Driver:
+    """A program in a process of its own, with a Ray of its own whose workers see the proxy, too; killed when left."""
+
+    def __init__(self, proxy: Proxy, log: Path, *command: str, **environment: str) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                env={**os.environ, **proxy.environment, **environment},
+                start_new_session=True,
+                stderr=errors,
+            )
+
+    def result(self) -> tuple[int, str]:
+        """Exit code and what it wrote to stderr."""
+        return self.process.wait(HANGS_S), self._log.read_text()
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def milli_driver(proxy: Proxy, log: Path, layout: shards.Layout, **environment: str) -> Driver:
+    return Driver(proxy, log, str(MILLI), layout.out, str(layout.num_ids), **environment)
+
+
+def run_killed_and_resumed(store: Store, layout: shards.Layout, seed: int, kill_at: int, log: Path) -> None:
+    """With faults at 5%: kill the driver when `kill_at` parts are there, run again; a reader reads all the while."""
+    with Proxy(store.url, at_random(seed)) as proxy, Reader(store, layout) as reader:
+        with milli_driver(proxy, log, layout) as driver:
+            while len(parts(store, layout.out)) < kill_at:
+                with suppress(subprocess.TimeoutExpired):
+                    driver.process.wait(0.05)
+                    break
+            assert driver.process.poll() is None, f"the run ended before it could be killed\n{log.read_text()}"
+        assert not store.fs.exists(f"{layout.out}/manifest.parquet")
+        with milli_driver(proxy, log, layout) as driver:
+            code, errors = driver.result()
+            assert code == 0, errors
+    assert proxy.faults.total() > 0 and reader.reads > 0
+    assert_complete(store, layout)
+
+
+def test_a_killed_driver_resumes_with_faults_and_readers_only_see_whole_parts(store: Store, tmp_path: Path) -> None:
+    layout = milli_flow(f"s3://{BUCKET}/milli", 320).layout
+    run_killed_and_resumed(store, layout, seed=1, kill_at=10, log=tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_number", range(10))
+def test_random_faults_and_kills_lose_and_double_nothing(store: Store, tmp_path: Path, round_number: int) -> None:
+    seed = secrets.randbelow(2**32)
+    layout = milli_flow(f"s3://{BUCKET}/random-{round_number}", 800).layout
+    run_killed_and_resumed(store, layout, seed, Random(seed).randint(1, 60), tmp_path / "log")
+
+
+def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
+    store: Store, tmp_path: Path, local_ray: None
+) -> None:
+    here, there = str(tmp_path), f"s3://{BUCKET}/main"
+    corpus(tmp_path / "corpus")
+    store.fs.put(f"{here}/corpus", f"{there}/corpus", recursive=True)
+    for command in commands(here):
+        assert cli.main(command) == 0
+    tracking = f"sqlite:///{here}/tracking.db"
+    code = f"from speechdistill import cli\nfor command in {commands(there)!r}: assert cli.main(command) == 0"
+    with (
+        Proxy(store.url, at_random(seed=2)) as proxy,
+        Driver(proxy, tmp_path / "log", "-c", code, MLFLOW_TRACKING_URI=tracking) as driver,
+    ):
+        exit_code, errors = driver.result()
+        assert exit_code == 0, errors
+    assert proxy.faults.total() > 0
+
+    def from_store(path: str) -> bytes:
+        return bytes(store.fs.cat_file(f"{there}/{path}"))
+
+    def from_disk(path: str) -> bytes:
+        return (tmp_path / path).read_bytes()
+
+    manifests = [rows_of(read("manifest/clips.parquet")).to_pylist() for read in (from_disk, from_store)]
+    names = {mine[key]: theirs[key] for mine, theirs in zip(*manifests, strict=True) for key in ("uri", "clip_id")}
+    assert all(name.replace(here, there) == names[name] for name in names if "/" in name)
+    files = rows_of(from_store("labels/manifest.parquet"))["path"].to_pylist()
+    assert [f"{BUCKET}/main/labels/{file}" for file in files] == sorted(parts(store, f"{there}/labels"))
+    on_disk, on_s3 = (
+        [row for file in files for row in rows_of(read(f"labels/{file}")).to_pylist()]
+        for read in (from_disk, from_store)
+    )
+    assert [row["sample_id"] for row in on_s3] == list(range(12))
+    for mine, theirs in zip(on_disk, on_s3, strict=True):
+        assert theirs["audio"] == mine["audio"]
+        assert theirs["plan"] == re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], mine["plan"])
+        assert theirs["score"] == pytest.approx(mine["score"], abs=1e-5)
+    assert json.loads(from_store("labels/summary.json"))["rejected"] == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking)
+    (run,) = client.search_runs([client.get_experiment_by_name("pseudolabel").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.metrics["labelled"] == 12
+
+
+def commands(root: str) -> list[list[str]]:
+    folders = [word for kind in ("speech", "noise", "rir") for word in (f"--{kind}", f"{root}/corpus/{kind}")]
+    ingest = ["ingest", *folders, "--out", f"{root}/manifest"]
+    size = ["--num-samples", "12", "--rows-per-part", "2", "--seed", "3"]
+    return [ingest, ["pseudolabel", "--clips", f"{root}/manifest/clips.parquet", "--out", f"{root}/labels", *size]]
+
+
+def test_torn_uploads_leave_whole_parts_only(store: Store, proxy: Proxy) -> None:
+    layout = milli_flow(f"s3://{BUCKET}/torn", 400).layout
+    shards.claim(layout.out, {})
+    proxy.fault = at_random(seed=3, rate=0.3, kinds=["torn upload"])
+    with Reader(store, layout) as reader, ThreadPoolExecutor(4) as threads:
+        # Each part twice, as by a writer that was taken for dead.
+        list(threads.map(lambda k: shards.write_parts(block(layout, k // 2), layout), range(2 * layout.num_parts)))
+    assert proxy.faults["torn upload"] > 10 and reader.reads > 0
+    shards.finish(layout)
+    assert_complete(store, layout)
+
+
+def block(layout: shards.Layout, k: int) -> pa.Table:
+    """Part k as it comes to be written."""
+    rows: list[dict[str, Any]] = [{"id": i} for i in layout.ids(k)]
+    for worker in (Degrade(), Teach()):
+        rows = [{**row, **result} for row, result in zip(rows, worker(rows), strict=True)]
+    return pa.Table.from_pylist(rows, pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT]))
+
+
+def test_a_stream_that_fails_on_its_way_leaves_the_old_file(store: Store, proxy: Proxy) -> None:
+    url = f"s3://{BUCKET}/stream.parquet"
+
+    def rows() -> Iterator[pa.Table]:
+        yield manifest(speech=3)
+        raise ArithmeticError
+
+    table.publish(b"old", url)
+    with pytest.raises(ArithmeticError):
+        table.publish_stream(rows(), "clip.v1", url)
+    assert store.fs.cat_file(url) == b"old"
+
+
+def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(store: Store, tmp_path: Path) -> None:
+    layout = milli_flow(f"s3://{BUCKET}/dead", 64).layout
+
+    def fault(method: str, path: str) -> str | None:
+        return "torn upload" if method == "PUT" and "/shards/" in path else None
+
+    with (
+        Proxy(store.url, fault) as proxy,
+        milli_driver(proxy, tmp_path / "log", layout, AWS_MAX_ATTEMPTS="2") as driver,
+    ):
+        code, errors = driver.result()
+    assert code == 1
+    assert re.search(r"RunError: .*s3://bucket/dead/shards/part-\d+-\d+\.parquet: .*same command goes on", errors), (
+        errors
+    )
+    assert not parts(store, layout.out) and not store.fs.exists(f"{layout.out}/manifest.parquet")
+
+
+# One operation at a time, in this process.
+
+
+def read_footer(url: str) -> bool:
+    return shards.survey(milli_flow(url, 8).layout)[1].labelled == 8
+
+
+def delete_summary(url: str) -> bool:
+    return shards.reopen(milli_flow(url, 8).layout) is None
+
+
+def list_folder(url: str) -> bool:
+    return [row["uri"] for row in folder.rows(url, "speech", Counter())] == [f"{url}/voice.wav"]
+
+
+def load_audio(url: str) -> bool:
+    return np.array_equal(audio.quantise(audio.load(f"{url}/voice.wav", 16000, 8000)), WAVE[16000:24000])
+
+
+WAVE = audio.quantise(voice(2.0))
+OPERATIONS: dict[str, Callable[[str], bool]] = {
+    "publish": lambda url: table.publish(b"new", f"{url}/new") is None,
+    "read-json": lambda url: table.read_json(f"{url}/run.json") == {"a": 1},
+    "read-json-that-is-missing": lambda url: table.read_json(f"{url}/none.json") is None,
+    "hash": lambda url: table.file_hash(f"{url}/run.json") == hashlib.sha256(b'{"a": 1}').hexdigest(),
+    "list-shards": lambda url: shards.listed(url) == {0: 8},
+    "read-footer": read_footer,
+    "delete-summary": delete_summary,
+    "list-folder": list_folder,
+    "load-audio": load_audio,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A small run's files, and one recording."""
+    root = tmp_path_factory.mktemp("files")
+    layout = milli_flow(root, 8).layout
+    shards.claim(layout.out, {})
+    shards.write_parts(block(layout, 0), layout)
+    soundfile.write(root / "voice.wav", WAVE, audio.SAMPLE_RATE)
+    names = ["shards/part-00000000-00000008.parquet", "voice.wav"]
+    return {"run.json": b'{"a": 1}', "summary.json": b"{}"} | {name: (root / name).read_bytes() for name in names}
+
+
+def url_of(store: Store, files: dict[str, bytes], name: str) -> str:
+    store.fs.pipe({f"{BUCKET}/{name}/{file}": data for file, data in files.items()})
+    return f"s3://{BUCKET}/{name}"
+
+
+def test_every_operation_survives_every_fault_in_each_of_its_requests(
+    store: Store, proxy: Proxy, files: dict[str, bytes]
+) -> None:
+    cases = {f"once-{i}-{name}": (kind, name) for i, kind in enumerate(KINDS) for name in OPERATIONS}
+    urls = {case: url_of(store, files, case) for case in cases}
+    asked = Counter[tuple[str, str]]()
+
+    def fault(method: str, path: str) -> str | None:
+        case = re.search(r"once-\d-[a-z-]+", path)
+        asked[method, path] += 1
+        kind = cases[case[0]][0] if case else ""
+        return kind if asked[method, path] == 1 and method in KINDS.get(kind, "").split() else None
+
+    proxy.fault = fault
+    with ThreadPoolExecutor(16) as threads:
+        right = threads.map(lambda case: OPERATIONS[cases[case][1]](urls[case]), cases)
+        assert dict(zip(cases, right, strict=True)) == dict.fromkeys(cases, True)
+    assert set(proxy.faults) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_store_that_is_away_is_named_and_not_taken_for_an_empty_one(
+    store: Store, proxy: Proxy, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    url = url_of(store, files, f"away-{name}")
+    for kind in ("500 InternalError", "reset"):  # errors of two families
+        proxy.fault = lambda method, path, kind=kind: kind
+        with pytest.raises((OSError, ValueError, RuntimeError), match=url):  # those that the command line reports
+            OPERATIONS[name](url)
+
+
+@pytest.mark.parametrize("command", [["pseudolabel", "--clips"], ["ingest", "--list"]], ids=["pseudolabel", "ingest"])
+def test_a_driver_tries_its_first_request_as_often_as_its_workers(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    for name in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"):
+        monkeypatch.delenv(name)
+    assert cli.main([*command, f"s3://{BUCKET}/none.parquet", "--out", f"s3://{BUCKET}/none"]) == 1
+    assert f"s3://{BUCKET}/none.parquet" in capsys.readouterr().err
+    client = s3fs.S3FileSystem.current().s3
+    assert client.meta.config.retries == {"mode": "standard", "total_max_attempts": 10}
+
+
+@pytest.mark.parametrize("keys", ["wrong", "none"])
+def test_credentials_that_do_not_fit_are_told_before_the_work(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: str
+) -> None:
+    monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
+    if keys == "none":
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(name, os.devnull)
+        for name in CREDENTIALS:
+            monkeypatch.delenv(name)
+    store.check_credentials(True)
+    try:
+        code = cli.main(["pseudolabel", "--clips", f"s3://{BUCKET}/clips.parquet", "--out", f"s3://{BUCKET}/labels"])
+    finally:
+        store.check_credentials(False)
+    assert code == 1
+    assert re.search(r"error: s3://bucket/clips\.parquet: .*check .* the credentials", capsys.readouterr().err)
+
+
+def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work(
+    store: Store,
+    proxy: Proxy,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
+    clips = f"s3://{BUCKET}/clips.parquet"
+    table.publish(table.parquet_bytes(manifest(speech=3)), clips)
+    job = ["pseudolabel", "--clips", clips, "--num-samples", "2", "--out"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert cli.main([*job, f"s3://{BUCKET}/untracked"]) == 1
+    assert "s3://bucket/untracked" in (error := capsys.readouterr().err) and "MLFLOW_TRACKING_URI" in error
+    assert not store.fs.exists(f"{BUCKET}/untracked")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
+    assert cli.main([*job, "s3://no-such-bucket/labels"]) == 1
+    assert re.search(r"error: s3://no-such-bucket/labels/run\.json: .*bucket does not exist", capsys.readouterr().err)
