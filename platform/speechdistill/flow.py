@@ -207,8 +207,6 @@ class _Watch:
 
     def _look(self, *_: object) -> None:
         self.time_is_up = time.monotonic() >= self._end
-        if self.time_is_up:  # from now on often: this look may be before the body, or lost in a destructor
-            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
         still_s = self._monitor.still_s()
         if not self._armed or not (self.time_is_up or still_s > self._stall_s):
             return
