@@ -181,7 +181,8 @@ class _Watch:
     def __init__(self, flow: Flow, monitor: Monitor) -> None:
         self._end = time.monotonic() + 3600 * (float("inf") if flow.max_hours is None else flow.max_hours)
         self._stall_s, self._monitor = flow.stall_s, monitor
-        self._armed = self.time_is_up = self.interrupted = False
+        self._armed = self.interrupted = False
+        self.time_is_up = time.monotonic() >= self._end
 
     def __enter__(self) -> "_Watch":
         if threading.current_thread() is threading.main_thread():
