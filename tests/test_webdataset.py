@@ -479,7 +479,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
         monkeypatch.setenv(f"AWS_{name}", value)
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem()
-    store.mkdir("bucket")
+    store.makedirs("bucket", exist_ok=True)
     yield store
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
