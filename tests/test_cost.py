@@ -1,5 +1,7 @@
 """What a run will take."""
 
+from dataclasses import replace
+
 import pytest
 
 from speechdistill import cost
@@ -23,15 +25,25 @@ def test_the_trial_is_scaled_to_the_run() -> None:
     assert estimate.output_gb == pytest.approx(86.4)
     assert estimate.money == pytest.approx(50 * 0.05 + 15 * 2)
     assert estimate.trial_rejected == 10
-    assert cost.estimate(trial(), 100, None).money is None
 
 
-@pytest.mark.parametrize("text", ["cpu", "0.05", "cpu=,gpu=1", "tpu=1", "cpu=-1", "cpu=nan", ""])
+@pytest.mark.parametrize("text", [None, "cpu=1", "gpu=1"])
+def test_money_is_not_known_where_hours_have_no_price(text: str | None) -> None:
+    assert cost.estimate(trial(), 100, cost.amounts("--price", text)).money is None
+
+
+def test_hours_that_are_not_spent_need_no_price() -> None:
+    on_cpus = replace(trial(), stages=tuple(replace(stage, num_gpus=0) for stage in trial().stages))
+    estimate = cost.estimate(on_cpus, 7200 * 100, cost.amounts("--price", "cpu=0.05"))
+    assert estimate.money == pytest.approx(50 * 0.05)
+
+
+@pytest.mark.parametrize("text", ["cpu", "0.05", "cpu=,gpu=1", "tpu=1", "cpu=-1", "cpu=nan", "", "cpu=1,CPU=2"])
 def test_an_amount_that_cannot_be_read_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(RunError, match="--price"):
         cost.amounts("--price", text)
 
 
-def test_what_is_not_named_costs_nothing() -> None:
-    assert cost.amounts("--grow-to", "gpu=8") == {"cpu": 0.0, "gpu": 8.0}
-    assert cost.amounts("--grow-to", None) == {"cpu": 0.0, "gpu": 0.0}
+def test_only_what_is_named_has_an_amount() -> None:
+    assert cost.amounts("--grow-to", "gpu=8") == {"gpu": 8.0}
+    assert cost.amounts("--grow-to", None) == {}

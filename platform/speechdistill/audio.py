@@ -15,13 +15,14 @@ import soundfile
 import soxr
 
 from speechdistill.audio_decoders import Reader, opened
-from speechdistill.audio_files import SAMPLE_RATE, AudioError, Info
+from speechdistill.audio_files import SAMPLE_RATE, AudioError, Info, UnreadableError
 
 __all__ = [
     "EXTENSIONS",
     "SAMPLE_RATE",
     "AudioError",
     "Info",
+    "UnreadableError",
     "codec_versions",
     "decode",
     "encode",

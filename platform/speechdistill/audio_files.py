@@ -36,6 +36,10 @@ class AudioError(ValueError):
         return f"{self.path!r}: {self.reason}; {self.fix}"
 
 
+class UnreadableError(AudioError):
+    """The storage did not give a file, which may be its own fault and pass (a missing file is no such case)."""
+
+
 @dataclass(frozen=True)
 class Info:
     """What a file's header says. `num_frames` is in the file's own sample rate."""
@@ -138,7 +142,10 @@ def version(uri: str) -> tuple[int | None, str | None]:
 def unreadable(uri: str, error: Exception) -> AudioError:
     """The storage's error as one that says what to do."""
     reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
-    return AudioError(uri, reason, "check the path, its permissions and the connection")
+    is_wrong = isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError, ImportError))
+    return (AudioError if is_wrong else UnreadableError)(
+        uri, reason, "check the path, its permissions and the connection"
+    )
 
 
 class _Ranged(AbstractBufferedFile):  # type: ignore[misc]

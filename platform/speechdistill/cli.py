@@ -113,7 +113,7 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
         from speechdistill import pseudolabel
 
         if config.dry_run:
-            print(_estimate(pseudolabel.dry_run(config)))
+            print(_estimate(pseudolabel.dry_run(config), config.price))
         else:
             print(_report(pseudolabel.run(config), config.out))
         return 0
@@ -176,10 +176,13 @@ class _Scored:
 
 def _report(summary: dict[str, Any], out: str) -> str:
     histogram = summary["score_histogram"]
+    session = (
+        f"this session: {summary['session_samples']:,} samples in {summary['session_s']:.0f} s, "
+        f"{summary['session_audio_hours_per_hour']:.1f} hours of audio per hour"
+    )
     lines = [
         f"labelled {summary['labelled']:,} samples ({summary['hours']:.2f} h), rejected {summary['rejected']:,}",
-        f"this session: {summary['session_samples']:,} samples in {summary['session_s']:.0f} s, "
-        f"{summary['session_audio_hours_per_hour']:.1f} hours of audio per hour",
+        session if summary["session_samples"] else "all of it in earlier sessions; nothing was left to do",
     ]
     if summary["labelled"]:
         lines += [f"mean score {summary['score_mean']:.2f}; histogram (MOS, samples):", *_bars(histogram)]
@@ -195,7 +198,7 @@ def _report(summary: dict[str, Any], out: str) -> str:
     return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
 
 
-def _estimate(estimate: "cost.Estimate") -> str:
+def _estimate(estimate: "cost.Estimate", price: str | None) -> str:
     lines = [
         f"{estimate.num_samples:,} samples take about (from {estimate.trial_samples} of them, "
         f"{estimate.trial_rejected} rejected; start-up apart):",
@@ -206,6 +209,8 @@ def _estimate(estimate: "cost.Estimate") -> str:
     ]
     if estimate.money is not None:
         lines.append(f"  money   {estimate.money:,.2f}, where all that is paid for is at work")
+    elif price:
+        lines.append(f"  money   not known: --price {price} does not name all of the above")
     return "\n".join([*lines, "nothing was written"])
 
 

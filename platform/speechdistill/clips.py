@@ -39,6 +39,11 @@ class Pool:
             row["speaker"][index].as_py(),
         )
 
+    def uris(self, prefix: str) -> list[pa.Array]:
+        """The addresses that start so, as chunks."""
+        uris = self._rows["uri"]
+        return list(uris.filter(pc.starts_with(uris, prefix)).chunks)
+
 
 class Clips:
     """A `clip.v1` manifest split by kind: `speech`, `noise` and `rir`."""
@@ -47,6 +52,15 @@ class Clips:
         self.speech, self.noise, self.rir = (
             Pool(manifest.filter(pc.equal(manifest["kind"], kind))) for kind in ("speech", "noise", "rir")
         )
+
+    def others(self, uri: str, most: int) -> list[str]:
+        """At most `most` other files of the storage (bucket, server, local disks) that has `uri`, far apart."""
+        storage = "".join(part + "/" for part in uri.split("/")[:3]) if "://" in uri else "/"
+        chunks = [chunk for pool in (self.speech, self.noise, self.rir) for chunk in pool.uris(storage)]
+        found = pa.chunked_array(chunks, pa.string())
+        found = found.filter(pc.not_equal(found, uri))
+        places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64))
+        return [found[place].as_py() for place in places.tolist()]
 
     @classmethod
     def read(cls, uri: str) -> "Clips":

@@ -31,9 +31,8 @@ def connect() -> None:
     if ray.is_initialized():
         return
     package = Path(__file__).parent
-    be_patient()
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"py_modules": [str(package)], "env_vars": {name: os.environ[name] for name in _PATIENCE}})
+        ray.init(runtime_env={"py_modules": [str(package)]})
         return
     # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
     # in a variable, since the file it would make in the home folder would be picked up by later clusters.
@@ -51,7 +50,7 @@ def connect() -> None:
 
 
 def be_patient() -> None:
-    """Let failed S3 requests be tried again; before this process's first, since a client keeps what it began with."""
+    """Let failed S3 requests be tried again; before a process's first, since a client keeps what it began with."""
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
 

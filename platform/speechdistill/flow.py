@@ -23,7 +23,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill import cluster, shards
-from speechdistill.isolate import CannotStart, Isolated, Row, Worker
+from speechdistill.isolate import CannotWork, Isolated, Row, Worker
 from speechdistill.monitor import Board, Monitor, Report, Work
 from speechdistill.shards import REJECT, Layout, RunError, Totals
 
@@ -317,6 +317,7 @@ def _cause(error: Exception) -> str:
 
 
 def _write(block: pa.Table, layout: Layout, board: Board, publish: bool) -> pa.Table:
+    cluster.be_patient()
     with board.working("write", len(block)):
         return shards.write_parts(block, layout, publish)
 
@@ -326,6 +327,7 @@ class _Actor:
 
     def __init__(self, stage: Stage, schema: pa.Schema, board: Board) -> None:
         self._stage, self._schema, self._board = stage, schema, board
+        cluster.be_patient()
         cluster.node_use()  # the first answer is about no time at all
         self._work: Worker = Isolated(stage.make, stage.memory_gb) if stage.isolated else stage.make()
 
@@ -348,7 +350,7 @@ class _Actor:
             return []
         try:
             return self._work(rows)
-        except CannotStart:  # ends the run: every row would fail
+        except CannotWork:  # ends the run: every row would fail
             raise
         except Exception as error:
             return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]

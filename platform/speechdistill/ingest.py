@@ -134,17 +134,20 @@ def _lines(file: str) -> Iterator[Row]:
 
 def _new_chunks(rows: Iterator[Row], out: str) -> Iterator[list[Row]]:
     """Chunks of rows that are neither in a good part nor seen earlier in this run."""
-    known = _known(out)
+    # A set of all ids would take a dozen times the eight bytes that each has in a sorted array.
+    known, recent = _known(out), set[int]()
     while chunk := list(islice(rows, _CHUNK_ROWS)):
         named = {int(clip_id(str(row["kind"]), row["uri"]), 16): row for row in chunk}
-        # Eight bytes an id, kept sorted: a set of strings would be a dozen times that at a million files.
-        ids = np.sort(np.fromiter(named, np.uint64, len(named)))
-        places = np.searchsorted(known, ids)
-        is_new = np.append(known, np.uint64(0))[places] != ids if len(known) else np.ones(len(ids), bool)
-        known = np.insert(known, places[is_new], ids[is_new])
-        new = [row for identity, row in named.items() if is_new[np.searchsorted(ids, np.uint64(identity))]]
+        ids = np.fromiter(named, np.uint64, len(named))
+        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        is_new = known[places] != ids if len(known) else np.ones(len(ids), bool)
+        new = [identity for identity in ids[is_new].tolist() if identity not in recent]
+        recent.update(new)
+        if len(recent) > max(100_000, len(known) // 8):
+            known = np.sort(np.concatenate([known, np.fromiter(recent, np.uint64, len(recent))]))
+            recent.clear()
         if new:
-            yield new
+            yield [named[identity] for identity in new]
 
 
 def _known(out: str) -> np.ndarray:
@@ -157,6 +160,7 @@ def _known(out: str) -> np.ndarray:
 
 def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> tuple[pa.Table, pa.Table]:
     """The good and the rejected rows of a chunk: nothing that a file or a list's line holds may stop the run."""
+    cluster.be_patient()
     with ThreadPoolExecutor(_THREADS) as threads:
         results = list(threads.map(partial(_tried, probe), chunk))
     good = [result for result in results if isinstance(result, dict)]

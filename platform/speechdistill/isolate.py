@@ -22,14 +22,18 @@ Row = dict[str, Any]
 Worker = Callable[[list[Row]], list[Row | Exception]]
 
 
+# An object store that resets every connection is given up after nine minutes (ten tries of five).
+_TIMEOUT_S = 720.0
+
+
 class ChildDied(RuntimeError):
     """The child process ended, or did not answer in time (`hung`), while it worked on these rows."""
 
     hung = False
 
 
-class CannotStart(RuntimeError):
-    """The worker could not be made: no row's fault."""
+class CannotWork(RuntimeError):
+    """The worker could not be made, or what all rows need is away: no row's fault."""
 
 
 class Isolated:
@@ -37,11 +41,13 @@ class Isolated:
 
     When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
     kills it again, or lets it hang once more, becomes a `ChildDied` in the result. Where `make` fails, now or in a
-    later child, `CannotStart` is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the
+    later child, `CannotWork` is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the
     CPU time of all its children.
     """
 
-    def __init__(self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = _TIMEOUT_S
+    ) -> None:
         self._make = cloudpickle.dumps(make)
         self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
@@ -81,7 +87,7 @@ class Isolated:
                 return
             except Exception as error:
                 if not tries_left or not isinstance(error, (ChildDied, OSError)):
-                    raise CannotStart(f"{type(error).__name__}: {error}") from error
+                    raise CannotWork(f"{type(error).__name__}: {error}") from error
 
     def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
         try:

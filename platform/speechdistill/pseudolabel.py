@@ -102,15 +102,15 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     try:
         totals = flow.run(job)
         complete = totals.complete
-        summary = complete and table.read_json(f"{config.out}/summary.json")
-        if session.samples or not summary:  # otherwise it was complete, and is left as it is
-            summary = _summary(config, totals, session, table.fingerprint(identity))
-        if complete:
+        summary = _summary(config, totals, session, table.fingerprint(identity))
+        earlier = complete and table.read_json(f"{config.out}/summary.json")
+        if complete and (session.samples or not earlier):  # otherwise it was complete, and is left as it is
             table.publish_json(summary, f"{config.out}/summary.json")
             tracking.figure(histogram(summary), "scores.png")
             tracking.document(summary, "summary.json")
-        numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
-        tracking.metrics(numbers, step=summary["num_samples"])
+        if session.samples or not earlier:
+            numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+            tracking.metrics(numbers, step=summary["num_samples"])
     except BaseException as error:
         tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -124,8 +124,7 @@ def dry_run(config: Pseudolabel) -> cost.Estimate:
     cluster.connect()
     cluster.check_seen(config.clips)
     trial = flow.trial(_flow(config, recipe, num_samples, identity, config.clips))
-    price = cost.amounts("--price", config.price) if config.price else None
-    return cost.estimate(trial, num_samples, price)
+    return cost.estimate(trial, num_samples, cost.amounts("--price", config.price))
 
 
 def resolved(config: Pseudolabel) -> Recipe:
@@ -173,7 +172,7 @@ def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[
         config.max_reject_share,
         config.retry_rejected,
         config.max_hours,
-        (grow_to["cpu"], grow_to["gpu"]),
+        (grow_to.get("cpu", 0.0), grow_to.get("gpu", 0.0)),
     )
 
 

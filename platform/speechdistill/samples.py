@@ -2,13 +2,14 @@
 
 import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pyarrow as pa
 
 from speechdistill import __version__, audio, degradations, table, teachers
 from speechdistill.clips import Clips
-from speechdistill.isolate import Row
+from speechdistill.isolate import CannotWork, Row
 from speechdistill.plan import Plan, Plans, Recipe
 
 SCHEMA = "pseudolabel.v1"
@@ -16,6 +17,8 @@ _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
 _FIELDS = [field for field in table.schema(SCHEMA) if field.name != "sample_id"]
 DEGRADED = pa.schema([field for field in _FIELDS if field.name not in _LABELS])
 TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
+# To tell a file that cannot be read from a storage that is away.
+_OTHERS, _ANSWERS_WITHIN_S = 3, 60.0
 
 
 def libraries() -> dict[str, str]:
@@ -56,7 +59,8 @@ class Degrade:
             )
 
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
-        self._plans = Plans(recipe, Clips.read(clips), seed)
+        self._clips = Clips.read(clips)
+        self._plans = Plans(recipe, self._clips, seed)
         self._format, self._reference = audio_format, reference
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
@@ -66,6 +70,9 @@ class Degrade:
         sample = self._plans[sample_id]
         try:
             degraded, clean = make_sample(sample)
+        except audio.UnreadableError as error:
+            self._check_storage(error)
+            return error
         except Exception as error:
             return error
         return {
@@ -80,6 +87,29 @@ class Degrade:
             "segment_duration_s": sample.num_samples / audio.SAMPLE_RATE,
             "reference": audio.encode(clean, self._format) if self._reference else None,
         }
+
+    def _check_storage(self, error: audio.UnreadableError) -> None:
+        """Raise `CannotWork` where other files of the storage cannot be read either: an outage rejects no sample."""
+        others = self._clips.others(error.path, _OTHERS)
+        threads = ThreadPoolExecutor(_OTHERS)
+        try:
+            tries = [threads.submit(_answers, uri) for uri in others]
+            if tries and not any(done.result() for done in as_completed(tries, timeout=_ANSWERS_WITHIN_S)):
+                raise TimeoutError
+        except TimeoutError:
+            raise CannotWork(f"{error}. {len(others)} other files of that storage cannot be read either") from None
+        finally:
+            threads.shutdown(wait=False)
+
+
+def _answers(uri: str) -> bool:
+    try:
+        audio.probe(uri)
+    except audio.UnreadableError:
+        return False
+    except audio.AudioError:  # it gave the file, or said that there is none
+        pass
+    return True
 
 
 class Teach:

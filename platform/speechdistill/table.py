@@ -99,13 +99,25 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
 def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """Read and validate a Parquet file of schema `name`; `columns` reads only some of them."""
     try:
-        with storage(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
+        with open_parquet(uri) as file:
             table = pq.read_table(file, columns=columns)
     except FileNotFoundError as error:
         raise TableError(f"{uri}: no such file; a {name} table is made by the job before this one") from error
     except pa.ArrowInvalid as error:
         raise TableError(f"{uri}: not a Parquet file ({error})") from error
     return table if columns else validate(table, name, uri)
+
+
+@contextmanager
+def open_parquet(uri: str) -> Iterator[IO[bytes]]:
+    """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here."""
+    with storage(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            if type(error) is OSError and error.errno is None:  # so Arrow calls most damages
+                raise pa.ArrowInvalid(str(error)) from error
+            raise
 
 
 def parquet_bytes(
@@ -182,15 +194,12 @@ def storage(uri: str, *passed: type[Exception]) -> Iterator[None]:
     """Raise `StorageError` naming the URL for what its storage raises in the body, but for the types `passed`.
 
     Plugins raise their libraries' own types, mostly without the address. (A local path is in the error already.)
-    What Arrow finds damaged is `pa.ArrowInvalid`.
     """
     try:
         yield
-    except (StorageError, pa.ArrowInvalid):
+    except StorageError:
         raise
     except Exception as error:
-        if type(error) is OSError and error.errno is None:  # so Arrow calls most damages
-            raise pa.ArrowInvalid(str(error)) from error
         if "://" not in uri or isinstance(error, passed):
             raise
         reason = " ".join(str(error).split()) or "no reason given"

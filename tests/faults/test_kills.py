@@ -141,5 +141,6 @@ def test_chaos(run: int, nodes: Nodes, quiet: list[str], tmp_path: Path) -> None
     kinds = choice.choices(KINDS, k=choice.randint(1, 3))
     killed = killed_run(nodes, tmp_path / "run", kinds, choice)
     print(f"run {run}, seed {seed}: killed {killed}")
+    assert killed, f"seed {seed}: nothing was killed"
     assert_exactly_once(tmp_path / "run", NUM_IDS)
     assert contents(tmp_path / "run") == quiet

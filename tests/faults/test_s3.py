@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,8 +29,9 @@ import soundfile
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
-from speechdistill import audio, cli, flow, shards, table
+from speechdistill import audio, cli, flow, plan, samples, shards, table
 from speechdistill.corpora import folder
+from speechdistill.isolate import CannotWork
 from speechdistill.samples import DEGRADED, TAUGHT
 
 MILLI = Path(__file__).parents[1] / "milli.py"
@@ -224,6 +226,64 @@ def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
     client = MlflowClient(tracking_uri=tracking)
     (run,) = client.search_runs([client.get_experiment_by_name("pseudolabel").experiment_id])
     assert run.info.status == "FINISHED" and run.data.metrics["labelled"] == 12
+
+
+@pytest.fixture
+def recordings(store: Store, tmp_path: Path) -> str:
+    """Three recordings in the bucket, and a manifest of them."""
+    folder = f"s3://{BUCKET}/{tmp_path.name}"
+    rows = []
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", voice(3.0), 16000)
+        store.fs.put(str(tmp_path / f"{i}.wav"), f"{folder}/{i}.wav")
+        known = {"kind": "speech", "duration_s": 3.0, "sample_rate": 16000, "channels": 1}
+        rows.append({"clip_id": f"{i:016x}", "uri": f"{folder}/{i}.wav", **known})
+    store.fs.pipe_file(f"{folder}/clips.parquet", table.parquet_bytes(table.from_rows(rows, "clip.v1")))
+    return folder
+
+
+def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none(
+    store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    work = samples.Degrade(f"{recordings}/clips.parquet", plan.as_is(), 0, "flac", False, samples.libraries())
+    rows = [{"id": i} for i in range(3)]
+    assert all(isinstance(result, dict) for result in work(rows))
+    for kind in ("500 InternalError", "reset"):
+        proxy.fault = lambda method, path, kind=kind: kind if "1.wav" in path else None
+        one, bad, two = work(rows)
+        assert isinstance(bad, audio.UnreadableError) and isinstance(one, dict) and isinstance(two, dict)
+        proxy.fault = lambda method, path, kind=kind: kind
+        with pytest.raises(CannotWork, match=rf"{recordings}/0\.wav.*2 other files of that storage"):
+            work(rows)
+    proxy.fault = lambda method, path: None
+    store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
+    assert [type(result) for result in work(rows)] == [audio.AudioError] * 3
+
+
+def test_an_outage_ends_the_run_which_then_goes_on(store: Store, recordings: str, tmp_path: Path) -> None:
+    out = f"{recordings}/labels"
+    command = ["pseudolabel", "--clips", f"{recordings}/clips.parquet", "--out", out, "--rows-per-part", "2"]
+    code = f"import sys; from speechdistill import cli; sys.exit(cli.main({[*command, '--num-samples', '40']!r}))"
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/tracking.db", "AWS_MAX_ATTEMPTS": "2"}
+
+    requests = count()
+
+    def outage(method: str, path: str) -> str | None:
+        return "503 SlowDown" if ".wav" in path and next(requests) > 20 else None
+
+    with Proxy(store.url, outage) as proxy, Driver(proxy, tmp_path / "log", "-c", code, **environment) as driver:
+        exit_code, errors = driver.result()
+        assert exit_code == 1 and re.search(r"error: the run ended early: .*\.wav.*same command goes on", errors), (
+            errors
+        )
+        assert len(parts(store, out)) < 20
+        proxy.fault = lambda method, path: None
+        with Driver(proxy, tmp_path / "log", "-c", code, **environment) as again:
+            exit_code, errors = again.result()
+            assert exit_code == 0, errors
+    summary = json.loads(store.fs.cat_file(f"{out}/summary.json"))
+    assert (summary["labelled"], summary["rejected"]) == (40, 0)
 
 
 def commands(root: str) -> list[list[str]]:
