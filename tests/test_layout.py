@@ -16,7 +16,7 @@ TIERS = (
     {"tar_files"},
     {"audio_files"},
     {"audio_decoders"},
-    {"audio", "table", "isolate"},
+    {"audio", "table", "isolate", "watch"},
     {"clips", "shards", "event_log"},
     {"mlflow_sender"},
     {"tracking"},

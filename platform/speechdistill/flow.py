@@ -7,11 +7,9 @@ the run and its number.
 
 import json
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,6 +24,7 @@ from speechdistill import cluster, shards
 from speechdistill.isolate import CannotWork, Isolated, Row, Worker
 from speechdistill.monitor import Board, Monitor, Report, Work
 from speechdistill.shards import REJECT, Layout, RunError, Totals
+from speechdistill.watch import Watch, stop_on_sigterm
 
 _LOG = logging.getLogger(__name__)
 # Little of a CPU is needed to make ids and to write, and on a cluster whose pools are full no node may have more left.
@@ -105,7 +104,7 @@ def run(flow: Flow) -> Totals:
         with (
             tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
             Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
-            _Watch(flow, monitor) as watch,
+            Watch(flow.max_hours, flow.stall_s, monitor.still_s) as watch,
         ):
             left = dict.fromkeys(missing)
             while left and not watch.time_is_up:
@@ -119,7 +118,9 @@ def run(flow: Flow) -> Totals:
                         bar.update(part["ids"])
                         flow.on_part(part)
                         _judge(flow, totals)
-        if watch.interrupted:  # perhaps between a commit and its count
+                        if watch.time_is_up:
+                            break
+        if left or watch.interrupted:  # perhaps between a commit and its count
             _, totals = shards.survey(layout)
         totals.complete = not left
     shards.finish(layout, complete=totals.complete)
@@ -153,7 +154,7 @@ def _noted(board: Board, rows: int) -> Mapping[str, Work]:
 
 def _pools(flow: Flow) -> tuple[Stage, ...]:
     cluster.connect()
-    _stop_on_sigterm()
+    stop_on_sigterm()
     resources = ray.cluster_resources()
     cpus, gpus = (max(resources.get(name, 0.0), n) for name, n in zip(("CPU", "GPU"), flow.grow_to, strict=True))
     stages = flow.stages(cpus, gpus)
@@ -163,69 +164,6 @@ def _pools(flow: Flow) -> tuple[Stage, ...]:
         text = "the pools are sized for %g CPUs and %g GPUs; the cluster has %g and %g now, and must grow to them"
         _LOG.warning(text, cpus, gpus, *now)
     return stages
-
-
-class _Enough(BaseException):  # no Exception: what lies between must not take it for a failure of its own
-    pass
-
-
-class _Watch:
-    """Looks every ten seconds whether the time is up or nothing moves any more (in the main thread, as signals are).
-
-    Nothing moves where a node is gone and does not come back: teachers that wait for its audio may hold the CPUs that
-    the actors which make it again need. Starting the pools anew frees them.
-    """
-
-    _EVERY_S = 10.0
-
-    def __init__(self, flow: Flow, monitor: Monitor) -> None:
-        self._end = time.monotonic() + 3600 * (float("inf") if flow.max_hours is None else flow.max_hours)
-        self._stall_s, self._monitor = flow.stall_s, monitor
-        self._armed = self.interrupted = False
-        self.time_is_up = time.monotonic() >= self._end
-
-    def __enter__(self) -> "_Watch":
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, self._look)
-            first_s = min(max(1e-3, self._end - time.monotonic()), self._EVERY_S)
-            signal.setitimer(signal.ITIMER_REAL, first_s, min(self._EVERY_S, self._stall_s))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    @contextmanager
-    def ending_it(self) -> Iterator[None]:
-        """The body may be ended anywhere; what it had begun is begun again."""
-        with suppress(_Enough):
-            self._armed = True
-            try:
-                yield
-            finally:
-                self._armed = False
-
-    def _look(self, *_: object) -> None:
-        self.time_is_up = time.monotonic() >= self._end
-        still_s = self._monitor.still_s()
-        if not self._armed or not (self.time_is_up or still_s > self._stall_s):
-            return
-        if not self.time_is_up:
-            _LOG.warning("nothing was made for %.0f s: the pools are started anew", still_s)
-            self._stall_s *= 2  # in case it only takes so long
-        self.interrupted = True
-        raise _Enough  # one that lands in a destructor is dropped; the next look raises it again
-
-
-def _stop_on_sigterm() -> None:
-    """Let SIGTERM, which `ray job stop` sends, end the driver as Ctrl-C does; the handler of `ray.init` aborts."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
 
 
 def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
