@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from speechdistill import audio, plan, score, table
-from speechdistill.clips import Clips
-from speechdistill.ingest import clip_id
+from speechdistill.clips import Clips, clip_id
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 

@@ -20,8 +20,7 @@ import soundfile
 import tyro
 
 from speechdistill import audio, plan, score, table, teachers
-from speechdistill.clips import Clips
-from speechdistill.ingest import clip_id
+from speechdistill.clips import Clips, clip_id
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 

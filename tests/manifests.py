@@ -7,8 +7,7 @@ import pyarrow as pa
 import soundfile
 
 from speechdistill import table
-from speechdistill.clips import Clips
-from speechdistill.ingest import clip_id
+from speechdistill.clips import Clips, clip_id
 
 
 def row(uri: str, kind: str = "speech", duration_s: float = 10.0, **more: object) -> dict[str, object]:

@@ -17,12 +17,12 @@ TIERS = (
     {"audio_files"},
     {"audio_decoders"},
     {"audio", "table", "isolate", "watch"},
-    {"clips", "shards", "event_log"},
+    {"clips", "shards", "event_log", "labels", "global_norm"},
     {"mlflow_sender"},
     {"tracking"},
     {*FAMILIES, "plan", "score", "cluster", "parts"},
-    {"monitor", "samples"},
-    {"flow", "trials"},
+    {"monitor", "samples", "labeled"},
+    {"flow", "trials", "batches"},
     {"cost"},
     {"doctor", "ingest", "pseudolabel"},
     {"cli"},
@@ -30,7 +30,7 @@ TIERS = (
 WITHIN_TIER = {("plan", "degradations"), ("teachers", "students"), ("score", "teachers")}
 ONLY_IN = {"ray": {"cluster", "monitor", "parts", "flow", "ingest"}, "mlflow": {"mlflow_sender"}, "tyro": {"cli"}}
 HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
-NEURAL = {"students.conv_transformer", "teachers.distillmos"}  # are nothing without torch
+NEURAL = {"students.conv_transformer", "teachers.distillmos", "global_norm"}  # are nothing without torch
 
 
 def modules() -> dict[str, Path]:

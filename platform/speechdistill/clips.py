@@ -1,5 +1,6 @@
 """The clip manifest as plans see it: three pools of clips, in manifest order."""
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,11 @@ import pyarrow.compute as pc
 
 from speechdistill import table
 from speechdistill.audio import SAMPLE_RATE
+
+
+def clip_id(kind: str, uri: str) -> str:
+    """16 hexadecimal digits that depend on the kind and the address alone."""
+    return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 class Clip(NamedTuple):

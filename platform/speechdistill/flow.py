@@ -221,6 +221,8 @@ def _parts(
     )
     dataset.context.target_max_block_size = None
     dataset.context.enable_progress_bars = False
+    # By default Ray Data gives up a run that waits half an hour for nodes; here `Watch` looks after that.
+    dataset.context.execution_no_progress_timeout_s = -1
     # By default an actor that dies while it starts, with its node say, ends the run.
     dataset.context.max_consecutive_actor_init_deaths = 3 + 2 * max(stage.actors for stage in stages)
     columns = [pa.field("id", pa.int64())]

@@ -4,7 +4,6 @@ Work is committed in parts, so a killed run goes on where it stopped, and a run 
 `clips.parquet`, all good parts as one file, is replaced at the end.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter, deque
@@ -23,6 +22,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill import audio, audio_files, cluster, table, tar_files
+from speechdistill.clips import clip_id
 from speechdistill.corpora import folder, listing, webdataset
 from speechdistill.shards import RunError
 from speechdistill.teachers import MIN_DURATION_S
@@ -72,11 +72,6 @@ def run(config: Ingest) -> dict[str, Any]:
     if not sum(summary["clips"].values()):
         raise RunError(f"no usable audio file was found; the reasons are in {config.out}/rejects.parquet")
     return summary
-
-
-def clip_id(kind: str, uri: str) -> str:
-    """16 hexadecimal digits that depend on the kind and the address alone."""
-    return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:

@@ -26,7 +26,9 @@ from speechdistill import table
 REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()), ("reject_message", pa.string())])
 """The status columns of a row on its way: all null while the row is good."""
 
-_ROW_GROUP = 16  # rows that a training lane reads at once
+ROW_GROUP = 16
+"""Rows of a shard that a training lane reads at once."""
+
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
 _THREADS, _FOOTERS = 32, 1024
 
@@ -142,7 +144,7 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
         "totals": layout.totals(rows),
         "content_sha256": content_hash(rows),
     }
-    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, _ROW_GROUP)
+    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, ROW_GROUP)
     if publish:
         table.publish(data, layout.path(k, len(block)))
     return json.dumps({**part, "size_bytes": len(data)})

@@ -1,7 +1,7 @@
 """Tables on disk: published schemas, validation, atomic writes, fingerprints.
 
-A schema is `schemas/<name>.json` (`clip.v1`, `pseudolabel.v1`, ...). A published one is never edited: a change
-is a new version. Files appear whole or not at all, on a local disk and on object stores.
+A schema is `schemas/<name>.json`, of a table (`clip.v1`, `pseudolabel.v1`, ...) or a JSON document. A published one is
+never edited: a change is a new version. Files appear whole or not at all, on a local disk and on object stores.
 """
 
 import hashlib
@@ -207,6 +207,15 @@ def storage(uri: str, *passed: type[Exception]) -> Iterator[None]:
             f"{uri}: the storage refused it or did not answer ({type(error).__name__}: {reason}); check the address, "
             "the credentials in the environment and the connection, then run the same command again"
         ) from error
+
+
+def check_json(document: Any, name: str, source: str) -> None:
+    """Raise `TableError` naming the place in `document` that does not fit the JSON schema `name`."""
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_published(name)).iter_errors(document))
+    if error is not None:
+        raise TableError(f"{source}: {name}{error.json_path.removeprefix('$')}: {error.message}")
 
 
 def absolute(uri: str) -> str:

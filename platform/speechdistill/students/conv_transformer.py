@@ -5,18 +5,21 @@ with `strict=True`. What the paper leaves open (section III-B) is settled by tha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SEGMENT_SAMPLES = 122_880
-"""7.68 s at 16 kHz, the only input length: 768 STFT frames, 384 after the strided last convolution."""
+"""7.68 s at 16 kHz, the longest input: 768 STFT frames, 384 after the strided last convolution."""
+FRAME_SAMPLES = 320
+"""An input's length is a multiple of it: one frame after the last convolution."""
 
 _WINDOW, _HOP = 320, 160  # 20 ms and 10 ms at 16 kHz
 _BINS = _WINDOW // 2 + 1
 _FRAMES = SEGMENT_SAMPLES // _HOP // 2
+_LENGTHS = range(FRAME_SAMPLES, SEGMENT_SAMPLES + 1, FRAME_SAMPLES)
 _KERNEL = 3
 _FIRST_FLOAT32 = 2  # convolutions before the autocast part; each is a Conv2d and an activation
 
@@ -62,6 +65,59 @@ class ConvTransformerConfig:
         return bins
 
 
+def v0() -> ConvTransformerConfig:
+    """176,146 parameters. The paper names ten students and publishes one, v7; the others keep its rules."""
+    return replace(v7(), max_channels=64, stride_convs=3, dim=24, heads=4, layers=2)
+
+
+def v1() -> ConvTransformerConfig:
+    """278,914 parameters."""
+    return replace(v7(), max_channels=64, dim=64, heads=4, layers=2)
+
+
+def v2() -> ConvTransformerConfig:
+    """429,122 parameters."""
+    return replace(v7(), max_channels=64, dim=80, heads=4, layers=4)
+
+
+def v3() -> ConvTransformerConfig:
+    """767,442 parameters."""
+    return replace(v7(), max_channels=128, dim=80, heads=4, layers=3)
+
+
+def v4() -> ConvTransformerConfig:
+    """1,114,082 parameters."""
+    return replace(v7(), max_channels=128, dim=120, heads=4, layers=4)
+
+
+def v5() -> ConvTransformerConfig:
+    """1,724,002 parameters."""
+    return replace(v7(), max_channels=128, dim=160, layers=5)
+
+
+def v6() -> ConvTransformerConfig:
+    """2,551,170 parameters."""
+    return replace(v7(), dim=128, layers=6)
+
+
+def v7() -> ConvTransformerConfig:
+    """4,133,226 parameters: the published student, and the released weights."""
+    return ConvTransformerConfig()
+
+
+def v8() -> ConvTransformerConfig:
+    """13,045,250 parameters."""
+    return replace(v7(), max_channels=512, dim=320, layers=10)
+
+
+def v9() -> ConvTransformerConfig:
+    """45,711,298 parameters."""
+    return replace(v7(), max_channels=512, dim=576, layers=15)
+
+
+VARIANTS = {variant.__name__: variant for variant in (v0, v1, v2, v3, v4, v5, v6, v7, v8, v9)}
+
+
 class ConvTransformer(nn.Module):
     """Waveform segment to quality logit; the score is `1 + 4 * sigmoid(logit)`.
 
@@ -78,12 +134,16 @@ class ConvTransformer(nn.Module):
         self.transformer_pool_attn = QualityHead(dim_maps, config.dim, config.heads, config.layers)
 
     def forward(self, segments: Tensor) -> Tensor:
-        """(batch, 122880) float32 at 16 kHz, any level, to logits (batch,) float32.
+        """(batch, num_samples) at 16 kHz, any level, to logits (batch,); float32, or float64 as the parameters.
 
-        Raises `ValueError` for another shape: pad or crop with `speechdistill.audio.fit`.
+        Segments are 122,880 samples, or shorter crops in training. Raises `ValueError` for another shape: pad or crop
+        with `speechdistill.audio.fit`.
         """
-        if segments.ndim != 2 or segments.shape[1] != SEGMENT_SAMPLES:
-            raise ValueError(f"shape {tuple(segments.shape)}; expected segments (batch, {SEGMENT_SAMPLES})")
+        if segments.ndim != 2 or segments.shape[1] not in _LENGTHS:
+            raise ValueError(
+                f"shape {tuple(segments.shape)}; expected segments (batch, {SEGMENT_SAMPLES}), or shorter ones of a "
+                f"multiple of {FRAME_SAMPLES} samples"
+            )
         maps = self.cnn(features(segments))  # (batch, channels, bins, frames)
         with _float32(maps):
             logits: Tensor = self.transformer_pool_attn(maps.flatten(1, 2).transpose(1, 2))
@@ -93,18 +153,18 @@ class ConvTransformer(nn.Module):
 def features(segments: Tensor) -> Tensor:
     """Compressed complex spectrum of peak-normalised waves, as the released model makes it.
 
-    (batch, num_samples) to (batch, 2, 161, num_samples // 160) float32: real and imaginary part of the STFT
-    with the magnitude to the power 0.3. Always float32: bfloat16 keeps 3 digits of a spectrum spanning 10.
+    (batch, num_samples) to (batch, 2, 161, num_samples // 160): real and imaginary part of the STFT with the
+    magnitude to the power 0.3. At least float32: bfloat16 keeps 3 digits of a spectrum spanning 10.
     """
     with _float32(segments):
-        waves = segments.float()
+        waves = _at_least_float32(segments)
         waves = waves / (waves.abs().amax(dim=1, keepdim=True) + 1e-8)
         margin = (_WINDOW - _HOP) // 2
         spectrum = torch.stft(
             F.pad(waves, (margin, margin), mode="reflect"),
             n_fft=_WINDOW,
             hop_length=_HOP,
-            window=torch.hann_window(_WINDOW, device=waves.device),
+            window=torch.hann_window(_WINDOW, dtype=waves.dtype, device=waves.device),
             center=False,
             return_complex=True,
         )
@@ -129,7 +189,7 @@ class _Convolutions(nn.Module):
             maps = self.cnn[: 2 * _FIRST_FLOAT32](maps)
         maps = self.cnn[2 * _FIRST_FLOAT32 : -2](maps)  # the only part in the precision of autocast
         with _float32(maps):
-            out: Tensor = self.cnn[-2:](maps.float())
+            out: Tensor = self.cnn[-2:](_at_least_float32(maps))
         return out
 
 
@@ -191,11 +251,15 @@ class _AttentionPool(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         weights = self.linear2(F.relu(self.linear1(hidden))).softmax(dim=1)  # (batch, frames, 1)
         logits: Tensor = self.linear3((weights * hidden).sum(dim=1))
-        return logits.squeeze(-1).float()
+        return _at_least_float32(logits.squeeze(-1))
 
 
 def _float32(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 def _over_frames(norm: nn.Module, frames: Tensor) -> Tensor:

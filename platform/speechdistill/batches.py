@@ -1,0 +1,286 @@
+"""Which samples make global batch t, and reading them.
+
+`refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream.
+Workers take their share of the lanes, so their number only says who reads what, and t is all that a resumed run
+needs. A lane of labelled shards walks over its own row groups; a lane of listeners' scores draws its clips.
+"""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechdistill import audio, table
+from speechdistill.labeled import Labeled
+from speechdistill.shards import ROW_GROUP
+
+_WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
+_PATTERN = 1_000  # steps after which the mixture of several runs repeats, so its weights are exact to a thousandth
+_HELD_OUT = 20  # one row group of so many is not trained on where validation needs it
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What batches are made of.
+
+    `shards` are folders of label runs, each with an optional weight (`DIR=0.3`, default 1). `labeled_percent` of the
+    lanes, rounded, are clips of `Labeled`. Raises `ValueError` for what does not fit together.
+    """
+
+    shards: tuple[str, ...] = ()
+    labeled_percent: float = 20.0
+    batch_size: int = 20
+    crop_s: float = 7.68
+    seed: int = 0
+    hold_out: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.labeled_percent <= 100 or self.crop_s <= 0:
+            raise ValueError(f"{self}: a batch has at least one sample, 0 to 100% labeled, and crops of some length")
+        if not self.shards and self.labeled_lanes < self.batch_size:
+            raise ValueError("no label shards: give some, or 100% labeled clips")
+
+    @property
+    def labeled_lanes(self) -> int:
+        return round(self.batch_size * self.labeled_percent / 100)
+
+    @property
+    def crop_samples(self) -> int:
+        return round(self.crop_s * audio.SAMPLE_RATE)
+
+
+class Ref(NamedTuple):
+    """One sample of a batch: row `row` of row group `group` of label run `run`, or (run -1) labeled clip `row`.
+
+    `crop` in [0, 1) is where its crop starts, from the first to the last possible place.
+    """
+
+    run: int
+    group: int
+    row: int
+    crop: float
+
+
+class Batch(NamedTuple):
+    """Waves (samples, crop) float32 at 16 kHz, zero-padded at the end; targets (samples,) MOS; ids for messages."""
+
+    step: int
+    waves: np.ndarray
+    targets: np.ndarray
+    ids: list[str]
+
+
+class LabelRun:
+    """The row groups of a finished label run, from its `manifest.parquet` alone.
+
+    Raises `TableError` where it is not finished or has no rows.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.out, self.weight = _weighted(place)
+        self.identity = table.read_json(f"{self.out}/run.json")
+        if self.identity is None or table.read_json(f"{self.out}/summary.json") is None:
+            raise table.TableError(f"{self.out}: not a complete label run (no summary.json); finish it first")
+        files = table.read(f"{self.out}/manifest.parquet", "shard.v1")
+        self.paths: list[str] = files["path"].to_pylist()
+        rows = files["rows"].to_numpy()
+        counts = -(-rows // ROW_GROUP)
+        self.file = np.repeat(np.arange(len(rows)), counts)
+        self.in_file = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.sizes = np.minimum(ROW_GROUP, rows[self.file] - self.in_file * ROW_GROUP)
+        if not len(self.sizes):
+            raise table.TableError(f"{self.out}: no labelled samples")
+        # Of the files' hashes, so that equal labels are equal data wherever they lie.
+        self.fingerprint = table.fingerprint(files["content_sha256"].to_pylist())
+
+    def held_out(self) -> np.ndarray:
+        """Numbers of the row groups kept for validation, evenly spaced: at least one, and never all."""
+        count = min(max(1, len(self.sizes) // _HELD_OUT), len(self.sizes) - 1)
+        return np.unique(np.linspace(0, len(self.sizes) - 1, count + 2).astype(np.int64)[1:-1])
+
+    def read_group(self, group: int) -> pa.Table:
+        path = f"{self.out}/{self.paths[self.file[group]]}"
+        columns = ["sample_id", "audio", "audio_format", "score"]
+        with table.open_parquet(path) as file:
+            rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
+        if len(rows) != self.sizes[group]:
+            raise table.TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows; it was rewritten")
+        return rows
+
+
+class Walk:
+    """An endless walk over row groups of these sizes: `walk[n]` is (group, row), every row once per epoch.
+
+    Each epoch has a new order of the groups, and the rows of each `_WINDOW` successive ones are shuffled together, so
+    that a reader needs few groups at a time. Positions come from prefix sums: there is no state to resume.
+    """
+
+    def __init__(self, groups: np.ndarray, sizes: np.ndarray, key: tuple[int, ...]) -> None:
+        self._groups, self._sizes, self._key = groups, sizes, key
+        self._length = int(sizes.sum())
+        self._order = lru_cache(maxsize=2)(self._new_order)
+        self._rows = lru_cache(maxsize=2)(self._new_rows)
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        epoch, place = divmod(n, self._length)
+        _, starts = self._order(epoch)
+        window = bisect_right(starts, place) - 1
+        group, row = self._rows(epoch, window)[place - starts[window]]
+        return int(group), int(row)
+
+    def _new_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The order of the groups, and at which place each window of them starts."""
+        order = _rng(*self._key, epoch).permutation(len(self._groups))
+        ends = np.cumsum(self._sizes[order])
+        return order, [0, *ends[_WINDOW - 1 :: _WINDOW].tolist()]
+
+    def _new_rows(self, epoch: int, window: int) -> np.ndarray:
+        order, _ = self._order(epoch)
+        chosen = order[window * _WINDOW : (window + 1) * _WINDOW]
+        pairs = [(self._groups[i], row) for i in chosen for row in range(self._sizes[i])]
+        return _rng(*self._key, epoch, window).permutation(np.array(pairs))
+
+
+class Batches:
+    """The batches of a mix; raises `TableError` or `ValueError` for sources that cannot be used."""
+
+    def __init__(self, mix: Mix, labeled: Labeled | None = None) -> None:
+        if mix.labeled_lanes and labeled is None:
+            raise ValueError(f"{mix.labeled_percent:g}% of each batch are labeled clips; give --labeled, or 0 percent")
+        self.mix, self._labeled = mix, labeled
+        needed = mix.shards if mix.labeled_lanes < mix.batch_size or mix.hold_out else ()
+        self.runs = [LabelRun(place) for place in needed]
+        self._held_out = [run.held_out() if mix.hold_out else np.zeros(0, np.int64) for run in self.runs]
+        lanes = mix.batch_size - mix.labeled_lanes
+        self._walks = [_walks(run, held, (mix.seed, 0, i), lanes) for i, (run, held) in enumerate(self._pairs())]
+        self._pattern, self._before = _pattern([run.weight for run in self.runs], mix.seed)
+        self._cache = _Cache(_WINDOW * (lanes + 1))
+
+    def refs(self, t: int) -> list[Ref]:
+        """The samples of global batch t: listeners' clips first."""
+        return [self._ref(t, lane) for lane in range(self.mix.batch_size)]
+
+    def share(self, rank: int, world: int) -> list[int]:
+        """The lanes of a worker; `ValueError` where there are more workers than lanes."""
+        if world > self.mix.batch_size:
+            raise ValueError(f"{world} workers for batches of {self.mix.batch_size}: give at most as many workers")
+        lanes: list[int] = np.array_split(np.arange(self.mix.batch_size), world)[rank].tolist()
+        return lanes
+
+    def stream(self, start: int, stop: int, rank: int, world: int, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
+        """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
+        lanes = self.share(rank, world)
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for t in range(start, stop):
+                    waiting.append(pool.submit(self.read, t, [self._ref(t, lane) for lane in lanes]))
+                    if len(waiting) > ahead:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def read(self, t: int, refs: Sequence[Ref]) -> Batch:
+        """The samples `refs` of batch t."""
+        read = [self._read(ref) for ref in refs]
+        waves = [audio.fit(wave, self.mix.crop_samples) for wave, _, _ in read]
+        return Batch(t, np.stack(waves), np.array([target for _, target, _ in read]), [name for _, _, name in read])
+
+    def held_out(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, float]]:
+        """A worker's share of the held-out labelled samples: whole waves and scores, one row group at a time."""
+        groups = [(run, int(group)) for run, held in self._pairs() for group in held]
+        for run, group in groups[rank::world]:
+            for row in run.read_group(group).to_pylist():
+                yield audio.decode(row["audio"], row["audio_format"]), row["score"]
+
+    def _pairs(self) -> Iterator[tuple[LabelRun, np.ndarray]]:
+        return zip(self.runs, self._held_out, strict=True)
+
+    def _ref(self, t: int, lane: int) -> Ref:
+        crop = float(_rng(self.mix.seed, 1, t, lane).random())
+        if lane < self.mix.labeled_lanes:
+            assert self._labeled is not None
+            return Ref(-1, 0, self._labeled.draw(_rng(self.mix.seed, 2, t, lane)), crop)
+        period, place = divmod(t, len(self._pattern))
+        run = int(self._pattern[place])
+        of_run = period * int(self._before[-1, run]) + int(self._before[place, run])
+        group, row = self._walks[run][lane - self.mix.labeled_lanes][of_run]
+        return Ref(run, group, row, crop)
+
+    def _read(self, ref: Ref) -> tuple[np.ndarray, float, str]:
+        if ref.run < 0:
+            assert self._labeled is not None
+            return self._labeled.read(ref.row, ref.crop, self.mix.crop_samples)
+        run = self.runs[ref.run]
+        row = self._cache.get((ref.run, ref.group), run).slice(ref.row, 1).to_pylist()[0]
+        wave = audio.decode(row["audio"], row["audio_format"])
+        start = int(ref.crop * (max(0, len(wave) - self.mix.crop_samples) + 1))
+        return wave[start : start + self.mix.crop_samples], row["score"], f"{run.out}#{row['sample_id']}"
+
+
+class _Cache:
+    """The row groups read last, as they lie in the file (audio still coded)."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def get(self, key: tuple[int, int], run: LabelRun) -> pa.Table:
+        with self._lock:
+            if key in self._groups:
+                self._groups.move_to_end(key)
+                return self._groups[key]
+        group = run.read_group(key[1])
+        with self._lock:
+            self._groups[key] = group
+            if len(self._groups) > self._size:
+                self._groups.popitem(last=False)
+        return group
+
+
+def _walks(run: LabelRun, held_out: np.ndarray, key: tuple[int, ...], lanes: int) -> list[Walk]:
+    """One walk per lane: over groups of its own, or, where that would be less than a window, over all of them."""
+    groups = np.setdiff1d(np.arange(len(run.sizes)), held_out)
+    dealt = _rng(*key).permutation(groups)
+    own = [dealt[lane::lanes] if len(groups) >= lanes * _WINDOW else groups for lane in range(lanes)]
+    return [Walk(mine, run.sizes[mine], (*key, lane)) for lane, mine in enumerate(own)]
+
+
+def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which run each step of a period reads from, and, before each step and after the last, how often each run came."""
+    if len(weights) < 2:
+        pattern = np.zeros(1, np.int64)
+    else:
+        exact = np.array(weights) / np.sum(weights) * _PATTERN
+        ends = np.round(np.cumsum(exact)).astype(np.int64)
+        pattern = _rng(seed, 3).permutation(np.searchsorted(ends, np.arange(_PATTERN), side="right"))
+    counts = np.cumsum(pattern[:, None] == np.arange(max(1, len(weights))), axis=0)
+    return pattern, np.vstack([np.zeros_like(counts[:1]), counts])
+
+
+def _weighted(place: str) -> tuple[str, float]:
+    out, found, weight = place.rpartition("=")
+    if not found:
+        return table.absolute(place), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return table.absolute(place), 1.0  # a folder's name may have the sign
+    if not 0 < value < float("inf"):
+        raise ValueError(f"--shards {place}: a weight is a number above 0")
+    return table.absolute(out), value
+
+
+def _rng(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

@@ -1,0 +1,57 @@
+"""Listeners' scores as training targets: each listening test's scale mapped to one (Distill-MOS, section III-A)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from speechdistill import table
+
+SCHEMA = "label_transform.v1"
+# 1 and 5 have no logit. Their stand-ins, 1.02 and 4.98, are as far out as a mean of some fifty votes can tell.
+_MARGIN = 0.005
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A quality logit z is heard as the score `1 + 4 * sigmoid(a * z + b)`."""
+
+    a: float = 1.0
+    b: float = 0.0
+
+
+@dataclass(frozen=True)
+class LabelTransform:
+    """Maps a score of a dataset to the universal scale; scores of datasets that are not named stay as they are."""
+
+    datasets: Mapping[str, Scale] = field(default_factory=dict)
+    universal: Scale = Scale()
+
+    @classmethod
+    def read(cls, uri: str | None) -> Self:
+        """A file of schema `label_transform.v1`, or the identity; raises `TableError` naming what is wrong."""
+        if uri is None:
+            return cls()
+        document = table.read_json(uri)
+        if document is None:
+            raise table.TableError(f"{uri}: no such file; without one, scores are used as they are")
+        table.check_json(document, SCHEMA, uri)
+        datasets = {name: Scale(**scale) for name, scale in document["datasets"].items()}
+        return cls(datasets, Scale(**document["universal"]))
+
+    def __call__(self, mos: float, dataset: str | None) -> float:
+        """The score from 1 to 5 on the universal scale."""
+        scale = self.datasets.get(dataset or "", self.universal)
+        if scale == self.universal:
+            return mos
+        quality = min(max((mos - 1) / 4, _MARGIN), 1 - _MARGIN)
+        logit = (np.log(quality) - np.log1p(-quality) - scale.b) / scale.a
+        return float(1 + 4 / (1 + np.exp(-(self.universal.a * logit + self.universal.b))))
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of the schema."""
+        return {
+            "universal": vars(self.universal),
+            "datasets": {name: vars(scale) for name, scale in self.datasets.items()},
+        }
