@@ -143,6 +143,8 @@ def test_runs_are_mixed_by_weight(run: str, tmp_path: Path) -> None:
     refs = list(ids(batches, range(1000)))
     assert Counter(ref.run for ref in refs) == {0: 15_000, 1: 5_000}
     assert len({ref[:3] for ref in refs}) == 24 * 160  # none is left out
+    of_small = Counter((ref.group, ref.row) for ref in refs if ref.run == 1)  # too few groups for twenty lanes
+    assert set(of_small.values()) == {3, 4}
 
 
 @pytest.mark.parametrize("place", ["=0", "=-1", "=nan", "=inf"])

@@ -215,7 +215,9 @@ class Batches:
         period, place = divmod(t, len(self._pattern))
         run = int(self._pattern[place])
         of_run = period * int(self._before[-1, run]) + int(self._before[place, run])
-        group, row = self._walks[run][lane - self.mix.labeled_lanes][of_run]
+        walks, pseudo_lane = self._walks[run], lane - self.mix.labeled_lanes
+        lanes = self.mix.batch_size - self.mix.labeled_lanes
+        group, row = walks[pseudo_lane][of_run] if len(walks) > 1 else walks[0][of_run * lanes + pseudo_lane]
         return Ref(run, group, row, crop)
 
     def _read(self, ref: Ref) -> tuple[np.ndarray, float, str]:
@@ -250,10 +252,10 @@ class _Cache:
 
 
 def _walks(run: LabelRun, held_out: np.ndarray, key: tuple[int, ...], lanes: int) -> list[Walk]:
-    """One walk per lane: over groups of its own, or, where that would be less than a window, over all of them."""
+    """A walk for each lane, over groups of its own; where that would be less than a window, one that all share."""
     groups = np.setdiff1d(np.arange(len(run.sizes)), held_out)
     dealt = _rng(*key).permutation(groups)
-    own = [dealt[lane::lanes] if len(groups) >= lanes * _WINDOW else groups for lane in range(lanes)]
+    own = [dealt[lane::lanes] for lane in range(lanes)] if len(groups) >= lanes * _WINDOW else [dealt]
     return [Walk(mine, run.sizes[mine], (*key, lane)) for lane, mine in enumerate(own)]
 
 
