@@ -22,7 +22,7 @@ TIERS = (
     {"tracking"},
     {*FAMILIES, "plan", "score", "cluster", "parts"},
     {"monitor", "samples", "labeled"},
-    {"flow", "trials", "batches"},
+    {"flow", "trials", "batches", "student_files"},
     {"cost"},
     {"doctor", "ingest", "pseudolabel"},
     {"cli"},
@@ -30,7 +30,12 @@ TIERS = (
 WITHIN_TIER = {("plan", "degradations"), ("teachers", "students"), ("score", "teachers")}
 ONLY_IN = {"ray": {"cluster", "monitor", "parts", "flow", "ingest"}, "mlflow": {"mlflow_sender"}, "tyro": {"cli"}}
 HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
-NEURAL = {"students.conv_transformer", "teachers.distillmos", "global_norm"}  # are nothing without torch
+NEURAL = {
+    "students.conv_transformer",
+    "teachers.distillmos",
+    "global_norm",
+    "student_files",
+}  # are nothing without torch
 
 
 def modules() -> dict[str, Path]:
