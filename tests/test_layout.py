@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "speechdistill"
-FAMILIES = ("corpora", "degradations", "teachers", "students")
+FAMILIES = ("corpora", "degradations", "teachers", "students", "recipes")
 
 # A module may import modules of lower tiers only; members of a family never import each other.
 TIERS = (
@@ -20,21 +20,30 @@ TIERS = (
     {"clips", "shards", "event_log", "labels", "global_norm"},
     {"mlflow_sender"},
     {"tracking"},
-    {*FAMILIES, "plan", "score", "cluster", "parts"},
+    {*FAMILIES[:-1], "plan", "score", "cluster", "parts"},
     {"monitor", "samples", "labeled"},
     {"flow", "trials", "batches", "student_files"},
-    {"cost"},
-    {"doctor", "ingest", "pseudolabel"},
+    {"cost", "loop"},
+    {"recipes"},
+    {"doctor", "ingest", "pseudolabel", "train"},
+    {"train_students"},
     {"cli"},
 )
 WITHIN_TIER = {("plan", "degradations"), ("teachers", "students"), ("score", "teachers")}
-ONLY_IN = {"ray": {"cluster", "monitor", "parts", "flow", "ingest"}, "mlflow": {"mlflow_sender"}, "tyro": {"cli"}}
+ONLY_IN = {
+    "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "train_students"},
+    "mlflow": {"mlflow_sender"},
+    "tyro": {"cli"},
+}
 HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
-NEURAL = {
+NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
     "global_norm",
     "student_files",
+    "loop",
+    "recipes.distill",
+    "train",
 }  # are nothing without torch
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -86,9 +86,10 @@ class LabelRun:
 
     def __init__(self, place: str) -> None:
         self.out, self.weight = _weighted(place)
-        self.identity = table.read_json(f"{self.out}/run.json")
-        if self.identity is None or table.read_json(f"{self.out}/summary.json") is None:
+        identity = table.read_json(f"{self.out}/run.json")
+        if identity is None or table.read_json(f"{self.out}/summary.json") is None:
             raise table.TableError(f"{self.out}: not a complete label run (no summary.json); finish it first")
+        self.configuration: dict[str, Any] = identity["configuration"]
         files = table.read(f"{self.out}/manifest.parquet", "shard.v1")
         self.paths: list[str] = files["path"].to_pylist()
         rows = files["rows"].to_numpy()

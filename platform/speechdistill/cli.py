@@ -13,6 +13,7 @@ from tqdm import tqdm
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
 from speechdistill.pseudolabel import Pseudolabel
+from speechdistill.train_students import TrainStudents
 
 if TYPE_CHECKING:
     from speechdistill import cost
@@ -58,7 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command = tyro.extras.subcommand_cli_from_dict(
-        {"doctor": _doctor, "ingest": _ingest, "pseudolabel": _pseudolabel, "score": _score, "sync": _sync},
+        {
+            "doctor": _doctor,
+            "ingest": _ingest,
+            "pseudolabel": _pseudolabel,
+            "train-students": _train_students,
+            "score": _score,
+            "sync": _sync,
+        },
         prog="speechdistill",
         description="Label speech with a large teacher, distil it into small students, promote the winner.",
         args=arguments,
@@ -119,6 +127,17 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
         return 0
 
     return _guarded(action, "what is labelled is kept, and the same command goes on from there")
+
+
+def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import train_students
+
+        rows = train_students.run(config)
+        print(_students(rows))
+        return 0 if all(row["state"] == "done" for row in rows) else 1
+
+    return _guarded(action, "what is trained is kept, and the same command goes on from the last checkpoints")
 
 
 def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
@@ -196,6 +215,20 @@ def _report(summary: dict[str, Any], out: str) -> str:
             ]
         )
     return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
+
+
+def _students(rows: list[dict[str, Any]]) -> str:
+    lines = ["variant    parameters   PCC     MSE     best step  steps     time  state   MLflow run"]
+    for row in rows:
+        pcc, mse = (f"{row[key]:.4f}" if row[key] is not None else "–" for key in ("pcc", "mse"))
+        best_step, run = row["best_step"] or "–", row["run_id"] or "–"
+        lines.append(
+            f"{row['variant']:<10} {row['parameters']:>10,}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
+            f"{row['train_s']:>6.0f} s  {row['state']:<7} {run}"
+        )
+        lines += [f"  {row['error']}"] if row["error"] else []
+    lines += [f"best of {row['variant']}: {row['folder']}" for row in rows if row["folder"]]
+    return "\n".join(lines)
 
 
 def _estimate(estimate: "cost.Estimate", price: str | None) -> str:

@@ -101,6 +101,8 @@ class Sender:
 
     def _create(self, first: Mapping[str, Any]) -> str:
         tags = {_TAG: first["tag"]}
+        if parent := first.get("parent"):
+            tags["mlflow.parentRunId"] = self._find(parent) or self._create(parent)
         experiment = self._experiment(first["experiment"])
         run = self._client.create_run(experiment, first["time_ms"], tags=tags, run_name=first["name"])
         mine = str(run.info.run_id)
@@ -233,8 +235,11 @@ def state(out: str, place: str) -> dict[str, Any]:
 
 
 def place(out: str, uri: str) -> str:
-    """The name of an MLflow in sent.json; the database in the folder keeps its name when the folder moves."""
-    return "mlflow.db" if uri == f"sqlite:///{out}/mlflow.db" else without_password(uri)
+    """The name of an MLflow in sent.json; the database in the folder, or above it, keeps its name when they move."""
+    for name, folder in (("mlflow.db", out), ("../mlflow.db", out.rpartition("/")[0])):
+        if uri == f"sqlite:///{folder}/mlflow.db":
+            return name
+    return without_password(uri)
 
 
 def failure(uri: str, error: Exception) -> str:

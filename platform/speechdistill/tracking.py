@@ -37,12 +37,17 @@ class Synced:
 
 
 def tracking_uri(out: str) -> str:
-    """Where runs under `out` are tracked; raises `ValueError` where that cannot be decided."""
+    """Where the run of `out` is tracked: MLFLOW_TRACKING_URI, or the database in its folder, or the one above.
+
+    Raises `ValueError` where that cannot be decided.
+    """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     if "://" in out:
         raise ValueError(f"{out} cannot hold the tracking database; set MLFLOW_TRACKING_URI to your MLflow server")
-    return f"sqlite:///{Path(out).resolve()}/mlflow.db"
+    folder = Path(out).resolve()
+    is_above = not (folder / "mlflow.db").exists() and (folder.parent / "mlflow.db").exists()
+    return f"sqlite:///{folder.parent if is_above else folder}/mlflow.db"
 
 
 def run_id(out: str) -> str | None:
@@ -79,22 +84,30 @@ def sync(out: str) -> Synced:
 
 
 class Tracking:
-    """One MLflow run for one output folder: a resumed job goes on with the run it began.
+    """One MLflow run for one output folder: a resumed job goes on with the run it began. With a `parent` it is shown
+    below that one, in the same MLflow.
 
     No method waits for MLflow or the storage, or raises because of them; only `end` waits, for as long as it is told.
     """
 
-    def __init__(self, out: str, experiment: str, name: str, parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out: str,
+        experiment: str,
+        name: str,
+        parameters: Mapping[str, Any],
+        parent: "Tracking | None" = None,
+    ) -> None:
         self._out = table.absolute(out)
-        self._uri = tracking_uri(self._out)
+        self._uri: str = parent._uri if parent else tracking_uri(self._out)
+        self._identity = {"experiment": experiment, "name": name, "tag": uuid.uuid4().hex}
         self._log, self._sender = EventLog(self._out), Sender(self._out, self._uri)
         self._work, self._ending, self._over = threading.Event(), threading.Event(), threading.Event()
         self._written, self._all_written, self._all_sent = threading.Event(), threading.Event(), threading.Event()
         self._add(
             "run",
-            experiment=experiment,
-            name=name,
-            tag=uuid.uuid4().hex,
+            **self._identity,
+            **({"parent": {**parent._identity, "time_ms": time.time_ns() // 1_000_000}} if parent else {}),
             place=place(self._out, self._uri),
             parameters={key: _text(value) for key, value in parameters.items()},
         )

@@ -1,0 +1,170 @@
+"""The training loop's steps, for one worker of any number: what Ray Train starts, and plain processes may start too.
+
+The global batch is the same whatever the number of workers, and so are loss, gradients and BatchNorm statistics: each
+worker's loss is weighted by its share of the batch. (Sums in another order: 1e-12 apart in float64.)
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from speechdistill.batches import Batch, Batches
+from speechdistill.global_norm import globalise
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a recipe is trained; the defaults are those of Distill-MOS (section IV-D).
+
+    `dtype` bfloat16 is autocast over float32 parameters, float64 (for tests) is all of it. Time alone decides about a
+    checkpoint between two validations.
+    """
+
+    steps: int = 250_000
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    validate_every: int = 5_000
+    checkpoint_every_s: float = 300.0
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:
+            raise ValueError(f"{self}: steps and learning rate are above 0, weight decay at least 0")
+
+
+class Recipe(Protocol):
+    """What is trained: a kind of network, on a kind of batches, with a loss for each sample."""
+
+    batches: Batches
+
+    def network(self) -> nn.Module:
+        """A new network, the same in every process."""
+        ...
+
+    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
+        """(samples,) from waves (samples, crop) and targets (samples,)."""
+        ...
+
+    def validate(self, network: nn.Module, rank: int, world: int) -> Mapping[str, float]:
+        """Figures over the whole validation set, equal on all workers, each of which takes its share; `mse` decides."""
+        ...
+
+    def save(self, network: nn.Module, folder: str) -> None:
+        """Write what a user takes away from a checkpoint."""
+        ...
+
+
+class Stepped(NamedTuple):
+    """A step that was made: its number from 1, the loss over the global batch, and whether worker 0 had `asked`."""
+
+    step: int
+    loss: float
+    asked: bool
+
+
+class NotFiniteError(RuntimeError):
+    """A loss that is not finite: at which step, from which samples."""
+
+
+class Loop:
+    """A worker's part in the training of a recipe.
+
+    `wrap` makes the network one whose gradients are averaged over the workers (`DistributedDataParallel`).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        training: Training,
+        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+        device: str = "cpu",
+    ) -> None:
+        self._recipe, self._training, self._device = recipe, training, torch.device(device)
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._dtype = _DTYPES[training.dtype]
+        wide = torch.float64 if self._dtype is torch.float64 else torch.float32
+        self.network = globalise(recipe.network()).to(self._device, wide)
+        self._optimizer = torch.optim.AdamW(
+            self.network.parameters(), training.learning_rate, weight_decay=training.weight_decay
+        )
+        model = wrap(self.network)
+        self._model: nn.Module = torch.compile(model) if training.compile else model  # type: ignore[assignment]
+        self.step, self.best = 0, math.inf
+
+    def run(self, stop: int, asks: Callable[[], bool] = lambda: False) -> Iterator[Stepped]:
+        """Train up to step `stop`. What `asks` says on worker 0 is told to all.
+
+        Raises `NotFiniteError` on all workers before the step's update.
+        """
+        self._model.train()
+        for batch in self._recipe.batches.stream(self.step, stop, self._rank, self._world):
+            yield self._update(batch, asks)
+
+    def validate(self) -> dict[str, float]:
+        """The recipe's figures, and `is_best`, 1 where none before had so small an `mse`."""
+        self.network.eval()
+        with torch.inference_mode():
+            figures = dict(self._recipe.validate(self.network, self._rank, self._world))
+        self.network.train()
+        is_best = figures["mse"] < self.best
+        self.best = min(self.best, figures["mse"])
+        return {**figures, "is_best": float(is_best)}
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, for `torch.save`; it loads with `weights_only=True`."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "best": self.best,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        self.step, self.best = state["step"], state["best"]
+
+    def _update(self, batch: Batch, asks: Callable[[], bool]) -> Stepped:
+        waves = torch.from_numpy(batch.waves).to(self._device, self._width)
+        targets = torch.from_numpy(batch.targets).to(self._device, self._width)
+        low = self._dtype is torch.bfloat16
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
+            losses = self._recipe.losses(self._model, waves, targets)
+        total = losses.sum() / self._recipe.batches.mix.batch_size
+        asked = self._rank == 0 and asks()
+        told = torch.stack([total.detach().double(), total.new_tensor(float(asked)).double()])
+        if self._world > 1:
+            dist.all_reduce(told)
+        loss, asked = float(told[0]), bool(told[1])
+        if not math.isfinite(loss):
+            raise NotFiniteError(self._not_finite(batch, losses))
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(total * self._world)  # the workers' gradients are averaged
+        self._optimizer.step()
+        self.step = batch.step + 1
+        return Stepped(self.step, loss, asked)
+
+    @property
+    def _width(self) -> torch.dtype:
+        return torch.float64 if self._dtype is torch.float64 else torch.float32
+
+    def _not_finite(self, batch: Batch, losses: Tensor) -> str:
+        bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy())
+        names: list[list[str]] = [[batch.ids[i] for i in bad]]
+        if self._world > 1:
+            mine, names = names[0], [[] for _ in range(self._world)]
+            dist.all_gather_object(names, mine)
+        found = [name for of_worker in names for name in of_worker]
+        return f"the loss is not finite at step {batch.step + 1}, from {len(found)} samples: {', '.join(found[:20])}"

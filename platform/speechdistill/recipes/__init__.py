@@ -1,0 +1,1 @@
+"""Recipes: one kind of training each, model, data, loss and schedule. One file per recipe."""

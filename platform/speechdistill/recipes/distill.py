@@ -1,0 +1,132 @@
+"""Distil a student from labelled shards and listeners' scores (Distill-MOS, sections III-B and IV-D)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from speechdistill import audio, labeled, student_files, table
+from speechdistill.batches import Batches, Mix
+from speechdistill.labeled import Labeled
+from speechdistill.labels import LabelTransform
+from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
+from speechdistill.teachers.distillmos import segment_starts
+
+_BATCH_WINDOWS = 8
+_MIN_PCC_CLIPS = 3
+
+
+@dataclass(frozen=True)
+class Distill:
+    """What a student learns from.
+
+    `labeled` is a `clip.v1` table of scored clips (its split says which of them validate); without one the
+    validation set is a twentieth of the shards. `transform` is a file of schema `label_transform.v1`. `init` is a
+    checkpoint folder whose student is trained further.
+    """
+
+    student: ConvTransformerConfig
+    mix: Mix
+    labeled: str | None = None
+    transform: str | None = None
+    init: str | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    def make(self) -> "Recipe":
+        """Read what the sources say of themselves; raises `TableError` or `ValueError` for what cannot be used."""
+        return Recipe(self)
+
+
+def tiny() -> ConvTransformerConfig:
+    """For tests: a student of 3,000 parameters that has all of its parts."""
+    return ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
+
+
+def student(name: str) -> ConvTransformerConfig:
+    """The configuration of a variant; raises `ValueError` listing the names for an unknown one."""
+    known = {**VARIANTS, "tiny": tiny}
+    if name not in known:
+        raise ValueError(f"variant {name!r} is unknown; choose from {', '.join(VARIANTS)}")
+    return known[name]()
+
+
+def parameters(config: ConvTransformerConfig) -> int:
+    """How many a student of this size trains."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ConvTransformer(config).parameters())
+
+
+class Recipe:
+    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
+
+    def __init__(self, config: Distill) -> None:
+        self._config = config
+        train, self._validation = None, None
+        if config.labeled is not None:
+            transform = LabelTransform.read(config.transform)
+            rows = labeled.split(table.read(config.labeled, "clip.v1"))
+            train, self._validation = (_scored(part, transform) for part in rows)
+        mix = replace(config.mix, hold_out=self._validation is None)
+        self.batches = Batches(mix, train if mix.labeled_lanes else None)
+
+    def network(self) -> nn.Module:
+        if self._config.init:
+            return student_files.load(self._config.init).network
+        torch.manual_seed(self._config.mix.seed)
+        return ConvTransformer(self._config.student)
+
+    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
+        return (1 + 4 * torch.sigmoid(network(waves)) - targets).square()
+
+    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+        """`mse` weighted by clips, and `pcc`; with several datasets those of each, too (as `pcc/DATASET`)."""
+        mine = [(dataset, target, _score(network, wave)) for dataset, target, wave in self._clips(rank, world)]
+        everyone: list[list[tuple[str, float, float]]] = [mine]
+        if world > 1:
+            everyone = [[] for _ in range(world)]
+            dist.all_gather_object(everyone, mine)
+        results = [result for of_worker in everyone for result in of_worker]
+        datasets = sorted({dataset for dataset, _, _ in results})
+        figures = _figures([pair[1:] for pair in results], "")
+        for dataset in datasets if len(datasets) > 1 else []:
+            figures |= _figures([pair[1:] for pair in results if pair[0] == dataset], f"/{dataset}")
+        return figures
+
+    def save(self, network: nn.Module, folder: str) -> None:
+        assert isinstance(network, ConvTransformer)
+        student_files.save(network, folder, self._config.provenance or {})
+
+    def _clips(self, rank: int, world: int) -> Iterator[tuple[str, float, np.ndarray]]:
+        """A worker's share of the validation set: dataset, target, wave."""
+        if self._validation is None:
+            for wave, target in self.batches.held_out(rank, world):
+                yield "held out", target, wave
+            return
+        for clip in list(self._validation.clips())[rank::world]:
+            yield clip.dataset, clip.target, audio.load(clip.uri)
+
+
+def _scored(rows: pa.Table, transform: LabelTransform) -> Labeled | None:
+    return Labeled(rows, transform) if len(rows) else None
+
+
+def _score(network: nn.Module, wave: np.ndarray) -> float:
+    """The mean score of windows that touch (the released model's overlap: that costs several times as much)."""
+    starts = segment_starts(len(wave), SEGMENT_SAMPLES)
+    windows = np.stack([audio.fit(wave[start : start + SEGMENT_SAMPLES], SEGMENT_SAMPLES) for start in starts])
+    like = next(network.parameters())
+    parts = torch.split(torch.from_numpy(windows).to(like.device, like.dtype), _BATCH_WINDOWS)
+    return 1 + 4 * float(torch.cat([network(part).sigmoid() for part in parts]).mean())
+
+
+def _figures(pairs: list[tuple[float, float]], suffix: str) -> dict[str, float]:
+    targets, scores = np.array(pairs, np.float64).T
+    figures = {f"mse{suffix}": float(np.mean((scores - targets) ** 2))}
+    if len(pairs) >= _MIN_PCC_CLIPS and min(np.ptp(targets), np.ptp(scores)) > 0:
+        figures[f"pcc{suffix}"] = float(np.corrcoef(targets, scores)[0, 1])
+    return figures

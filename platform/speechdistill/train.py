@@ -1,0 +1,268 @@
+"""One recipe trained on Ray Train: any number of workers, checkpoints, resumed by the same call.
+
+The steps are `loop.py`; this file is what Ray Train needs around them. What the workers tell on their way goes to an
+actor (`Progress`), which the driver reads: Ray Train itself hands on only what comes with a checkpoint.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow.fs
+import ray
+import torch
+
+from speechdistill import cluster, shards, table
+from speechdistill.loop import Loop, NotFiniteError, Recipe, Training
+from speechdistill.shards import RunError
+
+_STATE = "state.pt"
+_TELL_S = 0.5
+_STARTS = 6  # without a new checkpoint in between, after which a run is given up
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, and where. `identity` decides the result and is kept in `OUT/run.json`; the rest says how.
+
+    `workers` is (fewest, most); each has `cpus` CPUs, and `gpus` GPUs, where a fraction is for one worker only.
+    """
+
+    make: Callable[[], Recipe]
+    training: Training
+    out: str
+    identity: Mapping[str, Any]
+    workers: tuple[int, int] = (1, 1)
+    cpus: float = 1.0
+    gpus: float = 0.0
+    resize_every_s: float = 60.0
+
+
+class Point(NamedTuple):
+    """Figures at a step."""
+
+    step: int
+    figures: dict[str, float]
+
+
+class Told(NamedTuple):
+    """What the workers told since the last time."""
+
+    step: int
+    loss: float
+    steps_per_s: float
+    workers: int
+    points: list[Point]
+    error: str | None
+
+
+class Progress:
+    """What the workers of a run tell: on the driver's node, so that it outlives them."""
+
+    def __init__(self) -> None:
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self._actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=here).remote()
+
+    def started(self, step: int, workers: int) -> str | None:
+        """Told by worker 0; the last error, where so many starts from this step have brought nothing."""
+        failed: str | None = ray.get(self._actor.started.remote(step, workers))
+        return failed
+
+    def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
+        self._actor.stepped.remote(step, loss, steps_per_s)
+
+    def point(self, step: int, figures: Mapping[str, float]) -> None:
+        self._actor.point.remote(step, dict(figures))
+
+    def failed(self, error: str) -> None:
+        ray.get(self._actor.failed.remote(error))
+
+    def read(self) -> Told:
+        told: Told = ray.get(self._actor.read.remote())
+        return told
+
+
+class _Progress:
+    def __init__(self) -> None:
+        self._from, self._starts, self._error = -1, 0, "no error was told; a worker may have been killed"
+        self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
+        self._points: list[Point] = []
+        self._last = -1
+
+    def started(self, step: int, workers: int) -> str | None:
+        self._starts = self._starts + 1 if step == self._from else 1
+        self._from, self._step, self._workers = step, step, workers
+        return self._error if self._starts > _STARTS else None
+
+    def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
+        self._step, self._loss, self._rate = step, loss, steps_per_s
+        self._add(Point(step, {"loss": loss, "steps_per_s": steps_per_s, "workers": float(self._workers)}))
+
+    def point(self, step: int, figures: dict[str, float]) -> None:
+        self._step = step
+        self._add(Point(step, figures))
+
+    def failed(self, error: str) -> None:
+        self._error, self._workers = error, 0
+
+    def read(self) -> Told:
+        points, self._points = self._points, []
+        return Told(self._step, self._loss, self._rate, self._workers, points, self._error)
+
+    def _add(self, point: Point) -> None:
+        if point.step >= self._last:  # steps that are made again are not told again
+            self._points.append(point)
+            self._last = point.step
+
+
+def fit(job: Job, progress: Progress) -> dict[str, Any]:
+    """Train, or go on training, and return the summary: `OUT/summary.json`, written last beside the folder `OUT/best`.
+
+    Raises `RunError` where the folder belongs to another configuration, the loss is not finite, or the workers fail
+    again and again without a new checkpoint; what was reached is kept.
+    """
+    shards.claim(job.out, job.identity)
+    if summary := table.read_json(f"{job.out}/summary.json"):
+        return dict(summary)
+    result = _trainer(job, progress).fit()
+    failure = (result.return_value or {}).get("failure")
+    if failure:
+        raise RunError(f"{failure}; what was reached is in {job.out}")
+    checkpoint, figures = min(result.best_checkpoints, key=lambda pair: float(pair[1]["mse"]))
+    with checkpoint.as_directory() as folder:
+        for file in sorted(Path(folder).iterdir()):
+            if file.name != _STATE and not file.name.startswith("."):
+                table.publish(file.read_bytes(), f"{job.out}/best/{file.name}")
+    summary = {"steps": job.training.steps, "best": {k: v for k, v in figures.items() if k != "is_best"}}
+    table.publish_json(summary, f"{job.out}/summary.json")
+    return summary
+
+
+def _trainer(job: Job, progress: Progress) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    fewest, most = job.workers
+    resources = {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})}
+    filesystem, path = _storage(job.out)
+    return TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "progress": progress},
+        torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(fewest, most) if most > fewest else fewest,
+            elastic_resize_monitor_interval_s=job.resize_every_s,
+            use_gpu=bool(job.gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those that bring nothing
+            # The best and, always, the last.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="mse", checkpoint_score_order="min"
+            ),
+        ),
+    )
+
+
+def _storage(out: str) -> tuple[Any, str]:
+    """A URL's file system for Ray Train, which would look for other credentials than the rest of the platform."""
+    if "://" not in out:
+        return None, out
+    fs, path = fsspec.url_to_fs(out)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
+def _work(config: dict[str, Any]) -> dict[str, str]:
+    """What each worker runs. Failures that no new start can mend are returned, since what is raised is tried again."""
+    job, progress = config["job"], config["progress"]
+    cluster.be_patient()
+    try:
+        return _trained(job, progress)
+    except NotFiniteError as error:  # raised on all workers
+        return {"failure": str(error)}
+    except Exception as error:
+        progress.failed(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _trained(job: Job, progress: Progress) -> dict[str, str]:
+    from ray.train import get_checkpoint, get_context
+    from ray.train.torch import get_device, prepare_model
+
+    torch.set_num_threads(max(1, round(job.cpus)))
+    rank, world = get_context().get_world_rank(), get_context().get_world_size()
+    recipe = job.make()
+    loop = Loop(recipe, job.training, prepare_model, str(get_device()))
+    if checkpoint := get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            loop.load(torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu"))
+    if failure := _told_by_first(progress.started(loop.step, world) if rank == 0 else None, world):
+        return {"failure": f"{_STARTS} starts from step {loop.step} made no new checkpoint: {failure}"}
+    pace = _Pace(loop.step)
+    for step, loss, asked in loop.run(job.training.steps, lambda: pace.since_saved() > job.training.checkpoint_every_s):
+        if rank == 0 and pace.tells(step):
+            progress.stepped(step, loss, pace.steps_per_s)
+        validates = step % job.training.validate_every == 0 or step == job.training.steps
+        if validates or asked:
+            figures = loop.validate() if validates else {}
+            if rank == 0 and figures:
+                progress.point(step, {f"validation/{key}": value for key, value in figures.items()})
+            _report(loop, recipe, figures, rank)
+            pace.saved()
+    return {}
+
+
+def _told_by_first(value: str | None, world: int) -> str | None:
+    values = [value]
+    if world > 1:
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _report(loop: Loop, recipe: Recipe, figures: Mapping[str, float], rank: int) -> None:
+    """A checkpoint, written by worker 0 and taken to its place by another thread."""
+    from ray.train import Checkpoint, CheckpointUploadMode, report
+
+    checkpoint = None
+    if rank == 0:
+        folder = tempfile.mkdtemp(prefix="checkpoint-")  # Ray Train removes it
+        torch.save(loop.state(), Path(folder) / _STATE)
+        recipe.save(loop.network, folder)
+        checkpoint = Checkpoint.from_directory(folder)
+    metrics = {"step": loop.step, "mse": math.inf, **figures}  # only what was validated can be the best
+    report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+
+
+class _Pace:
+    """Steps per second of this start, and when to tell and to save."""
+
+    def __init__(self, step: int) -> None:
+        now = time.monotonic()
+        self._saved, self._told, self._told_step = now, now, step
+        self.steps_per_s = 0.0
+
+    def since_saved(self) -> float:
+        return time.monotonic() - self._saved
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+    def tells(self, step: int) -> bool:
+        now = time.monotonic()
+        if now - self._told < _TELL_S:
+            return False
+        rate = (step - self._told_step) / (now - self._told)
+        self.steps_per_s = 0.9 * self.steps_per_s + 0.1 * rate if self.steps_per_s else rate
+        self._told, self._told_step = now, step
+        return True

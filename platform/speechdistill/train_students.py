@@ -1,0 +1,361 @@
+"""Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
+
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+from tqdm import tqdm
+
+from speechdistill import cluster, labeled, table
+from speechdistill.batches import LabelRun, Mix
+from speechdistill.labels import LabelTransform
+from speechdistill.shards import RunError
+from speechdistill.tracking import Tracking, run_id, tracking_uri
+
+if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.recipes.distill import Distill
+    from speechdistill.train import Job, Progress, Told
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class TrainStudents:
+    """Train students on labelled shards and listeners' scores, on any number of workers.
+
+    The same command goes on where it stopped; another configuration needs another --out. Each variant has its own
+    folder OUT/NAME with the best student in OUT/NAME/best. Exit code 1 if any variant failed.
+    """
+
+    out: str
+    """Folder of the runs, a local path or URL."""
+    shards: tuple[str, ...] = ()
+    """Folders of label runs, each with an optional weight (DIR=0.3)."""
+    labeled: str | None = None
+    """Clips that listeners scored: a clips.parquet with column mos, or a CSV with path and mos. Column split says
+    which validate; without it one speaker, or clip, of twenty."""
+    variants: str = "all"
+    """Which students: all, or names such as v0,v3. Only v7 is the paper's published one."""
+    labeled_percent: float | None = None
+    """Labeled clips in each batch, 0 to 100. Default: the paper's 20 where --labeled is given, else 0."""
+    labeled_only: bool = False
+    """The paper's baseline: the same as --labeled-percent 100."""
+    label_transform: str | None = None
+    """JSON file (schema label_transform.v1) that maps each dataset's scores to one scale. Default: as they are."""
+    init: str | None = None
+    """Checkpoint folder of a student to train further, such as OUT/v0/best; it decides the variant."""
+    workers: str = "1"
+    """Workers of each run: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
+    cpus_per_worker: float = 1.0
+    """CPUs, and threads, of each worker."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker; 0.5, 0.25 or 0.125 for several runs on one. Default: 1 where the cluster has one, else 0."""
+    steps: int = 250_000
+    """Updates."""
+    learning_rate: float = 2e-5
+    """AdamW's."""
+    batch_size: int = 20
+    """Samples in the global batch, whatever the number of workers."""
+    crop_s: float = 7.68
+    """Seconds of each sample that are trained on, at most 7.68; shorter is faster."""
+    validate_every: int = 5_000
+    """Steps between validations."""
+    checkpoint_every_s: float = 300.0
+    """Seconds between checkpoints: what a killed worker costs at most."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision."""
+    compile: bool = False
+    """Compile the network (torch.compile)."""
+    seed: int = 0
+    """Decides batches and initial weights."""
+
+
+@dataclass
+class _Run:
+    """One variant on its way. `state` is waiting, training, done or failed."""
+
+    name: str
+    parameters: int
+    job: "Job"
+    tracking: Tracking
+    state: str = "waiting"
+    progress: "Progress | None" = None
+    told: "Told | None" = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    started: float = field(default_factory=time.monotonic)
+    train_s: float = 0.0
+
+
+def run(config: TrainStudents) -> list[dict[str, Any]]:
+    """Train what is not trained yet; a row per variant: its figures and `state`, done or failed.
+
+    One failure does not stop the others. Raises `RunError`, `TableError` or `ValueError` where nothing can be
+    trained.
+    """
+    from speechdistill.recipes import distill
+
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    recipes = _recipes(config)
+    cluster.connect()
+    cluster.check_shared(config.out)
+    workers, gpus, at_once = _capacity(config, len(recipes))
+    parent = Tracking(config.out, "train-students", "students", _plain(config))
+    runs = [
+        _Run(
+            name,
+            distill.parameters(recipe.student),
+            _job(config, name, recipe, workers, gpus),
+            Tracking(
+                f"{config.out}/{name}", "train-students", name, {**_plain(config), **asdict(recipe.student)}, parent
+            ),
+        )
+        for name, recipe in recipes.items()
+    ]
+    try:
+        _train(runs, at_once)
+    except BaseException as error:
+        for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
+            tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience_s=5)
+        raise
+    rows = [_row(run) for run in runs]
+    parent.document({"students": rows}, "students.json")
+    parent.end("FINISHED" if all(run.state == "done" for run in runs) else "FAILED")
+    return rows
+
+
+def _absolute(config: TrainStudents) -> TrainStudents:
+    folders = tuple(_with_weight(place) for place in config.shards)
+    percent = 100.0 if config.labeled_only else config.labeled_percent
+    if percent is None:
+        percent = 20.0 if config.labeled else 0.0
+    return replace(
+        config,
+        out=table.absolute(config.out),
+        shards=folders,
+        labeled=config.labeled and table.absolute(config.labeled),
+        label_transform=config.label_transform and table.absolute(config.label_transform),
+        init=config.init and table.absolute(config.init),
+        labeled_percent=percent,
+    )
+
+
+def _with_weight(place: str) -> str:
+    folder, sign, weight = place.rpartition("=")
+    return f"{table.absolute(folder)}={weight}" if sign else table.absolute(place)
+
+
+def _recipes(config: TrainStudents) -> "dict[str, Distill]":
+    """By name, checked: whatever is wrong with a source is told before the work."""
+    from speechdistill.recipes import distill
+    from speechdistill.students.conv_transformer import VARIANTS
+
+    assert config.labeled_percent is not None
+    mix = Mix(config.shards, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
+    transform = LabelTransform.read(config.label_transform)
+    provenance: dict[str, Any] = {
+        "shards": [_about(LabelRun(place)) for place in config.shards],
+        "label_transform": transform.to_json(),
+        "git_commit": _git_commit(),
+    }
+    scored = None
+    if config.labeled:
+        scored, provenance["labeled"] = _scored(config.labeled, config.out)
+    if config.init:
+        from speechdistill import student_files
+
+        student = student_files.load(config.init)
+        provenance["init"] = student.provenance
+        names = {"finetuned": student.network.config}
+    else:
+        wanted = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
+        names = {name.strip(): distill.student(name.strip()) for name in wanted}
+    recipes = {
+        name: distill.Distill(size, mix, scored, config.label_transform, config.init, {**provenance, "variant": name})
+        for name, size in names.items()
+    }
+    next(iter(recipes.values())).make()
+    return recipes
+
+
+def _scored(source: str, out: str) -> tuple[str, str]:
+    """The labeled clips as a table beside the runs, which all workers read, and their fingerprint."""
+    clips = labeled.manifest(source)
+    fingerprint = table.fingerprint(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
+    path = f"{out}/labeled-{fingerprint[:8]}.parquet"
+    table.publish(table.parquet_bytes(clips), path)
+    return path, fingerprint
+
+
+def _about(run: LabelRun) -> dict[str, Any]:
+    known = {key: run.configuration.get(key) for key in ("recipe", "teacher")}
+    return {"fingerprint": run.fingerprint, "weight": run.weight, **known}
+
+
+def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int, int], gpus: float) -> "Job":
+    from speechdistill.loop import Training
+    from speechdistill.train import Job
+
+    training = Training(
+        config.steps,
+        config.learning_rate,
+        validate_every=config.validate_every,
+        checkpoint_every_s=config.checkpoint_every_s,
+        dtype=config.dtype,
+        compile=config.compile,
+    )
+    identity = {
+        "job": "train-students",
+        "variant": name,
+        "student": asdict(recipe.student),
+        "mix": {**asdict(recipe.mix), "shards": None},
+        "data": {
+            key: value for key, value in (recipe.provenance or {}).items() if key not in ("git_commit", "variant")
+        },
+        "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
+    }
+    return Job(recipe.make, training, f"{config.out}/{name}", identity, workers, config.cpus_per_worker, gpus)
+
+
+def _plain(config: TrainStudents) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if value is not None}
+
+
+def _capacity(config: TrainStudents, runs: int) -> tuple[tuple[int, int], float, int]:
+    """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
+    fewest, most = _range(config.workers)
+    resources = ray.cluster_resources()
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU", 0) else 0.0
+    if 0 < gpus < 1 and most > 1:
+        raise RunError(f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each); give --workers 1")
+    fits = int(resources.get("CPU", 0) / config.cpus_per_worker + 1e-6)
+    if gpus:
+        fits = min(fits, int(resources.get("GPU", 0) / gpus + 1e-6))
+    if fits < fewest:
+        raise RunError(
+            f"a run of {fewest} workers with {config.cpus_per_worker:g} CPUs and {gpus:g} GPUs each does not fit the "
+            f"cluster ({resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs); lower --workers or "
+            "--cpus-per-worker"
+        )
+    at_once = max(1, min(runs, fits // fewest))
+    # A run reserves its most, so with several at once each may have its share only.
+    return (fewest, max(fewest, min(most, fits // at_once) if at_once > 1 else most)), gpus, at_once
+
+
+def _range(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    try:
+        numbers = int(fewest), int(most or fewest)
+    except ValueError:
+        numbers = (0, 0)
+    if not 1 <= numbers[0] <= numbers[1]:
+        raise RunError(f"--workers {text!r}: a number from 1, or FEWEST:MOST such as 1:8")
+    return numbers
+
+
+def _train(runs: list[_Run], at_once: int) -> None:
+    """The largest first, `at_once` side by side."""
+    from speechdistill.train import Progress, fit
+
+    waiting = sorted(runs, key=lambda run: -run.parameters)
+    going: dict[Any, _Run] = {}
+    driver = ray.remote(num_cpus=0, max_retries=0)(fit)
+    with _Bars(runs) as bars:
+        while waiting or going:
+            while waiting and len(going) < at_once:
+                one = waiting.pop(0)
+                one.state, one.progress, one.started = "training", Progress(), time.monotonic()
+                going[driver.remote(one.job, one.progress)] = one
+            ended, _ = ray.wait(list(going), timeout=_POLL_S)
+            for one in going.values():
+                _listen(one)
+            for reference in ended:
+                _end(going.pop(reference), reference)
+            bars.show()
+
+
+def _listen(run: _Run) -> None:
+    assert run.progress is not None
+    run.told = run.progress.read()
+    for step, figures in run.told.points:
+        run.tracking.metrics(figures, step)
+
+
+def _end(run: _Run, reference: Any) -> None:
+    _listen(run)
+    run.train_s = time.monotonic() - run.started
+    try:
+        run.summary, run.state = ray.get(reference), "done"
+    except Exception as error:
+        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
+        run.error, run.state = str(cause) or repr(cause), "failed"
+        tqdm.write(f"{run.name} failed: {run.error}")
+    if run.state == "done":
+        best = {f"best_val_{key}": value for key, value in run.summary["best"].items() if key != "step"}
+        run.tracking.metrics(best, run.summary["steps"])
+    run.tracking.end("FINISHED" if run.state == "done" else "FAILED")
+
+
+def _row(run: _Run) -> dict[str, Any]:
+    best = run.summary.get("best", {})
+    return {
+        "variant": run.name,
+        "parameters": run.parameters,
+        "state": run.state,
+        "steps": run.summary.get("steps", run.told.step if run.told else 0),
+        "train_s": run.train_s,
+        "best_step": best.get("step"),
+        "mse": best.get("mse"),
+        "pcc": best.get("pcc"),
+        "folder": f"{run.job.out}/best" if run.state == "done" else None,
+        "run_id": run_id(run.job.out),
+        "error": run.error or None,
+    }
+
+
+class _Bars:
+    """A progress line for each run on its way."""
+
+    def __init__(self, runs: list[_Run]) -> None:
+        self._runs = runs
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def show(self) -> None:
+        for run in self._runs:
+            if run.state == "training" and run.name not in self._bars:
+                self._bars[run.name] = tqdm(
+                    total=run.job.training.steps, unit="step", desc=run.name, dynamic_ncols=True
+                )
+            bar = self._bars.get(run.name)
+            if bar is None or run.told is None:
+                continue
+            workers = f"{run.told.workers} workers" if run.told.workers else "waiting for resources"
+            bar.n = max(bar.n, run.told.step)
+            bar.set_postfix_str(
+                f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, {workers}", refresh=True
+            )
+            if run.state in ("done", "failed"):
+                bar.close()
+                del self._bars[run.name]
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # installed, or on a cluster
+        return None
