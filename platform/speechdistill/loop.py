@@ -111,11 +111,16 @@ class Loop:
             yield self._update(batch, asks)
 
     def validate(self) -> dict[str, float]:
-        """The recipe's figures, and `is_best`, 1 where none before had so small an `mse`."""
+        """The recipe's figures, and `is_best`, 1 where none before had so small an `mse`.
+
+        Raises `NotFiniteError` on all workers.
+        """
         self.network.eval()
         with torch.inference_mode():
             figures = dict(self._recipe.validate(self.network, self._rank, self._world))
         self.network.train()
+        if not math.isfinite(figures["mse"]):
+            raise NotFiniteError(f"the error on the validation set is not finite after step {self.step}")
         is_best = figures["mse"] < self.best
         self.best = min(self.best, figures["mse"])
         return {**figures, "is_best": float(is_best)}

@@ -23,7 +23,6 @@ from speechdistill.shards import RunError
 
 _STATE = "state.pt"
 _TELL_S = 0.5
-_STARTS = 6  # without a new checkpoint in between, after which a run is given up
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Job:
     cpus: float = 1.0
     gpus: float = 0.0
     resize_every_s: float = 60.0
+    starts: int = 6  # without a new checkpoint in between, after which the run is given up
 
 
 class Point(NamedTuple):
@@ -64,11 +64,11 @@ class Told(NamedTuple):
 class Progress:
     """What the workers of a run tell: on the driver's node, so that it outlives them."""
 
-    def __init__(self) -> None:
+    def __init__(self, starts: int) -> None:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        self._actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=here).remote()
+        self._actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=here).remote(starts)
 
     def started(self, step: int, workers: int) -> str | None:
         """Told by worker 0; the last error, where so many starts from this step have brought nothing."""
@@ -90,7 +90,8 @@ class Progress:
 
 
 class _Progress:
-    def __init__(self) -> None:
+    def __init__(self, starts: int) -> None:
+        self._most = starts
         self._from, self._starts, self._error = -1, 0, "no error was told; a worker may have been killed"
         self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
         self._points: list[Point] = []
@@ -99,7 +100,7 @@ class _Progress:
     def started(self, step: int, workers: int) -> str | None:
         self._starts = self._starts + 1 if step == self._from else 1
         self._from, self._step, self._workers = step, step, workers
-        return self._error if self._starts > _STARTS else None
+        return self._error if self._starts > self._most else None
 
     def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
         self._step, self._loss, self._rate = step, loss, steps_per_s
@@ -146,7 +147,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _trainer(job: Job, progress: Progress) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     fewest, most = job.workers
@@ -166,6 +167,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
             name="ray",
             storage_path=path,
             storage_filesystem=filesystem,
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those that bring nothing
             # The best and, always, the last.
             checkpoint_config=CheckpointConfig(
@@ -208,7 +210,7 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
         with checkpoint.as_directory() as folder:
             loop.load(torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu"))
     if failure := _told_by_first(progress.started(loop.step, world) if rank == 0 else None, world):
-        return {"failure": f"{_STARTS} starts from step {loop.step} made no new checkpoint: {failure}"}
+        return {"failure": f"{job.starts} starts from step {loop.step} made no new checkpoint: {failure}"}
     pace = _Pace(loop.step)
     for step, loss, asked in loop.run(job.training.steps, lambda: pace.since_saved() > job.training.checkpoint_every_s):
         if rank == 0 and pace.tells(step):

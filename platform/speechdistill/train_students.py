@@ -271,7 +271,7 @@ def _train(runs: list[_Run], at_once: int) -> None:
         while waiting or going:
             while waiting and len(going) < at_once:
                 one = waiting.pop(0)
-                one.state, one.progress, one.started = "training", Progress(), time.monotonic()
+                one.state, one.progress, one.started = "training", Progress(one.job.starts), time.monotonic()
                 going[driver.remote(one.job, one.progress)] = one
             ended, _ = ray.wait(list(going), timeout=_POLL_S)
             for one in going.values():

@@ -121,7 +121,8 @@ def _score(network: nn.Module, wave: np.ndarray) -> float:
     windows = np.stack([audio.fit(wave[start : start + SEGMENT_SAMPLES], SEGMENT_SAMPLES) for start in starts])
     like = next(network.parameters())
     parts = torch.split(torch.from_numpy(windows).to(like.device, like.dtype), _BATCH_WINDOWS)
-    return 1 + 4 * float(torch.cat([network(part).sigmoid() for part in parts]).mean())
+    with torch.inference_mode():
+        return 1 + 4 * float(torch.cat([network(part).sigmoid() for part in parts]).mean())
 
 
 def _figures(pairs: list[tuple[float, float]], suffix: str) -> dict[str, float]:

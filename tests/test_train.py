@@ -1,0 +1,103 @@
+"""Runs on Ray Train, with a student of 3,000 parameters."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from speechdistill import student_files, table
+from speechdistill.batches import Mix
+from speechdistill.loop import Training
+from speechdistill.recipes.distill import Distill, Recipe, tiny
+from speechdistill.shards import RunError
+from speechdistill.tracking import Tracking
+from speechdistill.train import Job, Progress, fit
+from speechdistill.train_students import _Run, _train
+from test_batches import label_run
+
+TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return label_run(tmp_path_factory.mktemp("labels"), 24 * 20)
+
+
+def config(labels: str) -> Distill:
+    return Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08), provenance={"teacher": "milli"})
+
+
+@dataclass(frozen=True)
+class Dies:
+    """A recipe whose worker is killed when it is made."""
+
+    def __call__(self) -> Recipe:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def job(out: Path, make: Callable[[], Recipe], **more: object) -> Job:
+    return Job(make, TRAINING, str(out), {"seed": 0}, **more)  # type: ignore[arg-type]
+
+
+def test_a_run_ends_with_its_best_student_and_is_done_once(labels: str, tmp_path: Path, local_ray: None) -> None:
+    one, progress = job(tmp_path / "run", config(labels).make, workers=(2, 2), cpus=0.5), Progress(6)
+    summary = fit(one, progress)
+    told = progress.read()
+    assert (summary["steps"], told.step, told.workers) == (30, 30, 2)
+    validated = {
+        point.step: point.figures["validation/mse"] for point in told.points if "validation/mse" in point.figures
+    }
+    assert list(validated) == [10, 20, 30]
+    assert summary["best"]["mse"] == min(validated.values()) == validated[summary["best"]["step"]]
+    best = student_files.load(f"{tmp_path}/run/best")
+    assert best.provenance == {"teacher": "milli"}
+    (mse, *_) = config(labels).make().validate(best.network, 0, 1).values()
+    assert mse == pytest.approx(summary["best"]["mse"], rel=1e-4)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert fit(one, Progress(6)) == summary
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(RunError, match="seed: 0 -> 1"):
+        fit(replace(one, identity={"seed": 1}), Progress(6))
+
+
+def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path: Path, local_ray: None) -> None:
+    labels = label_run(tmp_path / "labels", 48)
+    (first, _) = sorted((tmp_path / "labels" / "shards").iterdir())
+    rows = pq.read_table(first)
+    scores = [float("nan") if i == 3 else score for i, score in enumerate(rows["score"].to_pylist())]
+    pq.write_table(rows.set_column(rows.schema.get_field_index("score"), "score", [scores]), first, row_group_size=16)
+    with pytest.raises(RunError, match=rf"not finite at step \d, from 1 samples: {labels}#3; what was reached is in"):
+        fit(job(tmp_path / "run", config(labels).make, cpus=0.5), Progress(6))
+
+
+def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, local_ray: None) -> None:
+    parent = Tracking(str(tmp_path), "train-students", "students", {})
+    runs = []
+    for number, make in enumerate([config(labels).make, Dies(), config(labels).make]):
+        out = tmp_path / f"tiny{number}"
+        tracking = Tracking(str(out), "train-students", out.name, {}, parent)
+        runs.append(_Run(out.name, 3_000, job(out, make, cpus=0.5, starts=1), tracking))
+    _train(runs, at_once=2)
+    parent.end("FAILED")
+    assert [run.state for run in runs] == ["done", "failed", "done"]
+    assert table.read_json(f"{tmp_path}/tiny2/summary.json")["steps"] == 30
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("train-students").experiment_id
+    by_name = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert {name: run.info.status for name, run in by_name.items()} == {
+        "students": "FAILED",
+        "tiny0": "FINISHED",
+        "tiny1": "FAILED",
+        "tiny2": "FINISHED",
+    }
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in by_name.items() if name != "students"}
+    assert set(parents.values()) == {by_name["students"].info.run_id}
+    metrics = by_name["tiny0"].data.metrics
+    assert metrics["best_val_mse"] == runs[0].summary["best"]["mse"] and "loss" in metrics
