@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""The whole main job on this machine: a corpus, its manifest, 200 labelled samples, scores; see `--help`."""
+"""The whole main job on this machine: a corpus, 200 labelled samples, a student that learns from them; see `--help`."""
 
+import csv
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,17 @@ import soundfile
 import tyro
 
 from speechdistill import __version__, audio, cli, degradations, table
+from speechdistill.batches import LabelRun
 from speechdistill.plan import Plan
 from speechdistill.samples import make_sample
+from speechdistill.tracking import run_id
+
+NOT_PROMOTED = 3  # the exit code of `promote`
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Label speech end to end with local Ray and the released Distill-MOS weights, and look at the result.
+    """Label speech with local Ray and the released Distill-MOS weights, train a student on it, promote it and score.
 
     Without --speech a small corpus in five languages is synthesised first.
     """
@@ -33,6 +39,8 @@ class Demo:
     """Your own folders of room impulse responses; simulated rooms without."""
     num_samples: int = 200
     """Samples to label."""
+    steps: int = 100
+    """Updates of the student: far too few for a good one, enough to see it learn."""
 
 
 def main(demo: Demo) -> int:
@@ -56,7 +64,10 @@ def main(demo: Demo) -> int:
     clean, degraded = (row["mos"] for row in table.read_json(f"{out}/scores.json"))
     print(f"clean {clean:.2f} MOS, degraded {degraded:.2f} MOS, by")
     print("\n".join(f"  {step}" for step in sample.steps))
-    _next(out, clips, run)
+    students = Path(f"{run}-students")
+    if code := _student(demo, run, students):
+        return code
+    _next(out, clips, run, students)
     return 0
 
 
@@ -87,16 +98,52 @@ def _listen(run: Path, out: Path) -> Plan:
     return worst
 
 
-def _next(out: Path, clips: str, run: Path) -> None:
+def _student(demo: Demo, run: Path, students: Path) -> int:
+    """Train the smallest student from the shards, promote it by samples that it has not seen, and score with it."""
+    quick = ["--crop-s", "1.92", "--dtype", "bfloat16", "--learning-rate", "1e-3", "--workers", "2"]
+    steps = ["--variants", "v0", "--steps", str(demo.steps), "--validate-every", "50", *quick]
+    if code := _step(["train-students", "--shards", str(run), *steps, "--out", str(students)]):
+        return code
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{students.resolve()}/mlflow.db")
+    unseen = _held_out(run, students)
+    promote = ["promote", "--run", f"best-of:{run_id(str(students))}", "--model-name", "speech-quality-v0"]
+    if (code := _step([*promote, "--eval", unseen])) not in (0, NOT_PROMOTED):  # on a second call it is the champion
+        return code
+    champion = ["--model", "models:/speech-quality-v0@champion", "--out", f"{students}/scores.json"]
+    if code := _step(["score", f"{run.parent}/clean.wav", f"{run.parent}/degraded.wav", *champion]):
+        return code
+    clean, degraded = (row["mos"] for row in table.read_json(f"{students}/scores.json"))
+    print(f"the student says: clean {clean:.2f} MOS, degraded {degraded:.2f} MOS")
+    return 0
+
+
+def _held_out(run: Path, students: Path) -> str:
+    """The samples that no student of these shards is trained on, as files with the teacher's scores in a list."""
+    labels, folder = LabelRun(str(run)), students / "held-out"
+    folder.mkdir(exist_ok=True)
+    rows = [row for group in labels.held_out() for row in labels.read_group(int(group)).to_pylist()]
+    with (folder / "scores.csv").open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["path", "mos"])
+        for row in rows:
+            name = f"{row['sample_id']}.wav"
+            soundfile.write(folder / name, audio.decode(row["audio"], row["audio_format"]), audio.SAMPLE_RATE)
+            lines.writerow([name, row["score"]])
+    return f"{folder}/scores.csv"
+
+
+def _next(out: Path, clips: str, run: Path, students: Path) -> None:
     print(f"""
 Results are below {out}:
   {run.name}/shards/*.parquet  audio, score, logit and the full plan of every sample
   {run.name}/summary.json      counts, hours, histogram, throughput
   clean.wav, degraded.wav                 the worst sample, before and after
+  {students.name}/v0/best/   the student
 What to type next (after `source .venv/bin/activate`):
   speechdistill score YOUR_RECORDINGS --out scores.csv
   speechdistill pseudolabel --clips {clips} --recipe as_is --out {out}/as-is
-  mlflow ui --backend-store-uri sqlite:///{run.resolve()}/mlflow.db
+  mlflow ui --backend-store-uri sqlite:///{students.resolve()}/mlflow.db      (training, the registry)
+  mlflow ui --backend-store-uri sqlite:///{run.resolve()}/mlflow.db      (labelling)
   ray job submit --working-dir . -- python jobs/pseudolabel.py --help      (on a cluster)""")
 
 

@@ -23,6 +23,7 @@ from speechdistill.shards import RunError
 
 _STATE = "state.pt"
 _TELL_S = 0.5
+_NOT_VALIDATED = 1e30  # of no use as the best; an infinity is null in Ray Train's JSON, and a resumed run fails on it
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _report(loop: Loop, recipe: Recipe, figures: Mapping[str, float], rank: int)
         torch.save(loop.state(), Path(folder) / _STATE)
         recipe.save(loop.network, folder)
         checkpoint = Checkpoint.from_directory(folder)
-    metrics = {"step": loop.step, "mse": math.inf, **figures}  # only what was validated can be the best
+    metrics = {"step": loop.step, "mse": _NOT_VALIDATED, **figures}
     report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
 

@@ -1,0 +1,72 @@
+"""A training run that tests can stop at a step; as a program, `python tests/training.py LABELS OUT MOST MARKS STEP`."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from speechdistill import cluster
+from speechdistill.batches import Mix
+from speechdistill.loop import Training
+from speechdistill.recipes.distill import Distill, Recipe, tiny
+from speechdistill.train import Job, Progress, fit
+
+STEPS = 60
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """At update `step` the first worker to come there is killed, or, if the file `waits` is in `marks`, leaves the file
+    `reached` and waits for the file `go`; once.
+    """
+
+    recipe: Distill
+    marks: str
+    step: int
+
+    def __call__(self) -> Recipe:
+        return _Stopped(self)
+
+
+class _Stopped(Recipe):
+    def __init__(self, stopped: Stopped) -> None:
+        super().__init__(stopped.recipe)
+        self._marks, self._left = Path(stopped.marks), stopped.step
+
+    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
+        self._left -= 1
+        if self._left == 0:
+            self._stop()
+        return super().losses(network, waves, targets)
+
+    def _stop(self) -> None:
+        try:
+            (self._marks / "reached").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        if not (self._marks / "waits").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        pause = threading.Event()
+        while not (self._marks / "go").exists():
+            pause.wait(0.05)
+
+
+def job(labels: str, out: str, most: int, marks: str, step: int) -> Job:
+    """Checkpoints come after each step, since each takes longer than `checkpoint_every_s`."""
+    recipe = Stopped(Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08)), marks, step)
+    training = Training(STEPS, 1e-3, validate_every=20, checkpoint_every_s=0.05, dtype="float64")
+    return Job(recipe, training, out, {"seed": 0}, (1, most), cpus=1.0, resize_every_s=2.0)
+
+
+if __name__ == "__main__":
+    labels, out, most, marks, step = sys.argv[1:]
+    cluster.connect()
+    one = job(labels, out, int(most), marks, int(step))
+    progress = Progress(one.starts)
+    summary = fit(one, progress)
+    print(json.dumps({**summary, "workers": progress.read().workers}))
