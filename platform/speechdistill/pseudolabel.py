@@ -102,6 +102,8 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     try:
         totals = flow.run(job)
         complete = totals.complete
+        if not complete:
+            session.count(totals.done - sum(there.values()))
         summary = _summary(config, totals, session, table.fingerprint(identity))
         earlier = complete and table.read_json(f"{config.out}/summary.json")
         if complete and (session.samples or not earlier):  # otherwise it was complete, and is left as it is
@@ -283,6 +285,11 @@ class Session:
     def add(self, part: Mapping[str, Any]) -> None:
         self.samples += part["ids"]
         self._audio_s += part["totals"]["audio_s"]
+
+    def count(self, samples: int) -> None:
+        """Of a run that was stopped: parts may be committed that were not told."""
+        self._audio_s *= max(1.0, samples / max(1, self.samples))
+        self.samples = max(self.samples, samples)
 
     def throughput(self) -> dict[str, float]:
         seconds = time.monotonic() - self._started

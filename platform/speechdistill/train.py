@@ -22,7 +22,7 @@ from speechdistill.loop import Loop, NotFiniteError, Recipe, Training
 from speechdistill.shards import RunError
 
 _STATE = "state.pt"
-_TELL_S = 0.5
+_TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
 _NOT_VALIDATED = 1e30  # of no use as the best; an infinity is null in Ray Train's JSON, and a resumed run fails on it
 
 
@@ -96,6 +96,7 @@ class _Progress:
         self._from, self._starts, self._error = -1, 0, "no error was told; a worker may have been killed"
         self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
         self._points: list[Point] = []
+        self._added = -math.inf
         self._last = -1
 
     def started(self, step: int, workers: int) -> str | None:
@@ -105,7 +106,9 @@ class _Progress:
 
     def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
         self._step, self._loss, self._rate = step, loss, steps_per_s
-        self._add(Point(step, {"loss": loss, "steps_per_s": steps_per_s, "workers": float(self._workers)}))
+        if time.monotonic() - self._added >= _POINT_S:
+            self._add(Point(step, {"loss": loss, "steps_per_s": steps_per_s, "workers": float(self._workers)}))
+            self._added = time.monotonic()
 
     def point(self, step: int, figures: dict[str, float]) -> None:
         self._step = step

@@ -108,6 +108,7 @@ def test_a_killed_worker_costs_only_time(labels: str, quiet: dict[str, object], 
     assert_same(result, quiet)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_from_its_last_checkpoint(
     labels: str, quiet: dict[str, object], tmp_path: Path
 ) -> None:

@@ -1,0 +1,133 @@
+"""What the training job costs beside the training: steps per second against a bare loop over tensors in memory."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+import tyro
+
+from speechdistill import audio, cluster, shards, table
+from speechdistill.batches import Mix
+from speechdistill.loop import Training
+from speechdistill.recipes.distill import Distill, student
+from speechdistill.samples import DEGRADED, TAUGHT
+from speechdistill.students.conv_transformer import ConvTransformer
+from speechdistill.train import Job, Progress, fit
+
+SAMPLES = 400
+WARM_UP = 2  # steps, of both
+
+
+@dataclass(frozen=True)
+class Options:
+    """Steps per second of one worker, in the job and in a bare loop, on the same threads; each in its turn."""
+
+    variants: tuple[str, ...] = ("v0", "v7")
+    """Students."""
+    steps: tuple[int, ...] = (30, 8)
+    """Steps of each, after two to warm up."""
+    crop_s: float = 1.92
+    """Seconds of each sample."""
+    cpus: int = 2
+    """Threads."""
+
+
+def main(options: Options) -> None:
+    cluster.connect()
+    print(f"\nSteps per second, batch 20, crops of {options.crop_s:g} s, {options.cpus} threads (target: 0.9)\n")
+    print("| student | bare loop | job | ratio |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        labels = _labels(Path(folder) / "labels")
+        for name, steps in zip(options.variants, options.steps, strict=True):
+            bare = [_bare(name, steps, options)]
+            job = _job(name, steps, options, labels, Path(folder) / name)
+            bare.append(_bare(name, steps, options))
+            rate = float(np.mean(bare))
+            print(f"| {name} | {rate:.3f} | {job:.3f} | {job / rate:.2f} |", flush=True)
+
+
+def bare(name: str, steps: int, crop_samples: int, threads: int) -> None:
+    """The steps alone; prints how many a second."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = ConvTransformer(student(name)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-5)
+    waves, targets = torch.randn(20, crop_samples), torch.rand(20) * 4 + 1
+    start = 0.0
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            start = time.perf_counter()
+        loss = (1 + 4 * model(waves).sigmoid() - targets).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    print(steps / (time.perf_counter() - start))
+
+
+def _bare(name: str, steps: int, options: Options) -> float:
+    samples = round(options.crop_s * audio.SAMPLE_RATE)
+    command = [sys.executable, __file__, "--bare", name, str(steps), str(samples), str(options.cpus)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def _job(name: str, steps: int, options: Options, labels: str, out: Path) -> float:
+    recipe = Distill(student(name), Mix((labels,), 0, crop_s=options.crop_s))
+    training = Training(WARM_UP + steps, validate_every=10**6)
+    progress, seen = Progress(1), []
+    going = ray.remote(num_cpus=0)(fit).remote(
+        Job(recipe.make, training, str(out), {}, cpus=float(options.cpus)), progress
+    )
+    while not ray.wait([going], timeout=0.2)[0]:
+        seen.append((time.perf_counter(), progress.read().step))
+    ray.get(going)
+    # The first sight of each step; the last one comes after the validation.
+    firsts = [(at, step) for (at, step), (_, before) in zip(seen[1:], seen, strict=False) if step > before]
+    times, steps_seen = np.array([pair for pair in firsts if WARM_UP <= pair[1] < training.steps]).T
+    return float(np.polyfit(times, steps_seen, 1)[0])
+
+
+def _labels(out: Path) -> str:
+    """A finished label run of noise: what is in the waves costs nothing more or less."""
+    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", SAMPLES, 64, lambda rows: {})
+    shards.claim(layout.out, {})
+    rng = np.random.default_rng(0)
+    for k in range(layout.num_parts):
+        rows = [_row(i, rng) for i in layout.ids(k)]
+        schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
+        shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
+    shards.finish(layout)
+    table.publish_json({}, f"{out}/summary.json")
+    return str(out)
+
+
+def _row(sample_id: int, rng: np.random.Generator) -> dict[str, object]:
+    pcm = rng.normal(0, 1000, 122_880).astype(np.int16)
+    return {
+        "id": sample_id,
+        "audio": audio.encode(pcm, "flac"),
+        "audio_format": "flac",
+        "sample_rate": audio.SAMPLE_RATE,
+        "num_samples": len(pcm),
+        "plan": "{}",
+        "clip_ids": [],
+        "segment_start_s": 0.0,
+        "segment_duration_s": 7.68,
+        "score": float(rng.uniform(1, 5)),
+        "logit": 0.0,
+        "teacher": "noise",
+        "teacher_hash": "0",
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bare"]:
+        bare(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        main(tyro.cli(Options))
