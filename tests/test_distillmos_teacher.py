@@ -11,10 +11,11 @@ import soundfile
 import torch
 
 import speechdistill
-from speechdistill import audio, teachers
+from speechdistill import audio, scorer, teachers
+from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, features
 from speechdistill.teachers import Label, Unscorable, distillmos
-from speechdistill.teachers.distillmos import Teacher, segment_starts
+from speechdistill.teachers.distillmos import Teacher
 
 RATE = audio.SAMPLE_RATE
 
@@ -286,7 +287,7 @@ def test_the_faster_convolutions_give_the_students_maps(teacher: Teacher, num_sa
 
 
 def test_without_onednn_the_scores_are_the_same(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillmos, "_has_fused", lambda dtype: False)
+    monkeypatch.setattr(scorer, "_has_fused", lambda dtype: False)
     expected = scored(teacher.label([noise(2)])[0]).score
     assert scored(Teacher(device="cpu").label([noise(2)])[0]).score == pytest.approx(expected, abs=1e-5)
 

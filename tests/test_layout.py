@@ -16,23 +16,33 @@ TIERS = (
     {"tar_files"},
     {"audio_files"},
     {"audio_decoders"},
-    {"audio", "table", "isolate", "watch"},
+    {"audio", "table", "isolate", "watch", "model_code"},
     {"clips", "shards", "event_log", "labels", "global_norm"},
     {"mlflow_sender"},
     {"tracking"},
-    {*FAMILIES[:-1], "plan", "score", "cluster", "parts"},
+    {"students"},
+    {"student_files"},
+    {"registry"},
+    {"corpora", "degradations", "teachers", "scorer", "mlflow_model", "plan", "score", "cluster", "parts"},
     {"monitor", "samples", "labeled"},
-    {"flow", "trials", "batches", "student_files"},
+    {"flow", "trials", "batches"},
     {"cost", "loop"},
     {"recipes"},
     {"doctor", "ingest", "pseudolabel", "train"},
     {"train_students"},
     {"cli"},
 )
-WITHIN_TIER = {("plan", "degradations"), ("teachers", "students"), ("score", "teachers")}
+WITHIN_TIER = {
+    ("plan", "degradations"),
+    ("score", "teachers"),
+    ("scorer", "teachers"),  # the family's contract
+    ("teachers", "scorer"),  # what members share
+    ("mlflow_model", "scorer"),
+    ("mlflow_model", "teachers"),
+}
 ONLY_IN = {
     "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "train_students"},
-    "mlflow": {"mlflow_sender"},
+    "mlflow": {"mlflow_model", "mlflow_sender", "registry"},
     "tyro": {"cli"},
 }
 HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
@@ -40,11 +50,13 @@ NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
     "global_norm",
+    "scorer",
     "student_files",
     "loop",
     "recipes.distill",
     "train",
-}  # are nothing without torch
+    "mlflow_model",
+}  # are nothing without torch, or MLflow
 
 
 def modules() -> dict[str, Path]:

@@ -36,8 +36,21 @@ def score_files(paths: Iterable[str], teacher: Teacher, timeline: bool = False) 
     second, never ends the iteration. While one file is scored, a thread decodes the next.
     """
     rows = _seconds if timeline else _whole
-    for path, wave in _decoded(paths):
+    for path, wave in decoded(paths):
         yield from rows(path, wave, teacher)
+
+
+def decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]]:
+    """Each path with its mono wave at 16 kHz, or with the error; while one is used, a thread decodes the next."""
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        ahead = None
+        for path in paths:
+            following = path, pool.submit(_load, path)
+            if ahead:
+                yield ahead[0], ahead[1].result()
+            ahead = following
+        if ahead:
+            yield ahead[0], ahead[1].result()
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -75,18 +88,6 @@ def writer(out: str | None) -> Callable[[list[Row]], bytes]:
     if suffix not in _WRITERS:
         raise ValueError(f"{out!r}: extension {suffix!r}; choose from {', '.join(_WRITERS)}")
     return _WRITERS[suffix]
-
-
-def _decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]]:
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
-        ahead = None
-        for path in paths:
-            following = path, pool.submit(_load, path)
-            if ahead:
-                yield ahead[0], ahead[1].result()
-            ahead = following
-        if ahead:
-            yield ahead[0], ahead[1].result()
 
 
 def _load(path: str) -> np.ndarray | Exception:

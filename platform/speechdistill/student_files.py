@@ -1,5 +1,6 @@
 """A trained student as two files in a folder: `model.safetensors` and `student.json`."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ WEIGHTS, ABOUT = "model.safetensors", "student.json"
 
 
 class Student(NamedTuple):
-    """A network in evaluation mode, and what `save` was told of it."""
+    """A network in evaluation mode, what `save` was told of it, and the sha256 of its weights file."""
 
     network: ConvTransformer
     provenance: dict[str, Any]
+    weights_hash: str
 
 
 def save(network: ConvTransformer, folder: str, provenance: Mapping[str, Any]) -> None:
@@ -39,21 +41,31 @@ def load(folder: str) -> Student:
         if about["architecture"] != "conv_transformer":
             raise ValueError(f"architecture {about['architecture']!r} is unknown")
         network = ConvTransformer(ConvTransformerConfig(**about["config"]))
-        network.load_state_dict(_weights(f"{folder}/{WEIGHTS}"))
+        data = _read(f"{folder}/{WEIGHTS}")
+        network.load_state_dict(_weights(data))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise table.TableError(
             f"{folder} holds no student of this version ({type(error).__name__}: {reason})"
         ) from error
-    return Student(network.eval(), about["provenance"])
+    return Student(network.eval(), about["provenance"], hashlib.sha256(data).hexdigest())
 
 
-def _weights(uri: str) -> dict[str, torch.Tensor]:
+def copy(folder: str, target: str) -> None:
+    """Copy a student's two files to another folder or URL."""
+    for name in (WEIGHTS, ABOUT):
+        table.publish(_read(f"{folder}/{name}"), f"{target}/{name}")
+
+
+def _read(uri: str) -> bytes:
+    with table.storage(uri), fsspec.open(uri, "rb") as file:
+        return bytes(file.read())
+
+
+def _weights(data: bytes) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
-    with table.storage(uri), fsspec.open(uri, "rb") as file:
-        data = file.read()
     try:
         weights: dict[str, torch.Tensor] = from_bytes(data)
     except SafetensorError as error:

@@ -8,13 +8,14 @@ A teacher module holds a class `Teacher(weights=None, device=None, dtype="float3
   lose the batch;
 - `timeline(wave) -> list[tuple[float, float | None]]`: start in seconds and score for each second of audio.
 
-A new teacher is one new file: `load` finds it by name.
+A new teacher is one new file: `load` finds it by name. `student` is any student of ours, by the address of its weights.
 """
 
 import importlib
 import math
 import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from speechdistill.audio_decoders import MAX_CHANNELS, SAMPLE_RATES
 MIN_DURATION_S = 0.1
 SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, so below it they would judge dither and rounding
 _BLOCK_SAMPLES = 1 << 20
+_STUDENT = "student"
 
 
 class Unscorable(ValueError):
@@ -93,20 +95,27 @@ def load(
 ) -> Model:
     """The teacher called `name` as a `Model`; `.teacher` is the teacher itself.
 
-    `weights` is a file (default: the released ones), `device` a torch device (default: CUDA where there is
-    one), `dtype` float32 or bfloat16, `batch_s` the seconds of audio that go through the network at once,
-    `hop_s` the most seconds from one window of long audio to the next: above 1 it is faster and not exact.
+    `name` may be a student's address: the folder of a checkpoint, a URL, `models:/NAME@champion`, `models:/NAME/3`
+    or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file (default: the released
+    ones), `device` a torch device (default: CUDA where there is one), `dtype` float32 or bfloat16, `batch_s` the
+    seconds of audio that go through the network at once, `hop_s` the most seconds from one window of long audio to
+    the next: above 1 it is faster and not exact.
     Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
     """
-    if name not in names():
-        raise ValueError(f"teacher {name!r} is unknown; choose from {names()}")
+    if name not in (*names(), _STUDENT):
+        if weights or not ("/" in name or Path(name).is_dir()):
+            raise ValueError(
+                f"teacher {name!r} is unknown; choose from {names()}, or give a student: the folder of its checkpoint "
+                "or models:/NAME@champion"
+            )
+        name, weights = _STUDENT, name
     module = importlib.import_module(f"{__name__}.{name}")
     return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s))
 
 
 def names() -> list[str]:
-    """The teachers that exist."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The teachers that are there without an address."""
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - {_STUDENT})
 
 
 def problem(wave: np.ndarray) -> Unscorable | None:

@@ -1,0 +1,66 @@
+"""A student as MLflow serves it (models from code): MLflow copies this file and a part of the package into the model.
+
+Imported by MLflow alone. A row of the input is a recording: `audio`, the bytes of a file (base64 in JSON), or
+`waveform`, its samples in [-1, 1], with their `sample_rate` in Hz. A row of the output has its `mos`, 1 to 5, or the
+`error` that says why it has none: one bad recording does not lose the others of a request.
+"""
+
+import base64
+import math
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+
+from speechdistill import audio, student_files
+from speechdistill.scorer import Scorer
+from speechdistill.teachers import Model
+
+
+class StudentModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Scores as `speechdistill score` does: long recordings by their 7.68 s windows, at most 1 s apart."""
+
+    def load_context(self, context: Any) -> None:
+        student = student_files.load(context.artifacts["student"])
+        self._score = Model(Scorer(student.network, "student", student.weights_hash))
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+        """A row (mos, error) for each row (audio, waveform, sample_rate); raises only what is not the audio's fault."""
+        rows = [self._row(row) for row in model_input.to_dict("records")]
+        # Objects, since what lacks is None: MLflow would write NaN, which is no JSON.
+        return pd.DataFrame(rows, columns=["mos", "error"], index=model_input.index, dtype=object)
+
+    def _row(self, row: Mapping[str, Any]) -> tuple[float | None, str | None]:
+        data, samples = row.get("audio"), row.get("waveform")
+        has_data, has_samples = isinstance(data, (bytes, bytearray, str)), isinstance(samples, (list, np.ndarray))
+        if has_data == has_samples:
+            return None, "give either audio (the bytes of a file, base64 in JSON) or waveform with its sample_rate"
+        try:
+            wave, rate = (_decoded(data), audio.SAMPLE_RATE) if has_data else (np.asarray(samples), _rate(row))
+            return self._score(wave, rate), None
+        except audio.AudioError as error:  # its path is a temporary one
+            return None, f"{error.reason}; {error.fix}"
+        except ValueError as error:
+            return None, str(error)
+
+
+def _decoded(data: Any) -> np.ndarray:
+    if isinstance(data, str):
+        data = base64.b64decode(data)
+    with tempfile.NamedTemporaryFile(prefix="speechdistill-") as file:
+        file.write(data)
+        file.flush()
+        return audio.load(file.name)
+
+
+def _rate(row: Mapping[str, Any]) -> int:
+    rate = row.get("sample_rate")
+    if rate is None or math.isnan(rate):
+        raise ValueError("waveform without sample_rate; give its sample_rate in Hz")
+    return int(rate)
+
+
+mlflow.models.set_model(StudentModel())

@@ -1,0 +1,47 @@
+"""The code that MLflow stores with a student, so that it loads where this package is not installed."""
+
+import shutil
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+ENTRY = _PACKAGE / "mlflow_model.py"
+"""The file that MLflow runs to make the model."""
+
+CODE = (
+    "__init__.py",
+    "audio.py",
+    "audio_decoders.py",
+    "audio_files.py",
+    "scorer.py",
+    "student_files.py",
+    "students/__init__.py",
+    "students/conv_transformer.py",
+    "table.py",
+    "tar_files.py",
+    "teachers/__init__.py",
+)
+"""The part of this package that it needs."""
+
+REQUIREMENTS = (
+    "av>=18,<19",
+    "fsspec>=2026.1,<2028",
+    "mlflow>=3.17,<4",
+    "numpy>=2,<3",
+    "pandas>=2.2,<4",
+    "pyarrow>=20,<30",
+    "safetensors>=0.5,<1",
+    "soundfile>=0.14,<1",
+    "soxr>=1.1,<2",
+    "torch>=2.11,<2.14",
+)
+"""What these import from elsewhere."""
+
+
+def stage(folder: str) -> str:
+    """Copy the needed part of this package below a local folder; returns the path of the copy."""
+    package = Path(folder, _PACKAGE.name)
+    for name in CODE:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_PACKAGE / name, package / name)
+    return str(package)

@@ -1,0 +1,292 @@
+"""Students in MLflow: logged to a run as a model, read back, registered, and the aliases that point to them.
+
+A logged student loads where this package is not installed: the modules that it needs are stored with it. Our own tools
+read its safetensors and configuration alone (`student_folder`).
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from speechdistill import model_code, student_files, table
+from speechdistill.mlflow_sender import failure
+
+MODEL = "student"
+"""The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
+
+_SQLITE = "sqlite:///"
+
+
+class RegistryError(RuntimeError):
+    """A model or run that MLflow lacks or does not give: which one, where, and what to do."""
+
+
+class Logged(NamedTuple):
+    """A student that a run has logged; `location` is the URL of its files, `tags` hold its provenance."""
+
+    model_id: str
+    run_id: str
+    location: str
+    tags: dict[str, str]
+
+    @property
+    def uri(self) -> str:
+        """Its address for every MLflow tool."""
+        return f"models:/{self.model_id}"
+
+
+class Version(NamedTuple):
+    """A registered version of a model name; `source` is the address it was registered with."""
+
+    name: str
+    number: str
+    run_id: str
+    source: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
+    """Log the checkpoint in `folder` (see `student_files`) to an MLflow run as its model `student`.
+
+    `uri` is the MLflow (default: MLFLOW_TRACKING_URI). The checkpoint's provenance becomes metadata and tags of the
+    model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
+    the folder holds no student and `RegistryError` where MLflow does not know the run or does not answer.
+    """
+    student = student_files.load(folder)
+    registry = Registry(uri)
+    same = [model for model in registry.logged(run_id) if model.tags.get("weights_sha256") == student.weights_hash]
+    return same[0] if same else registry.log(folder, run_id, student.provenance, student.weights_hash)
+
+
+@contextmanager
+def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
+    """A folder with the two files of the student at `address`, which is there while the body runs.
+
+    `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` and `runs:/RUN_ID/student` are fetched from the
+    MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL, and passed on. Raises
+    `RegistryError`.
+    """
+    if not address.startswith(("models:", "runs:")):
+        yield table.absolute(address)
+        return
+    with tempfile.TemporaryDirectory(prefix="speechdistill-") as folder:
+        yield Registry(uri).fetch(address, folder)
+
+
+class Registry:
+    """One MLflow, at `uri` or MLFLOW_TRACKING_URI. Every method raises `RegistryError` naming what it was asked for."""
+
+    def __init__(self, uri: str | None = None) -> None:
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not self.uri:
+            raise RegistryError("no MLflow is given; set MLFLOW_TRACKING_URI to your server or database")
+        if self.uri.startswith(_SQLITE) and not Path(self.uri.removeprefix(_SQLITE).partition("?")[0]).exists():
+            raise RegistryError(f"{self.uri}: no such database; give the folder of a run, or set MLFLOW_TRACKING_URI")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=self.uri)
+
+    def logged(self, run_id: str) -> list[Logged]:
+        """The students that a run has logged, the newest first; those whose upload failed are left out."""
+        with self._asked(f"run {run_id}"):
+            experiment = self._client.get_run(run_id).info.experiment_id
+            name = f"source_run_id = '{run_id}' AND name = '{MODEL}'"
+            order = [{"field_name": "creation_timestamp", "ascending": False}]
+            found = self._client.search_logged_models([experiment], name, order_by=order)
+            return [Logged(m.model_id, run_id, m.artifact_location, m.tags) for m in found if m.status == "READY"]
+
+    def log(self, folder: str, run_id: str, provenance: Mapping[str, Any], weights_hash: str) -> Logged:
+        """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
+        from mlflow.entities import LoggedModelOutput
+
+        tags = {"weights_sha256": weights_hash, **{f"provenance.{key}": _text(provenance[key]) for key in provenance}}
+        with self._asked(f"run {run_id}"), _patience():
+            experiment = self._client.get_run(run_id).info.experiment_id
+            model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
+            try:
+                with tempfile.TemporaryDirectory(prefix="speechdistill-") as local:
+                    about = {"provenance": dict(provenance), "weights_sha256": weights_hash}
+                    save_model(folder, f"{local}/model", run_id=run_id, model_id=model.model_id, metadata=about)
+                    self._client.log_model_artifacts(model.model_id, f"{local}/model")
+                self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+                self._client.finalize_logged_model(model.model_id, "READY")
+            except BaseException:
+                self._client.finalize_logged_model(model.model_id, "FAILED")
+                raise
+            return Logged(model.model_id, run_id, model.artifact_location, tags)
+
+    def best_of(self, parent: str, metric: str) -> str:
+        """Among the finished child runs of a run, the one with the lowest `metric`."""
+        with self._asked(f"run {parent}"):
+            experiment = self._client.get_run(parent).info.experiment_id
+            wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.status = 'FINISHED'"
+            runs: list[Any] = []
+            token = None
+            while token or not runs:
+                page = self._client.search_runs([experiment], wanted, max_results=1000, page_token=token)
+                runs += page
+                if not (token := page.token):
+                    break
+        values = {run.info.run_id: run.data.metrics.get(metric) for run in runs}
+        finite = {run: value for run, value in values.items() if value is not None and abs(value) < float("inf")}
+        if not finite:
+            raise RegistryError(
+                f"run {parent} at {self.uri}: none of its {len(runs)} finished child runs has a {metric}; give the run "
+                "that started them, once one has ended, or --run ID of a single one"
+            )
+        return str(min(finite, key=lambda run: (finite[run], run)))
+
+    def fetch(self, address: str, folder: str) -> str:
+        """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; returns where."""
+        from mlflow.artifacts import download_artifacts
+
+        with self._asked(address), _patience():
+            source = f"{self._location(address)}/artifacts/{MODEL}"
+            fetched: str = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+            return fetched
+
+    def by_alias(self, name: str, alias: str) -> Version | None:
+        """The version of a model name that has an alias; None where no version has it, or there is no such name."""
+        from mlflow.exceptions import MlflowException
+
+        with self._asked(f"model {name}"):
+            try:
+                number = self._client.get_registered_model(name).aliases.get(alias)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+            return _version(self._client.get_model_version(name, str(number))) if number else None
+
+    def register(self, name: str, model: Logged) -> Version:
+        """The version of `name` that is this model; made where there is none, so the call may be repeated."""
+        from mlflow.exceptions import MlflowException
+
+        with self._asked(f"model {name}"):
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # Not by its models:/ address, which MLflow would look up in its default database instead of this one.
+            found = [v for v in self._client.search_model_versions(f"name = '{name}'") if v.source == model.location]
+            about = (model.location, model.run_id, model.tags)
+            return _version(
+                found[0] if found else self._client.create_model_version(name, *about, model_id=model.model_id)
+            )
+
+    def point(self, name: str, alias: str, version: Version) -> None:
+        """Move an alias to a version."""
+        with self._asked(f"{name}@{alias}"):
+            self._client.set_registered_model_alias(name, alias, version.number)
+
+    def note(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with self._asked(version.uri):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(version.name, version.number, key, value)
+
+    def document(self, run_id: str, value: Mapping[str, Any], name: str) -> None:
+        """Store a JSON document as an artifact of a run; an earlier one of that name is replaced."""
+        with self._asked(f"run {run_id}"):
+            self._client.log_text(run_id, json.dumps(value, indent=2, ensure_ascii=False) + "\n", name)
+
+    def _location(self, address: str) -> str:
+        """The URL of a model's files."""
+        if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
+            models = self.logged(match[1])
+            if not models:
+                raise RegistryError(f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.uri}")
+            return models[0].location
+        if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", address):
+            version = self.by_alias(match[1], match[2])
+            if version is None:
+                raise RegistryError(
+                    f"{address}: no version has this alias at {self.uri}; `speechdistill promote` sets `champion`"
+                )
+            address = version.uri
+        if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", address):
+            return str(self._client.get_model_version_download_uri(match[1], match[2]))
+        if match := re.fullmatch(r"models:/(m-\w+)", address):
+            return str(self._client.get_logged_model(match[1]).artifact_location)
+        raise RegistryError(
+            f"{address!r} is no address of a student; choose from models:/NAME@ALIAS, models:/NAME/VERSION, "
+            f"models:/MODEL_ID and runs:/RUN_ID/{MODEL}"
+        )
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[Self]:
+        try:
+            yield self
+        except (RegistryError, table.TableError, table.StorageError):
+            raise
+        except Exception as error:
+            # `from None`: the original text, which a traceback would print, may hold the password.
+            reason = " ".join(failure(self.uri, error).split())[:500]
+            raise RegistryError(f"{what}: {reason}; check its name and MLFLOW_TRACKING_URI") from None
+
+
+def save_model(folder: str, path: str, **identity: Any) -> None:
+    """Write the student of a checkpoint's folder as an MLflow model to the local folder `path`.
+
+    `identity` goes to `mlflow.models.Model`: run_id, model_id, metadata.
+    """
+    import numpy as np
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    inputs = [
+        ColSpec(DataType.binary, "audio", required=False),
+        ColSpec(Array(DataType.double), "waveform", required=False),
+        ColSpec(DataType.long, "sample_rate", required=False),
+    ]
+    outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
+    tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
+    with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
+        student_files.copy(folder, f"{staged}/{MODEL}")
+        pyfunc.save_model(
+            path,
+            python_model=str(model_code.ENTRY),
+            code_paths=[model_code.stage(staged)],
+            artifacts={MODEL: f"{staged}/{MODEL}"},
+            pip_requirements=list(model_code.REQUIREMENTS),
+            signature=ModelSignature(Schema(inputs), Schema(outputs)),
+            input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
+            mlflow_model=Model(**identity),
+        )
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Time for uploads: a sender in this process has set MLflow's limits for single points (20 s, no retry)."""
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+    before = {key: os.environ.get(key) for key in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _version(found: Any) -> Version:
+    return Version(found.name, str(found.version), found.run_id or "", found.source)
+
+
+def _text(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[:5_000]
