@@ -38,12 +38,13 @@ def student(folder: Path, seed: int = 0, config: ConvTransformerConfig = TINY) -
 
 
 class Store:
-    """A sqlite MLflow in a folder with one experiment."""
+    """An MLflow with one experiment: a server's URL, or sqlite in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.uri = f"sqlite:///{folder}/mlflow.db"
+    def __init__(self, place: Path | str) -> None:
+        self.uri = place if isinstance(place, str) else f"sqlite:///{place}/mlflow.db"
         self.client: Any = MlflowClient(tracking_uri=self.uri)
-        self.experiment = self.client.create_experiment("students", (folder / "mlartifacts").as_uri())
+        files = None if isinstance(place, str) else (place / "mlartifacts").as_uri()
+        self.experiment = self.client.create_experiment("students", files)
 
     def run(self, parent: str | None = None, status: str = "FINISHED", **metrics: float) -> str:
         """The ID of a new run that has ended."""
@@ -56,25 +57,41 @@ class Store:
 
 
 @contextmanager
-def serving(address: str, uri: str, log: Path) -> Iterator[str]:
+def serving(address: str, uri: str, folder: Path) -> Iterator[str]:
     """The URL of a real `mlflow models serve` of a model, which is stopped afterwards."""
+    with _running(["models", "serve", "--model-uri", address, "--env-manager", "local"], uri, folder, "ping") as url:
+        yield url
+
+
+@contextmanager
+def tracking_server(folder: Path) -> Iterator[str]:
+    """The URL of a real `mlflow server` that stands between its clients and its files."""
+    options = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
+    with _running(["server", *options, "--workers", "1"], "", folder, "health") as url:
+        yield url
+
+
+@contextmanager
+def _running(command: list[str], uri: str, folder: Path, health: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", address, "--env-manager", "local"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    commands = Path(sys.executable).parent  # where it looks for uvicorn
+    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # where it looks for uvicorn
+    if uri:
+        environment["MLFLOW_TRACKING_URI"] = uri
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
-            cwd=log.parent,
-            env={**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": f"{commands}:{os.environ['PATH']}"},
+            [sys.executable, "-m", "mlflow", *command, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
+            env=environment,
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
-        while not _answers(f"{url}/ping"):
+        deadline = time.monotonic() + 240
+        while not _answers(f"{url}/{health}"):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             threading.Event().wait(0.1)
         yield url

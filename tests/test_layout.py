@@ -16,7 +16,7 @@ TIERS = (
     {"tar_files"},
     {"audio_files"},
     {"audio_decoders"},
-    {"audio", "table", "isolate", "watch", "model_code"},
+    {"audio", "table", "isolate", "watch", "evaluate", "model_code"},
     {"clips", "shards", "event_log", "labels", "global_norm"},
     {"mlflow_sender"},
     {"tracking"},
@@ -28,7 +28,7 @@ TIERS = (
     {"flow", "trials", "batches"},
     {"cost", "loop"},
     {"recipes"},
-    {"doctor", "ingest", "pseudolabel", "train"},
+    {"doctor", "ingest", "promote", "pseudolabel", "train"},
     {"train_students"},
     {"cli"},
 )

@@ -177,7 +177,7 @@ def test_a_served_model_answers_with_our_own_scores(
     expected = [ours(checkpoint, wav(wave), tmp_path) for wave in (short, long)]
     assert abs(expected[0] - expected[1]) > 1e-3
     files = [{"audio": base64.b64encode(wav(wave)).decode()} for wave in (short, long)]
-    with serving("models:/quality@champion", store.uri, tmp_path / "log") as url:
+    with serving("models:/quality@champion", store.uri, tmp_path) as url:
         answers = ask(url, [*files, {"audio": base64.b64encode(b"no audio at all").decode()}])
         assert [row["mos"] for row in answers[:2]] == expected
         assert answers[0]["error"] is None

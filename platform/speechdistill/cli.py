@@ -1,9 +1,11 @@
 """`speechdistill ...`: every command of the platform; the scripts in jobs/ are the same commands for a cluster."""
 
+import json
 import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
+from speechdistill.promote import Promote
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
 
@@ -33,9 +36,12 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores."""
+    """Which model scores: distillmos, or a student: the folder or URL of its checkpoint, models:/NAME@champion,
+    models:/NAME/VERSION or runs:/RUN_ID/student."""
     weights: str | None = None
-    """Its weights file. Default: the released weights from the installed wheel."""
+    """The weights file of distillmos. Default: the released weights from the installed wheel."""
+    tracking: str | None = None
+    """Output folder whose mlflow.db has the student, where MLFLOW_TRACKING_URI is not set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network."""
     hop_s: float = 1.0
@@ -56,12 +62,13 @@ class Sync:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 not promoted, 130 stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "doctor": _doctor,
             "ingest": _ingest,
+            "promote": _promote,
             "pseudolabel": _pseudolabel,
             "train-students": _train_students,
             "score": _score,
@@ -140,6 +147,17 @@ def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) ->
     return _guarded(action, "what is trained is kept, and the same command goes on from the last checkpoints")
 
 
+def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import promote
+
+        decision = promote.run(config)
+        print(json.dumps(decision, indent=2, ensure_ascii=False))
+        return 3 if decision["decision"] == "kept" else 0
+
+    return _guarded(action, "the same command goes on; the champion is moved last")
+
+
 def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
     def action() -> int:
         from speechdistill import tracking
@@ -160,7 +178,8 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
 
         paths = score.expand(config.paths)
         score.writer(config.out)  # a wrong extension is told before the work
-        teacher = teachers.load(config.model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s).teacher
+        with _local(config.model, config.tracking) as model:
+            teacher = teachers.load(model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s).teacher
         scored = _Scored(len(paths))
         score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
         if scored.stopped:
@@ -169,6 +188,18 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
         return 1 if scored.failed else 0
 
     return _guarded(action, "nothing was written")
+
+
+@contextmanager
+def _local(model: str, out: str | None) -> Iterator[str]:
+    """A model's name; with a folder of runs, what an address in MLflow stands for there."""
+    from speechdistill import registry, tracking
+
+    if out is None or not model.startswith(registry.ADDRESSES):
+        yield model
+        return
+    with registry.student_folder(model, tracking.tracking_uri(out)) as folder:
+        yield folder
 
 
 class _Scored:

@@ -19,6 +19,9 @@ from speechdistill.mlflow_sender import failure
 MODEL = "student"
 """The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
 
+ADDRESSES = ("models:", "runs:")
+"""How a student's address in MLflow begins."""
+
 _SQLITE = "sqlite:///"
 
 
@@ -38,6 +41,11 @@ class Logged(NamedTuple):
     def uri(self) -> str:
         """Its address for every MLflow tool."""
         return f"models:/{self.model_id}"
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """What a version of it may have as its source: ours, and that of MLflow's own pages."""
+        return self.location, self.uri
 
 
 class Version(NamedTuple):
@@ -74,7 +82,7 @@ def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
     MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL, and passed on. Raises
     `RegistryError`.
     """
-    if not address.startswith(("models:", "runs:")):
+    if not address.startswith(ADDRESSES):
         yield table.absolute(address)
         return
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as folder:
@@ -87,7 +95,7 @@ class Registry:
     def __init__(self, uri: str | None = None) -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         if not self.uri:
-            raise RegistryError("no MLflow is given; set MLFLOW_TRACKING_URI to your server or database")
+            raise RegistryError("no MLflow is given; set MLFLOW_TRACKING_URI, or --tracking to a run's folder")
         if self.uri.startswith(_SQLITE) and not Path(self.uri.removeprefix(_SQLITE).partition("?")[0]).exists():
             raise RegistryError(f"{self.uri}: no such database; give the folder of a run, or set MLFLOW_TRACKING_URI")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -130,13 +138,11 @@ class Registry:
         with self._asked(f"run {parent}"):
             experiment = self._client.get_run(parent).info.experiment_id
             wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.status = 'FINISHED'"
-            runs: list[Any] = []
-            token = None
-            while token or not runs:
-                page = self._client.search_runs([experiment], wanted, max_results=1000, page_token=token)
+            page = self._client.search_runs([experiment], wanted, max_results=1000)
+            runs: list[Any] = list(page)
+            while page.token:
+                page = self._client.search_runs([experiment], wanted, max_results=1000, page_token=page.token)
                 runs += page
-                if not (token := page.token):
-                    break
         values = {run.info.run_id: run.data.metrics.get(metric) for run in runs}
         finite = {run: value for run, value in values.items() if value is not None and abs(value) < float("inf")}
         if not finite:
@@ -179,7 +185,7 @@ class Registry:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             # Not by its models:/ address, which MLflow would look up in its default database instead of this one.
-            found = [v for v in self._client.search_model_versions(f"name = '{name}'") if v.source == model.location]
+            found = [v for v in self._client.search_model_versions(f"name = '{name}'") if v.source in model.sources]
             about = (model.location, model.run_id, model.tags)
             return _version(
                 found[0] if found else self._client.create_model_version(name, *about, model_id=model.model_id)

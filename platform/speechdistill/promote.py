@@ -1,0 +1,278 @@
+"""Promotion: a run's student becomes the champion only if it follows listeners better than the champion does.
+
+The rule: on the same clips, the mean over datasets of the PCC, weighted by clips, must be higher than the champion's by
+at least `margin`, and the lower bound of the difference's 95% bootstrap interval must be above 0 (`evaluate.py`). Where
+there is no champion, the student becomes it.
+
+In MLflow, the alias `champion` of a model name is the version in use and `previous` the one before it. Every step may
+be repeated: a killed promotion is finished by the same command.
+"""
+
+import json
+import logging
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from speechdistill import audio, evaluate, labeled, score, teachers, tracking
+
+if TYPE_CHECKING:
+    from speechdistill.registry import Logged, Registry, Version
+
+CHAMPION, PREVIOUS = "champion", "previous"
+METRIC = "best_val_mse"
+"""Of the child runs of a run, the one with the lowest is its best."""
+
+_BEST_OF = "best-of:"
+_TAG = 5_000  # characters that MLflow keeps of a tag everywhere
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Make a run's student the champion of a model name if it is better than the champion on labeled clips.
+
+    Prints the decision as JSON. Exit code 0: it is the champion (with --dry-run: it would be); 3: it is not, since it
+    is not better; 1: an error, and nothing was decided.
+    """
+
+    model_name: str = "speech-quality-v0"
+    """The registered model whose aliases champion and previous are moved."""
+    run: str | None = None
+    """MLflow run that logged the student, or best-of:PARENT: among the finished child runs of run PARENT, the one with
+    the lowest best_val_mse."""
+    eval: str | None = None
+    """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path,
+    mos and dataset or corpus. Those of split test where there are some, else all but those of split train."""
+    margin: float = 0.005
+    """How much higher the mean PCC over datasets, weighted by clips, must be. The lower bound of the difference's 95%
+    bootstrap interval must be above 0, too."""
+    resamples: int = 2_000
+    """Resamples of the bootstrap."""
+    seed: int = 0
+    """Decides what the bootstrap draws."""
+    tracking: str | None = None
+    """Output folder whose mlflow.db is used where MLFLOW_TRACKING_URI is not set."""
+    dry_run: bool = False
+    """Decide and print, and change nothing."""
+    rollback: bool = False
+    """Instead: swap champion and previous back."""
+
+
+class PromotionError(ValueError):
+    """A promotion that cannot be decided: why, and what to do."""
+
+
+class Scored(NamedTuple):
+    """The clips that both models could score; arrays of shape (clips,). `excluded` has uri and reason of the others."""
+
+    datasets: list[str]
+    mos: np.ndarray
+    candidate: np.ndarray
+    champion: np.ndarray | None
+    excluded: list[dict[str, str]]
+
+
+def run(config: Promote) -> dict[str, Any]:
+    """Decide, and without `dry_run` do it; returns the decision as JSON values.
+
+    `decision` is `promoted`, `kept` (the old champion stays), `unchanged` (the student is the champion already) or
+    `rolled_back`. Raises `PromotionError`, `RegistryError`, `TableError` or `AudioError` with the cause and the fix.
+    """
+    from speechdistill.registry import Registry
+
+    _validate(config)
+    registry = Registry(tracking.tracking_uri(config.tracking) if config.tracking else None)
+    champion = registry.by_alias(config.model_name, CHAMPION)
+    if config.rollback:
+        return _rolled_back(config, registry, champion)
+    candidate = _candidate(config, registry)
+    about = {
+        "model_name": config.model_name,
+        "dry_run": config.dry_run,
+        "candidate": {"run_id": candidate.run_id, "model": candidate.uri, "tags": candidate.tags},
+        "champion": champion and champion._asdict(),
+    }
+    if champion and champion.source in candidate.sources:
+        reason = f"version {champion.number} is this run's student: it is the champion already"
+        return {"decision": "unchanged", "reason": reason, **about}
+    scored = _scored(config, registry, candidate, champion)
+    decision = {**_decided(config, scored), **about, "clips": _clips(config, scored)}
+    return decision if config.dry_run else _carried_out(config, registry, candidate, champion, decision)
+
+
+def _validate(config: Promote) -> None:
+    if config.rollback:
+        if config.run or config.eval:
+            raise PromotionError("--rollback swaps champion and previous; give it no --run and no --eval")
+        return
+    if not config.run or not config.eval:
+        raise PromotionError("give --run, the MLflow run of the student, and --eval, clips with listeners' scores")
+    if not 0 <= config.margin < 2:
+        raise PromotionError(f"--margin is {config.margin}; it must be a difference of correlations, from 0 to 2")
+    if config.resamples < 100:
+        raise PromotionError(f"--resamples is {config.resamples}; 100 are the least that have a 95% interval")
+    if config.seed < 0:
+        raise PromotionError(f"--seed is {config.seed}; it must be at least 0")
+
+
+def _candidate(config: Promote, registry: "Registry") -> "Logged":
+    run_id = str(config.run)
+    if run_id.startswith(_BEST_OF):
+        run_id = registry.best_of(run_id.removeprefix(_BEST_OF), METRIC)
+    models = registry.logged(run_id)
+    if not models:
+        raise PromotionError(
+            f"run {run_id} has logged no student; log its best checkpoint with speechdistill.registry.log_student, "
+            "which training does at its end"
+        )
+    return models[0]
+
+
+def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion: "Version | None") -> Scored:
+    """Both models over all clips; a clip that has no score of both is left out for both."""
+    from speechdistill.registry import student_folder
+
+    clips = _held_out(str(config.eval))
+    uris = clips["uri"].to_pylist()
+    datasets = pc.coalesce(clips["dataset"], clips["corpus"], "labeled").to_pylist()
+    models = []
+    with ExitStack() as folders:
+        for address in [candidate.uri, *([champion.uri] if champion else [])]:
+            models.append(teachers.load(folders.enter_context(student_folder(address, registry.uri))).teacher)
+    kept: list[int] = []
+    rows: list[list[float]] = []
+    excluded = []
+    progress = tqdm(score.decoded(uris), total=len(uris), unit="clip", dynamic_ncols=True)
+    for number, (uri, wave) in enumerate(progress):
+        try:
+            rows.append([_mos(model, wave) for model in models])
+            kept.append(number)
+        except _Unusable as error:
+            excluded.append({"uri": uri, "reason": str(error)})
+            _LOG.warning("%s: %s; it counts for neither model", uri, error)
+    scores = np.array(rows, float).reshape(len(rows), len(models))
+    mos = clips["mos"].to_numpy()[kept]
+    of_champion = scores[:, 1] if champion else None
+    return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded)
+
+
+def _held_out(source: str) -> pa.Table:
+    """The clips of split `test` where there are some, else all that are not of split `train`."""
+    clips = labeled.manifest(source)
+    splits = np.array(clips["split"].to_pylist(), object)
+    wanted = splits == "test" if (splits == "test").any() else splits != "train"
+    if not wanted.any():
+        raise PromotionError(f"{source}: its clips are all of split train; give some that trained no student")
+    return clips.filter(pa.array(wanted))
+
+
+class _Unusable(ValueError):
+    """Why a clip counts for no model."""
+
+
+def _mos(model: teachers.Teacher, wave: np.ndarray | Exception) -> float:
+    if isinstance(wave, audio.UnreadableError):  # the storage's fault, perhaps: not to be decided around
+        raise wave
+    if isinstance(wave, audio.AudioError):
+        raise _Unusable(f"{wave.reason}; {wave.fix}")
+    if isinstance(wave, Exception):
+        raise wave
+    (label,) = model.label([wave])
+    if isinstance(label, teachers.Unscorable):
+        raise _Unusable(str(label))
+    if not math.isfinite(label.score):
+        raise _Unusable("a student scores it as NaN")
+    return label.score
+
+
+def _decided(config: Promote, scored: Scored) -> dict[str, Any]:
+    """decision, reason, rule, mean_pcc, difference and datasets."""
+    models = {"candidate": scored.candidate}
+    if scored.champion is not None:
+        models["champion"] = scored.champion
+    means = {name: evaluate.mean_pcc(scored.datasets, scored.mos, values) for name, values in models.items()}
+    if means["candidate"] is None:
+        first = f", the first because {scored.excluded[0]['reason']}" if scored.excluded else ""
+        raise PromotionError(
+            f"{config.eval}: no dataset has {evaluate.MIN_CLIPS} scored clips with different mos "
+            f"({len(scored.datasets)} clips were scored, {len(scored.excluded)} could not be{first}); give more clips"
+        )
+    answer: dict[str, Any] = {"decision": "promoted", "reason": "there is no champion yet", "difference": None}
+    if scored.champion is not None:
+        versus = (scored.datasets, scored.mos, scored.candidate, scored.champion, config.resamples, config.seed)
+        difference = evaluate.compare(*versus)
+        assert difference is not None  # as for the means: both depend on the listeners alone
+        answer = {**_verdict(difference, config.margin), "difference": difference._asdict()}
+    rule = {"margin": config.margin, "confidence": evaluate.CONFIDENCE}
+    rule |= {"resamples": config.resamples, "seed": config.seed}
+    tables = evaluate.by_dataset(scored.datasets, scored.mos, models)
+    return {**answer, "rule": rule, "mean_pcc": means, "datasets": tables}
+
+
+def _verdict(difference: evaluate.Difference, margin: float) -> dict[str, str]:
+    found = (
+        f"its mean PCC is {difference.value:+.4f} from the champion's ({difference.low:+.4f}..{difference.high:+.4f})"
+    )
+    if difference.value < margin:
+        return {"decision": "kept", "reason": f"{found}; the margin is {margin:+.4f}"}
+    if difference.low <= 0:
+        return {"decision": "kept", "reason": f"{found}; the interval must lie above 0: more clips make it narrower"}
+    return {"decision": "promoted", "reason": found}
+
+
+def _clips(config: Promote, scored: Scored) -> dict[str, Any]:
+    return {"source": config.eval, "scored": len(scored.datasets), "excluded": scored.excluded}
+
+
+def _carried_out(
+    config: Promote, registry: "Registry", candidate: "Logged", champion: "Version | None", decision: dict[str, Any]
+) -> dict[str, Any]:
+    """Register, store the decision, and move the aliases last: `previous` before `champion`."""
+    version = registry.register(config.model_name, candidate)
+    decision["candidate"]["version"] = version.number
+    registry.document(candidate.run_id, decision, f"promotion/{config.model_name}.json")
+    registry.note(version, _tags(decision))
+    if decision["decision"] != "promoted":
+        return decision
+    if registry.by_alias(config.model_name, CHAMPION) != champion:
+        raise PromotionError(f"another promotion has moved {config.model_name}@{CHAMPION}; run the same command again")
+    if champion:
+        registry.point(config.model_name, PREVIOUS, champion)
+    registry.point(config.model_name, CHAMPION, version)
+    return decision
+
+
+def _tags(decision: dict[str, Any]) -> dict[str, str]:
+    """What a version shows in MLflow's own pages; all of it is in the run's artifact."""
+    values: dict[str, Any] = {key: decision[key] for key in ("decision", "reason")}
+    values["against_version"] = decision["champion"] and decision["champion"]["number"]
+    values["eval"] = decision["clips"]["source"]
+    for key in ("mean_pcc", "difference", "rule"):
+        values |= {f"{key}.{name}": value for name, value in (decision[key] or {}).items()}
+    tables = json.dumps(decision["datasets"], ensure_ascii=False)
+    values["datasets"] = tables if len(tables) <= _TAG else "see the run's artifact"
+    return {f"promotion.{key}": str(value) for key, value in values.items() if value is not None}
+
+
+def _rolled_back(config: Promote, registry: "Registry", champion: "Version | None") -> dict[str, Any]:
+    previous = registry.by_alias(config.model_name, PREVIOUS)
+    if champion is None or previous is None or previous == champion:
+        raise PromotionError(f"{config.model_name} has no {PREVIOUS} champion at {registry.uri}; nothing was changed")
+    if not config.dry_run:
+        registry.point(config.model_name, CHAMPION, previous)
+        registry.point(config.model_name, PREVIOUS, champion)
+    return {
+        "decision": "rolled_back",
+        "reason": f"version {previous.number} is the champion again; version {champion.number} is {PREVIOUS}",
+        "model_name": config.model_name,
+        "dry_run": config.dry_run,
+        "champion": previous._asdict(),
+        "previous": champion._asdict(),
+    }

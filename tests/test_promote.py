@@ -1,0 +1,321 @@
+"""Promotion at a real MLflow: which run, against which champion, and what is moved."""
+
+import csv
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import speechdistill
+from manifests import voice
+from mlflow_runs import Store, student, tracking_server
+from speechdistill import audio, cli, registry
+from speechdistill.registry import Logged, log_student
+
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [student(folder / str(seed), seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Forty recordings that students score differently."""
+    folder = tmp_path_factory.mktemp("clips")
+    paths = [str(folder / f"{i}.wav") for i in range(40)]
+    for i, path in enumerate(paths):
+        noise = (i % 5) * 0.02 * np.random.default_rng(i).standard_normal(RATE)
+        soundfile.write(path, voice(1.0, seed=i) + noise, RATE, subtype="FLOAT")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def heard(checkpoints: list[str], clips: list[str]) -> list[float]:
+    """Listeners who agree with the second student, but for a little noise."""
+    model = speechdistill.load(checkpoints[1])
+    scores = np.array([model(audio.load(path), RATE) for path in clips])
+    spread = (scores - scores.mean()) / scores.std()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(len(scores))
+    return [float(mos) for mos in np.clip(3 + 0.5 * spread + noise, 1, 5)]
+
+
+@pytest.fixture
+def source(tmp_path: Path, clips: list[str], heard: list[float]) -> str:
+    return listed(
+        tmp_path / "eval.csv", [(*pair, "ab"[i % 2]) for i, pair in enumerate(zip(clips, heard, strict=True))]
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a training run."""
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def store(out: Path) -> Store:
+    return Store(out)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def name() -> str:
+    """The model name of one test."""
+    return f"quality-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def models(store: Store, checkpoints: list[str]) -> list[Logged]:
+    """A run each: the first student, and the second, which listeners agree with."""
+    return [log_student(checkpoint, store.run(), store.uri) for checkpoint in checkpoints]
+
+
+def listed(path: Path, rows: list[tuple[str, float, str]], *more: str) -> str:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "mos", "dataset", *more), *rows])
+    return str(path)
+
+
+@pytest.fixture
+def promote(out: Path, name: str, source: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    def command(run: str | None = None, *options: str, clips: str | None = source) -> tuple[int, Any]:
+        arguments = ["promote", "--tracking", str(out), "--model-name", name, *options]
+        arguments += ["--run", run] if run else []
+        arguments += ["--eval", clips] if clips and run else []
+        capsys.readouterr()
+        code = cli.main(arguments)
+        printed, errors = capsys.readouterr()
+        return code, (json.loads(printed) if code in (0, 3) else errors)
+
+    return command
+
+
+def aliases(store: Store, name: str) -> dict[str, str]:
+    found = store.client.search_registered_models(f"name = '{name}'")
+    return {alias: str(number) for model in found for alias, number in model.aliases.items()}
+
+
+def test_the_better_student_becomes_champion_and_can_be_taken_back(
+    store: Store, name: str, models: list[Logged], promote: Any
+) -> None:
+    weak, strong = models
+    code, first = promote(weak.run_id)
+    assert (code, first["decision"], first["reason"]) == (0, "promoted", "there is no champion yet")
+    assert aliases(store, name) == {"champion": "1"}
+
+    code, second = promote(strong.run_id)
+    assert (code, second["decision"]) == (0, "promoted")
+    assert second["mean_pcc"]["candidate"] > 0.9 > second["mean_pcc"]["champion"]
+    assert second["difference"]["low"] > 0
+    assert [(row["dataset"], row["clips"]) for row in second["datasets"]] == [("a", 20), ("b", 20)]
+    weighted = np.mean([row["candidate"] for row in second["datasets"]])
+    assert second["mean_pcc"]["candidate"] == pytest.approx(weighted)
+    assert aliases(store, name) == {"champion": "2", "previous": "1"}
+
+    assert promote(None, "--rollback", "--dry-run")[0] == 0 and aliases(store, name)["champion"] == "2"
+    code, back = promote(None, "--rollback")
+    assert (code, back["decision"], back["champion"]["number"]) == (0, "rolled_back", "1")
+    assert aliases(store, name) == {"champion": "1", "previous": "2"}
+
+
+def test_a_worse_student_is_registered_and_not_promoted(
+    store: Store, name: str, models: list[Logged], promote: Any
+) -> None:
+    weak, strong = models
+    promote(strong.run_id)
+    code, decision = promote(weak.run_id)
+    assert (code, decision["decision"]) == (3, "kept")
+    assert decision["difference"]["value"] < 0 and "the margin is" in decision["reason"]
+    assert aliases(store, name) == {"champion": "1"}
+    tags = store.client.get_model_version(name, "2").tags
+    assert tags["promotion.decision"] == "kept" and tags["promotion.against_version"] == "1"
+    assert json.loads(tags["promotion.datasets"]) == decision["datasets"]
+    assert tags["provenance.git_commit"] == "77e141e"
+    file = store.client.download_artifacts(weak.run_id, f"promotion/{name}.json")
+    assert json.loads(Path(file).read_text()) == decision
+
+
+def test_a_better_student_within_the_margin_or_the_noise_is_not_promoted(
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+) -> None:
+    weak, strong = models
+    promote(weak.run_id)
+    code, decision = promote(strong.run_id, "--margin", "1.9")
+    assert (code, decision["decision"]) == (3, "kept") and decision["difference"]["low"] > 0
+    few = listed(tmp_path / "few.csv", [(clips[i], heard[i] if i else 1.0, "a") for i in range(4)])
+    code, decision = promote(strong.run_id, "--margin", "0", clips=few)
+    assert decision["difference"]["low"] <= 0 and (code, decision["decision"]) == (3, "kept")
+    assert aliases(store, name) == {"champion": "1"}
+
+
+def test_a_dry_run_decides_and_changes_nothing(store: Store, name: str, models: list[Logged], promote: Any) -> None:
+    code, decision = promote(models[0].run_id, "--dry-run")
+    assert (code, decision["decision"], decision["dry_run"]) == (0, "promoted", True)
+    assert not store.client.search_registered_models(f"name = '{name}'")
+    promote(models[0].run_id)
+    assert promote(models[1].run_id, "--dry-run")[1]["decision"] == "promoted"
+    assert aliases(store, name) == {"champion": "1"}
+    assert len(store.client.search_model_versions(f"name = '{name}'")) == 1
+    assert store.client.list_artifacts(models[1].run_id) == []
+
+
+def test_the_same_command_again_registers_nothing_twice(
+    store: Store, name: str, models: list[Logged], promote: Any
+) -> None:
+    promote(models[1].run_id)
+    first = promote(models[0].run_id)
+    assert promote(models[0].run_id) == first
+    code, again = promote(models[1].run_id)
+    assert (code, again["decision"]) == (0, "unchanged") and "it is the champion already" in again["reason"]
+    assert {v.version for v in store.client.search_model_versions(f"name = '{name}'")} == {1, 2}
+
+
+def test_a_promotion_killed_between_the_aliases_is_finished_by_the_same_command(
+    store: Store, name: str, models: list[Logged], promote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(models[0].run_id)
+    point = registry.Registry.point
+
+    def killed(self: registry.Registry, name: str, alias: str, version: registry.Version) -> None:
+        point(self, name, alias, version)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry.Registry, "point", killed)
+    assert promote(models[1].run_id)[0] == 130
+    assert aliases(store, name) == {"champion": "1", "previous": "1"}
+    assert "has no previous champion" in promote(None, "--rollback")[1]
+    monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert promote(models[1].run_id)[1]["decision"] == "promoted"
+    assert aliases(store, name) == {"champion": "2", "previous": "1"}
+
+
+def test_the_best_of_a_run_is_its_finished_child_with_the_lowest_error(
+    store: Store, checkpoints: list[str], promote: Any
+) -> None:
+    parent = store.run()
+    good, fair = (store.run(parent, best_val_mse=mse) for mse in (0.2, 0.3))
+    store.run(parent, "FAILED", best_val_mse=0.1)
+    store.run(parent, best_val_mse=float("nan"))
+    store.run(parent)
+    store.run(best_val_mse=0.05)  # another parent's
+    for run in (good, fair):
+        log_student(checkpoints[0], run, store.uri)
+    code, decision = promote(f"best-of:{parent}")
+    assert (code, decision["candidate"]["run_id"]) == (0, good)
+    code, error = promote(f"best-of:{good}")
+    assert code == 1 and f"run {good}" in error and "none of its 0 finished child runs has a best_val_mse" in error
+
+
+def test_a_clip_without_a_score_is_reported_and_counts_for_neither(
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+) -> None:
+    promote(models[0].run_id)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
+    rows = [(path, mos, "a") for path, mos in zip(clips, heard, strict=True)]
+    whole = listed(tmp_path / "whole.csv", rows)
+    more = listed(tmp_path / "more.csv", [*rows, (str(tmp_path / "silent.wav"), 5.0, "a"), (clips[0], 4.0, "alone")])
+    _, expected = promote(models[1].run_id, "--dry-run", clips=whole)
+    _, decision = promote(models[1].run_id, "--dry-run", clips=more)
+    assert decision["clips"]["scored"] == 41
+    assert decision["clips"]["excluded"] == [
+        {"uri": str(tmp_path / "silent.wav"), "reason": "silent (peak below -80 dBFS)"}
+    ]
+    assert decision["datasets"][1] == {"dataset": "alone", "clips": 1, "candidate": None, "champion": None}
+    assert decision["difference"] == expected["difference"]
+
+
+def test_only_clips_that_trained_no_student_are_used(
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+) -> None:
+    def used(splits: list[str]) -> Any:
+        rows: Any = [(path, mos, "a", split) for path, mos, split in zip(clips, heard, splits, strict=True)]
+        code, decision = promote(models[0].run_id, "--dry-run", clips=listed(tmp_path / "splits.csv", rows, "split"))
+        return decision["clips"]["scored"] if code == 0 else decision
+
+    assert used(["train"] * 30 + ["validation"] * 6 + ["test"] * 4) == 4
+    assert used(["train"] * 30 + [""] * 10) == 10
+    assert "all of split train" in used(["train"] * 40)
+
+
+def test_what_cannot_be_decided_is_an_error_that_says_what_to_do(
+    store: Store,
+    name: str,
+    models: list[Logged],
+    promote: Any,
+    tmp_path: Path,
+    clips: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, empty = models[0].run_id, store.run()
+    flat = listed(tmp_path / "flat.csv", [(path, 3.0, "a") for path in clips[:5]])
+    for arguments, reason in (
+        ((run, "--margin", "-1"), "--margin is -1.0; it must be"),
+        ((run, "--resamples", "10"), "--resamples is 10"),
+        ((empty,), f"run {empty} has logged no student; log its best checkpoint"),
+        (("00",), "run 00: MLflow at sqlite"),
+        ((None,), "give --run, the MLflow run of the student, and --eval"),
+        ((None, "--rollback"), f"{name} has no previous champion"),
+        ((run, "--rollback"), "give it no --run"),
+    ):
+        code, error = promote(*arguments)
+        assert code == 1 and reason in error, (arguments, error)
+    code, error = promote(run, clips=flat)
+    assert (
+        code == 1 and "no dataset has 3 scored clips with different mos (5 clips were scored, 0 could not be)" in error
+    )
+    code, error = promote(run, clips=str(tmp_path / "nowhere.parquet"))
+    assert code == 1 and "no such file" in error
+    assert not store.client.search_registered_models(f"name = '{name}'")
+    assert cli.main(["promote", "--run", run, "--eval", flat]) == 1  # neither --tracking nor MLFLOW_TRACKING_URI
+
+
+def test_a_storage_outage_is_not_decided_around(
+    models: list[Logged], promote: Any, monkeypatch: pytest.MonkeyPatch, clips: list[str]
+) -> None:
+    load = audio.load
+
+    def refuse(path: str) -> np.ndarray:
+        if path == clips[7]:
+            raise audio.UnreadableError(path, "cannot be read (TimeoutError: x)", "check the connection")
+        return load(path)
+
+    monkeypatch.setattr(audio, "load", refuse)
+    code, error = promote(models[0].run_id)
+    assert code == 1 and "TimeoutError" in error
+
+
+def test_the_champion_scores_by_the_folder_of_its_runs(
+    models: list[Logged], promote: Any, name: str, out: Path, checkpoints: list[str], clips: list[str], tmp_path: Path
+) -> None:
+    promote(models[1].run_id)
+    command = ["score", clips[3], "--out", str(tmp_path / "scores.json")]
+    assert cli.main([*command, "--model", f"models:/{name}@champion", "--tracking", str(out)]) == 0
+    (row,) = json.loads((tmp_path / "scores.json").read_text())
+    assert row["mos"] == speechdistill.load(checkpoints[1])(audio.load(clips[3]), RATE)
+
+
+def test_a_promotion_through_a_server(
+    checkpoints: list[str], source: str, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking_server(tmp_path) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        there, at = Store(url), ["--model-name", "quality", "--eval", source]
+        runs = [log_student(checkpoint, there.run()).run_id for checkpoint in checkpoints]
+        assert [cli.main(["promote", "--run", run, *at]) for run in (*runs, *runs)] == [0, 0, 3, 0]
+        assert aliases(there, "quality") == {"champion": "2", "previous": "1"}
+        champion = speechdistill.load("models:/quality@champion")
+        assert champion(audio.load(clips[0]), RATE) == speechdistill.load(checkpoints[1])(audio.load(clips[0]), RATE)
+        assert not [path for path in Path.cwd().iterdir() if path.name.startswith(("mlruns", "mlflow.db"))]
