@@ -90,7 +90,7 @@ def _running(command: list[str], uri: str, folder: Path, health: str) -> Iterato
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not _answers(f"{url}/{health}"):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             threading.Event().wait(0.1)

@@ -100,6 +100,7 @@ class Registry:
             raise RegistryError(f"{self.uri}: no such database; give the folder of a run, or set MLFLOW_TRACKING_URI")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self.uri)

@@ -1,0 +1,52 @@
+"""Any student scores as its network does, windows averaged; the released one is just one of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from manifests import voice
+
+from speechdistill import audio, student_files, teachers
+from speechdistill.scorer import Scorer, segment_starts
+from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, ConvTransformer, ConvTransformerConfig
+from speechdistill.teachers import Label, distillmos
+
+RATE = audio.SAMPLE_RATE
+
+
+def made(config: ConvTransformerConfig) -> ConvTransformer:
+    torch.manual_seed(0)
+    network = ConvTransformer(config).eval()
+    with torch.no_grad():
+        network.transformer_pool_attn.pool.linear3.weight.mul_(30)
+    return network
+
+
+@pytest.mark.parametrize("stride_convs", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("duration_s", [0.3, 5.0, 10.0])
+def test_every_depth_scores_as_its_plain_network(stride_convs: int, duration_s: float) -> None:
+    config = ConvTransformerConfig(max_channels=6, stride_convs=stride_convs, dim=8, heads=2, layers=1)
+    wave = voice(duration_s)
+    (label,) = Scorer(made(config), "student", "hash").label([wave])
+    windows = [audio.fit(wave[start:], SEGMENT_SAMPLES) for start in segment_starts(len(wave))]
+    with torch.inference_mode():
+        logits = made(config)(torch.from_numpy(np.stack(windows)))
+    assert isinstance(label, Label)
+    assert label.score == pytest.approx(Label.from_logits(logits.numpy()).score, abs=1e-5)
+
+
+def test_the_released_model_scores_the_same_as_a_student(tmp_path: Path) -> None:
+    path = distillmos._released_weights()
+    student_files.save(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
+    wave = voice(9.0)
+    for options in ({}, {"dtype": "bfloat16"}, {"hop_s": 7.68}):
+        released, ours = (teachers.load(name, **options) for name in ("distillmos", str(tmp_path / "v7")))
+        assert ours(wave, RATE) == released(wave, RATE)
+    assert ours.teacher.name == "student" and released.teacher.name == "distillmos"
+
+
+def test_the_teacher_student_wants_to_know_which(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no released weights; give a checkpoint's folder"):
+        teachers.load("student")
+    assert "student" not in teachers.names()
