@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from manifests import voice
 
+from manifests import voice
 from speechdistill import audio, student_files, teachers
 from speechdistill.scorer import Scorer, segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, ConvTransformer, ConvTransformerConfig

@@ -118,7 +118,10 @@ class Registry:
         """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
         from mlflow.entities import LoggedModelOutput
 
-        tags = {"weights_sha256": weights_hash, **{f"provenance.{key}": _text(provenance[key]) for key in provenance}}
+        tags = {
+            "weights_sha256": weights_hash,
+            **{f"provenance.{key}": _text(value) for key, value in provenance.items() if value},
+        }
         with self._asked(f"run {run_id}"), _patience():
             experiment = self._client.get_run(run_id).info.experiment_id
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
