@@ -118,10 +118,8 @@ class Registry:
         """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
         from mlflow.entities import LoggedModelOutput
 
-        tags = {
-            "weights_sha256": weights_hash,
-            **{f"provenance.{key}": _text(value) for key, value in provenance.items() if value},
-        }
+        known = {f"provenance.{key}": _text(value) for key, value in provenance.items() if value}
+        tags = {"weights_sha256": weights_hash, **known}
         with self._asked(f"run {run_id}"), _patience():
             experiment = self._client.get_run(run_id).info.experiment_id
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
@@ -288,10 +286,7 @@ def _patience() -> Iterator[None]:
         yield
     finally:
         for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _version(found: Any) -> Version:
