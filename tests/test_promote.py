@@ -14,7 +14,7 @@ import speechdistill
 from manifests import voice
 from mlflow_runs import Store, student, tracking_server
 from speechdistill import audio, cli, registry
-from speechdistill.registry import Logged, log_student
+from speechdistill.registry import Logged, RegistryError, log_student, student_folder
 
 RATE = audio.SAMPLE_RATE
 
@@ -316,6 +316,10 @@ def test_a_promotion_through_a_server(
         runs = [log_student(checkpoint, there.run()).run_id for checkpoint in checkpoints]
         assert [cli.main(["promote", "--run", run, *at]) for run in (*runs, *runs)] == [0, 0, 3, 0]
         assert aliases(there, "quality") == {"champion": "2", "previous": "1"}
+        secret = url.replace("//", "//user:secret@")
+        with pytest.raises(RegistryError) as error, student_folder("models:/quality@second", secret):
+            pass
+        assert "has this alias at http://127" in str(error.value) and "secret" not in str(error.value)
         champion = speechdistill.load("models:/quality@champion")
         assert champion(audio.load(clips[0]), RATE) == speechdistill.load(checkpoints[1])(audio.load(clips[0]), RATE)
         assert not [path for path in Path.cwd().iterdir() if path.name.startswith(("mlruns", "mlflow.db"))]

@@ -264,7 +264,7 @@ def _tags(decision: dict[str, Any]) -> dict[str, str]:
 def _rolled_back(config: Promote, registry: "Registry", champion: "Version | None") -> dict[str, Any]:
     previous = registry.by_alias(config.model_name, PREVIOUS)
     if champion is None or previous is None or previous == champion:
-        raise PromotionError(f"{config.model_name} has no {PREVIOUS} champion at {registry.uri}; nothing was changed")
+        raise PromotionError(f"{config.model_name} has no {PREVIOUS} champion at {registry.place}; nothing was changed")
     if not config.dry_run:
         registry.point(config.model_name, CHAMPION, previous)
         registry.point(config.model_name, PREVIOUS, champion)

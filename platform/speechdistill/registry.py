@@ -9,12 +9,12 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from speechdistill import model_code, student_files, table
-from speechdistill.mlflow_sender import failure
+from speechdistill.mlflow_sender import failure, without_password
 
 MODEL = "student"
 """The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
@@ -103,6 +103,7 @@ class Registry:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
         from mlflow import MlflowClient
 
+        self.place = without_password(self.uri)
         self._client = MlflowClient(tracking_uri=self.uri)
 
     def logged(self, run_id: str) -> list[Logged]:
@@ -131,7 +132,8 @@ class Registry:
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
-                self._client.finalize_logged_model(model.model_id, "FAILED")
+                with suppress(Exception):  # the cause is what is told
+                    self._client.finalize_logged_model(model.model_id, "FAILED")
                 raise
             return Logged(model.model_id, run_id, model.artifact_location, tags)
 
@@ -149,8 +151,8 @@ class Registry:
         finite = {run: value for run, value in values.items() if value is not None and abs(value) < float("inf")}
         if not finite:
             raise RegistryError(
-                f"run {parent} at {self.uri}: none of its {len(runs)} finished child runs has a {metric}; give the run "
-                "that started them, once one has ended, or --run ID of a single one"
+                f"run {parent} at {self.place}: none of its {len(runs)} finished child runs has a {metric}; give the "
+                "run that started them, once one has ended, or --run ID of a single one"
             )
         return str(min(finite, key=lambda run: (finite[run], run)))
 
@@ -214,13 +216,13 @@ class Registry:
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
             models = self.logged(match[1])
             if not models:
-                raise RegistryError(f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.uri}")
+                raise RegistryError(f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.place}")
             return models[0].location
         if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", address):
             version = self.by_alias(match[1], match[2])
             if version is None:
                 raise RegistryError(
-                    f"{address}: no version has this alias at {self.uri}; `speechdistill promote` sets `champion`"
+                    f"{address}: no version has this alias at {self.place}; `speechdistill promote` sets `champion`"
                 )
             address = version.uri
         if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", address):
