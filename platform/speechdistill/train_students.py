@@ -1,5 +1,6 @@
 """Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
 
+import logging
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.distill import Distill
     from speechdistill.train import Job, Progress, Told
 
+_LOG = logging.getLogger(__name__)
 _POLL_S = 1.0
 
 
@@ -126,6 +128,8 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     rows = [_row(run) for run in runs]
     parent.document({"students": rows}, "students.json")
     parent.end("FINISHED" if all(run.state == "done" for run in runs) else "FAILED")
+    for run in runs:
+        _log_model(run)
     return rows
 
 
@@ -301,6 +305,21 @@ def _end(run: _Run, reference: Any) -> None:
         best = {f"best_val_{key}": value for key, value in run.summary["best"].items() if key != "step"}
         run.tracking.metrics(best, run.summary["steps"])
     run.tracking.end("FINISHED" if run.state == "done" else "FAILED")
+
+
+def _log_model(run: _Run) -> None:
+    """The best student as a model of its MLflow run; without MLflow it is told, and the next call tries again."""
+    from speechdistill import registry
+
+    if run.state != "done":
+        return
+    in_mlflow = run_id(run.job.out)
+    try:
+        if in_mlflow is None:
+            raise registry.RegistryError("MLflow has not answered yet")
+        registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
+    except (registry.RegistryError, table.TableError, table.StorageError) as error:
+        _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
 
 
 def _row(run: _Run) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from speechdistill import audio, labeled, student_files, table
 from speechdistill.batches import Batches, Mix
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform
+from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
-from speechdistill.teachers.distillmos import segment_starts
 
 _BATCH_WINDOWS = 8
 _MIN_PCC_CLIPS = 3

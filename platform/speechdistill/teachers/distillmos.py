@@ -14,7 +14,6 @@ import fsspec
 import torch
 
 from speechdistill.scorer import HOP_S, Scorer
-from speechdistill.scorer import segment_starts as segment_starts  # recipes/distill.py still imports it from here
 from speechdistill.students.conv_transformer import ConvTransformer
 
 _MISSING = "{}: no such weights file; `pip install --no-deps distillmos==0.9.1` brings it, or give its path"
