@@ -92,7 +92,7 @@ class Run:
 
 def assert_same(result: dict[str, object], quiet: dict[str, object]) -> None:
     assert result["steps"] == quiet["steps"]
-    assert result["best"] == pytest.approx(quiet["best"], abs=1e-8)
+    assert result["best"] == pytest.approx(quiet["best"], abs=1e-6)  # two workers add in another order
 
 
 def step() -> int:
@@ -132,8 +132,7 @@ def on_nodes(
         run = Run(labels, folder, most=2, step=10, address=cluster.address)
         run.waits()
         run.reached()
-        change(cluster, others)
-        run.go()
+        change(cluster, others)  # ends the workers that wait; those that follow do not
         return run.result()
     finally:
         cluster.shutdown()
