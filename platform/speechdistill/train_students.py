@@ -18,6 +18,7 @@ from speechdistill.tracking import Tracking, run_id, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.distill import Distill
+    from speechdistill.student_files import Student
     from speechdistill.train import Job, Progress, Told
 
 _LOG = logging.getLogger(__name__)
@@ -41,14 +42,15 @@ class TrainStudents:
     which validate; without it one speaker, or clip, of twenty."""
     variants: str = "all"
     """Which students: all, or names such as v0,v3. Only v7 is the paper's published one."""
-    labeled_percent: float | None = None
-    """Labeled clips in each batch, 0 to 100. Default: the paper's 20 where --labeled is given, else 0."""
+    labeled_percent: tuple[float, ...] = ()
+    """Labeled clips in each batch, 0 to 100. Several, such as 0 10 20 40 80, train each variant with each. Default: the
+    paper's 20 where --labeled is given, else 0."""
     labeled_only: bool = False
     """The paper's baseline: the same as --labeled-percent 100."""
     label_transform: str | None = None
     """JSON file (schema label_transform.v1) that maps each dataset's scores to one scale. Default: as they are."""
     init: str | None = None
-    """Checkpoint folder of a student to train further, such as OUT/v0/best; it decides the variant."""
+    """A student to train further, such as OUT/v0/best or models:/NAME@champion; it decides the variant."""
     workers: str = "1"
     """Workers of each run: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
     cpus_per_worker: float = 1.0
@@ -135,17 +137,14 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
 def _absolute(config: TrainStudents) -> TrainStudents:
     folders = tuple(_with_weight(place) for place in config.shards)
-    percent = 100.0 if config.labeled_only else config.labeled_percent
-    if percent is None:
-        percent = 20.0 if config.labeled else 0.0
+    percents = (100.0,) if config.labeled_only else config.labeled_percent or (20.0 if config.labeled else 0.0,)
     return replace(
         config,
         out=table.absolute(config.out),
         shards=folders,
         labeled=config.labeled and table.absolute(config.labeled),
         label_transform=config.label_transform and table.absolute(config.label_transform),
-        init=config.init and table.absolute(config.init),
-        labeled_percent=percent,
+        labeled_percent=tuple(dict.fromkeys(percents)),
     )
 
 
@@ -159,8 +158,7 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     from speechdistill.recipes import distill
     from speechdistill.students.conv_transformer import VARIANTS
 
-    assert config.labeled_percent is not None
-    mix = Mix(config.shards, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
+    mixes = [Mix(config.shards, p, config.batch_size, config.crop_s, config.seed) for p in config.labeled_percent]
     transform = LabelTransform.read(config.label_transform)
     provenance: dict[str, Any] = {
         "shards": [_about(LabelRun(place)) for place in config.shards],
@@ -170,21 +168,35 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     scored = None
     if config.labeled:
         scored, provenance["labeled"] = _scored(config.labeled, config.out)
+    init = None
     if config.init:
-        from speechdistill import student_files
-
-        student = student_files.load(config.init)
-        provenance["init"] = student.provenance
+        init, student = _initial(config.init, config.out)
+        provenance["init"] = {"weights_sha256": student.weights_hash, **student.provenance}
         names = {"finetuned": student.network.config}
     else:
         wanted = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
         names = {name.strip(): distill.student(name.strip()) for name in wanted}
     recipes = {
-        name: distill.Distill(size, mix, scored, config.label_transform, config.init, {**provenance, "variant": name})
+        name if len(mixes) == 1 else f"{name}-{mix.labeled_percent:g}": distill.Distill(
+            size, mix, scored, config.label_transform, init, {**provenance, "variant": name}
+        )
         for name, size in names.items()
+        for mix in mixes
     }
-    next(iter(recipes.values())).make()
+    for recipe in list(recipes.values())[: len(mixes)]:
+        recipe.make()
     return recipes
+
+
+def _initial(address: str, out: str) -> "tuple[str, Student]":
+    """The student to begin with, copied beside the runs, where all workers read it."""
+    from speechdistill import registry, student_files
+
+    with registry.student_folder(address) as folder:
+        student = student_files.load(folder)
+    copy = f"{out}/init-{student.weights_hash[:8]}"
+    student_files.save(student.network, copy, student.provenance)
+    return copy, student
 
 
 def _scored(source: str, out: str) -> tuple[str, str]:

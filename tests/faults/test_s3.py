@@ -61,8 +61,11 @@ def proxy(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 def parts(store: Store, out: str) -> dict[str, bytes]:
     """Every file in `shards/`."""
-    names = store.fs.ls(f"{out}/shards") if store.fs.exists(f"{out}/shards") else []
-    return {name: store.fs.cat_file(name) for name in names}
+    return {name: store.fs.cat_file(name) for name in names(store, out)}
+
+
+def names(store: Store, out: str) -> list[str]:
+    return list(store.fs.ls(f"{out}/shards")) if store.fs.exists(f"{out}/shards") else []
 
 
 def rows_of(data: bytes) -> pa.Table:
@@ -156,7 +159,7 @@ def run_killed_and_resumed(store: Store, layout: shards.Layout, seed: int, kill_
     """With faults at 5%: kill the driver when `kill_at` parts are there, run again; a reader reads all the while."""
     with Proxy(store.url, at_random(seed)) as proxy, Reader(store, layout) as reader:
         with milli_driver(proxy, log, layout) as driver:
-            while len(parts(store, layout.out)) < kill_at:
+            while len(names(store, layout.out)) < kill_at:
                 with suppress(subprocess.TimeoutExpired):
                     driver.process.wait(0.05)
                     break
@@ -207,8 +210,8 @@ def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
         return (tmp_path / path).read_bytes()
 
     manifests = [rows_of(read("manifest/clips.parquet")).to_pylist() for read in (from_disk, from_store)]
-    names = {mine[key]: theirs[key] for mine, theirs in zip(*manifests, strict=True) for key in ("uri", "clip_id")}
-    assert all(name.replace(here, there) == names[name] for name in names if "/" in name)
+    moved = {mine[key]: theirs[key] for mine, theirs in zip(*manifests, strict=True) for key in ("uri", "clip_id")}
+    assert all(name.replace(here, there) == moved[name] for name in moved if "/" in name)
     files = rows_of(from_store("labels/manifest.parquet"))["path"].to_pylist()
     assert [f"{BUCKET}/main/labels/{file}" for file in files] == sorted(parts(store, f"{there}/labels"))
     on_disk, on_s3 = (
@@ -218,7 +221,7 @@ def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
     assert [row["sample_id"] for row in on_s3] == list(range(12))
     for mine, theirs in zip(on_disk, on_s3, strict=True):
         assert theirs["audio"] == mine["audio"]
-        assert theirs["plan"] == re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], mine["plan"])
+        assert theirs["plan"] == re.sub("|".join(map(re.escape, moved)), lambda match: moved[match[0]], mine["plan"])
         assert theirs["score"] == pytest.approx(mine["score"], abs=1e-5)
     assert json.loads(from_store("labels/summary.json"))["rejected"] == 0
     from mlflow import MlflowClient
