@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 from tqdm import tqdm
 
-from speechdistill import cluster, labeled, table
+from speechdistill import cluster, cost, labeled, table
 from speechdistill.batches import LabelRun, Mix
 from speechdistill.labels import LabelTransform
 from speechdistill.shards import RunError
 from speechdistill.tracking import Tracking, run_id, tracking_uri
+from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.distill import Distill
@@ -57,6 +58,8 @@ class TrainStudents:
     """CPUs, and threads, of each worker."""
     gpus_per_worker: float | None = None
     """GPUs of each worker; 0.5, 0.25 or 0.125 for several runs on one. Default: 1 where the cluster has one, else 0."""
+    grow_to: str | None = None
+    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
     steps: int = 250_000
     """Updates."""
     learning_rate: float = 2e-5
@@ -107,6 +110,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     tracking_uri(config.out)
     recipes = _recipes(config)
     cluster.connect()
+    stop_on_sigterm()
     cluster.check_shared(config.out)
     workers, gpus, at_once = _capacity(config, len(recipes))
     parent = Tracking(config.out, "train-students", "students", _plain(config))
@@ -245,20 +249,21 @@ def _plain(config: TrainStudents) -> dict[str, Any]:
 def _capacity(config: TrainStudents, runs: int) -> tuple[tuple[int, int], float, int]:
     """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
     fewest, most = _range(config.workers)
-    resources = ray.cluster_resources()
+    now, later = ray.cluster_resources(), cost.amounts("--grow-to", config.grow_to)
+    has_cpus, has_gpus = (max(now.get(unit.upper(), 0.0), later.get(unit, 0.0)) for unit in ("cpu", "gpu"))
     gpus = config.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if resources.get("GPU", 0) else 0.0
+        gpus = 1.0 if has_gpus else 0.0
     if 0 < gpus < 1 and most > 1:
         raise RunError(f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each); give --workers 1")
-    fits = int(resources.get("CPU", 0) / config.cpus_per_worker + 1e-6)
+    fits = int(has_cpus / config.cpus_per_worker + 1e-6)
     if gpus:
-        fits = min(fits, int(resources.get("GPU", 0) / gpus + 1e-6))
+        fits = min(fits, int(has_gpus / gpus + 1e-6))
     if fits < fewest:
         raise RunError(
             f"a run of {fewest} workers with {config.cpus_per_worker:g} CPUs and {gpus:g} GPUs each does not fit the "
-            f"cluster ({resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs); lower --workers or "
-            "--cpus-per-worker"
+            f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs); lower --workers or --cpus-per-worker, or say with "
+            "--grow-to what the cluster may grow to"
         )
     at_once = max(1, min(runs, fits // fewest))
     # A run reserves its most, so with several at once each may have its share only.

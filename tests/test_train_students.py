@@ -1,0 +1,115 @@
+"""The command that trains students: what it makes of its options, and one run from shards to a scored file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import ray
+import soundfile
+
+from manifests import voice
+from speechdistill import cli, labeled, table, train_students
+from speechdistill.shards import RunError
+from speechdistill.train_students import TrainStudents
+from test_batches import clips, label_run
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return label_run(tmp_path_factory.mktemp("labels"), 24 * 20)
+
+
+@pytest.mark.parametrize(
+    ("resources", "options", "expected"),
+    [
+        ({"CPU": 8}, {"workers": "1:8"}, ((1, 8), 0.0, 1)),
+        ({"CPU": 8}, {"workers": "1:8", "variants": 10}, ((1, 1), 0.0, 8)),
+        ({"CPU": 8}, {"workers": "2:8", "variants": 3}, ((2, 2), 0.0, 3)),
+        ({"CPU": 32, "GPU": 4}, {"workers": "1:8", "variants": 2}, ((1, 2), 1.0, 2)),
+        ({"CPU": 32, "GPU": 1}, {"gpus_per_worker": 0.25, "variants": 10}, ((1, 1), 0.25, 4)),
+        ({}, {"workers": "1:8", "grow_to": "cpu=32,gpu=8"}, ((1, 8), 1.0, 1)),
+        ({"CPU": 3}, {"workers": "2", "cpus_per_worker": 1.5}, ((2, 2), 0.0, 1)),
+    ],
+)
+def test_runs_share_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], options: dict[str, object], expected: object
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    variants = options.pop("variants", 1) if "variants" in options else 1
+    assert train_students._capacity(TrainStudents("out", **options), variants) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": "0"}, "--workers '0'"),
+        ({"workers": "3:2"}, "--workers '3:2'"),
+        ({"workers": "4"}, "does not fit the cluster .2 CPUs"),
+        ({"gpus_per_worker": 1.0}, "0 GPUs"),
+        ({"gpus_per_worker": 0.5, "workers": "1:2"}, "is for one worker a run"),
+        ({"grow_to": "cpu"}, "--grow-to 'cpu'"),
+    ],
+)
+def test_a_run_that_never_fits_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(RunError, match=message):
+        train_students._capacity(TrainStudents("out", **options), 1)  # type: ignore[arg-type]
+
+
+def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None:
+    rows = clips(tmp_path)
+    table.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
+    config = TrainStudents(
+        str(tmp_path / "out"),
+        (labels,),
+        f"{tmp_path}/clips.parquet",
+        variants="v0,v3",
+        labeled_percent=(0, 10, 20, 40, 80),
+    )
+    recipes = train_students._recipes(train_students._absolute(config))
+    assert list(recipes) == [f"{name}-{percent}" for name in ("v0", "v3") for percent in (0, 10, 20, 40, 80)]
+    assert [recipe.mix.labeled_lanes for recipe in recipes.values()] == [0, 2, 4, 8, 16] * 2
+    assert labeled.manifest(str(recipes["v0-0"].labeled)).equals(labeled.manifest(str(config.labeled)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "v0,v10"], "'v10' is unknown; choose from v0, v1"),
+        (["--labeled-percent", "20"], "give --labeled"),
+        (["--shards", "nowhere"], "nowhere: not a complete label run"),
+        (["--label-transform", "none.json"], r"none\.json: no such file"),
+        (["--init", "nowhere"], "nowhere holds no student"),
+        (["--labeled", "none.csv"], r"none\.csv"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_work(
+    labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    shards = [] if "--shards" in options else ["--shards", labels]
+    assert cli.main(["train-students", "--out", f"{tmp_path}/out", *shards, *options]) == 1
+    error = capsys.readouterr().err
+
+    assert re.search(rf"error: .*{message}", error), error
+
+
+def test_from_shards_to_a_scored_file(
+    labels: str, tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"{tmp_path}/out"
+    command = ["train-students", "--shards", labels, "--variants", "tiny", "--crop-s", "0.08", "--out", out]
+    assert cli.main([*command, "--steps", "10", "--cpus-per-worker", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert f"best of tiny: {out}/tiny/best" in printed
+    assert cli.main([*command, "--steps", "11", "--cpus-per-worker", "0.5"]) == 1
+    assert "steps: 10 -> 11" in capsys.readouterr().out
+    soundfile.write(tmp_path / "voice.wav", voice(2.0), 16000)
+    by_folder, by_run = f"{out}/tiny/best", f"runs:/{printed.split('done')[1].split()[0]}/student"
+    scores = []
+    for model in (["--model", by_folder], ["--model", by_run, "--tracking", out]):
+        assert cli.main(["score", f"{tmp_path}/voice.wav", *model, "--out", f"{tmp_path}/scores.json"]) == 0
+        scores += [row["mos"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    assert scores[0] == scores[1]
