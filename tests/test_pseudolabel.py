@@ -349,14 +349,15 @@ def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None
     assert teach.batch_rows == (64 if gpus else 8)
 
 
-def test_the_demo_scores_the_clean_clip_higher(tmp_path: Path) -> None:
+def test_the_demo_labels_trains_promotes_and_scores(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
-    command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "8"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "24"]
+    run = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     clean, degraded = (row["mos"] for row in table.read_json(f"{tmp_path}/synthetic/scores.json"))
     assert clean > degraded
-    assert "labelled 8 samples" in run.stdout and "What to type next" in run.stdout
+    for said in ("labelled 24 samples", '"decision": "promoted"', "the student says: clean", "What to type next"):
+        assert said in run.stdout
 
 
 def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ray: None) -> None:

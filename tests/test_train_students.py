@@ -82,6 +82,7 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
         (["--labeled-percent", "20"], "give --labeled"),
         (["--shards", "nowhere"], "nowhere: not a complete label run"),
         (["--label-transform", "none.json"], r"none\.json: no such file"),
+        (["--shards", "small"], "nothing is left to validate on"),
         (["--init", "nowhere"], "nowhere holds no student"),
         (["--labeled", "none.csv"], r"none\.csv"),
     ],
@@ -89,6 +90,8 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
 def test_what_is_wrong_is_told_before_the_work(
     labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
+    if options == ["--shards", "small"]:
+        options = ["--shards", label_run(tmp_path / "small", 8)]
     shards = [] if "--shards" in options else ["--shards", labels]
     assert cli.main(["train-students", "--out", f"{tmp_path}/out", *shards, *options]) == 1
     error = capsys.readouterr().err

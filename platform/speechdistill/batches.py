@@ -198,6 +198,11 @@ class Batches:
         waves = [audio.fit(wave, self.mix.crop_samples) for wave, _, _ in read]
         return Batch(t, np.stack(waves), np.array([target for _, target, _ in read]), [name for _, _, name in read])
 
+    @property
+    def num_held_out(self) -> int:
+        """Row groups that are not trained on."""
+        return sum(map(len, self._held_out))
+
     def held_out(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, float]]:
         """A worker's share of the held-out labelled samples: whole waves and scores, one row group at a time."""
         groups = [(run, int(group)) for run, held in self._pairs() for group in held]

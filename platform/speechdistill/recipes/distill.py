@@ -73,6 +73,11 @@ class Recipe:
             train, self._validation = (_scored(part, transform) for part in rows)
         mix = replace(config.mix, hold_out=self._validation is None)
         self.batches = Batches(mix, train if mix.labeled_lanes else None)
+        if mix.hold_out and not self.batches.num_held_out:
+            raise ValueError(
+                "nothing is left to validate on: the shards are too few to keep a row group, 16 samples, aside; label "
+                "more, or give --labeled with clips of split validation"
+            )
 
     def network(self) -> nn.Module:
         if self._config.init:
