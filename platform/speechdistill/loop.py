@@ -92,8 +92,8 @@ class Loop:
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._dtype = _DTYPES[training.dtype]
-        wide = torch.float64 if self._dtype is torch.float64 else torch.float32
-        self.network = globalise(recipe.network()).to(self._device, wide)
+        self._width = torch.float64 if self._dtype is torch.float64 else torch.float32
+        self.network = globalise(recipe.network()).to(self._device, self._width)
         self._optimizer = torch.optim.AdamW(
             self.network.parameters(), training.learning_rate, weight_decay=training.weight_decay
         )
@@ -160,10 +160,6 @@ class Loop:
         self._optimizer.step()
         self.step = batch.step + 1
         return Stepped(self.step, loss, asked)
-
-    @property
-    def _width(self) -> torch.dtype:
-        return torch.float64 if self._dtype is torch.float64 else torch.float32
 
     def _not_finite(self, batch: Batch, losses: Tensor) -> str:
         bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy())

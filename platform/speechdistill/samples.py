@@ -105,10 +105,8 @@ class Degrade:
 def _answers(uri: str) -> bool:
     try:
         audio.probe(uri)
-    except audio.UnreadableError:
-        return False
-    except audio.AudioError:  # it gave the file, or said that there is none
-        pass
+    except audio.AudioError as error:  # no audio, or no such file, is an answer of the storage
+        return not isinstance(error, audio.UnreadableError)
     return True
 
 

@@ -59,7 +59,6 @@ class Told(NamedTuple):
     steps_per_s: float
     workers: int
     points: list[Point]
-    error: str | None
 
 
 class Progress:
@@ -119,7 +118,7 @@ class _Progress:
 
     def read(self) -> Told:
         points, self._points = self._points, []
-        return Told(self._step, self._loss, self._rate, self._workers, points, self._error)
+        return Told(self._step, self._loss, self._rate, self._workers, points)
 
     def _add(self, point: Point) -> None:
         if point.step >= self._last:  # steps that are made again are not told again

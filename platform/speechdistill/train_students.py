@@ -140,21 +140,14 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
 
 def _absolute(config: TrainStudents) -> TrainStudents:
-    folders = tuple(_with_weight(place) for place in config.shards)
     percents = (100.0,) if config.labeled_only else config.labeled_percent or (20.0 if config.labeled else 0.0,)
     return replace(
         config,
         out=table.absolute(config.out),
-        shards=folders,
         labeled=config.labeled and table.absolute(config.labeled),
         label_transform=config.label_transform and table.absolute(config.label_transform),
         labeled_percent=tuple(dict.fromkeys(percents)),
     )
-
-
-def _with_weight(place: str) -> str:
-    folder, sign, weight = place.rpartition("=")
-    return f"{table.absolute(folder)}={weight}" if sign else table.absolute(place)
 
 
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
@@ -162,10 +155,12 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     from speechdistill.recipes import distill
     from speechdistill.students.conv_transformer import VARIANTS
 
-    mixes = [Mix(config.shards, p, config.batch_size, config.crop_s, config.seed) for p in config.labeled_percent]
+    runs = [LabelRun(place) for place in config.shards]
+    places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders
+    mixes = [Mix(places, p, config.batch_size, config.crop_s, config.seed) for p in config.labeled_percent]
     transform = LabelTransform.read(config.label_transform)
     provenance: dict[str, Any] = {
-        "shards": [_about(LabelRun(place)) for place in config.shards],
+        "shards": [_about(run) for run in runs],
         "label_transform": transform.to_json(),
         "git_commit": _git_commit(),
     }

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from speechdistill import audio, labeled, student_files, table
+from speechdistill import audio, evaluate, labeled, student_files, table
 from speechdistill.batches import Batches, Mix
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform
 from speechdistill.scorer import segment_starts
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
+from speechdistill.students.conv_transformer import (
+    LENGTHS,
+    SEGMENT_SAMPLES,
+    VARIANTS,
+    ConvTransformer,
+    ConvTransformerConfig,
+)
 
 _BATCH_WINDOWS = 8
-_MIN_PCC_CLIPS = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Recipe:
 
     def __init__(self, config: Distill) -> None:
         self._config = config
+        if config.mix.crop_samples not in LENGTHS:
+            raise ValueError(
+                f"crops of {config.mix.crop_s:g} s do not fit the student; give a multiple of "
+                f"{LENGTHS.step / audio.SAMPLE_RATE:g} s, at most {SEGMENT_SAMPLES / audio.SAMPLE_RATE:g}"
+            )
         train, self._validation = None, None
         if config.labeled is not None:
             transform = LabelTransform.read(config.transform)
@@ -133,6 +143,5 @@ def _score(network: nn.Module, wave: np.ndarray) -> float:
 def _figures(pairs: list[tuple[float, float]], suffix: str) -> dict[str, float]:
     targets, scores = np.array(pairs, np.float64).T
     figures = {f"mse{suffix}": float(np.mean((scores - targets) ** 2))}
-    if len(pairs) >= _MIN_PCC_CLIPS and min(np.ptp(targets), np.ptp(scores)) > 0:
-        figures[f"pcc{suffix}"] = float(np.corrcoef(targets, scores)[0, 1])
-    return figures
+    correlation = evaluate.pcc(targets, scores)
+    return figures if correlation is None else {**figures, f"pcc{suffix}": correlation}

@@ -15,11 +15,12 @@ SEGMENT_SAMPLES = 122_880
 """7.68 s at 16 kHz, the longest input: 768 STFT frames, 384 after the strided last convolution."""
 FRAME_SAMPLES = 320
 """An input's length is a multiple of it: one frame after the last convolution."""
+LENGTHS = range(FRAME_SAMPLES, SEGMENT_SAMPLES + 1, FRAME_SAMPLES)
+"""The input lengths, in samples."""
 
 _WINDOW, _HOP = 320, 160  # 20 ms and 10 ms at 16 kHz
 _BINS = _WINDOW // 2 + 1
 _FRAMES = SEGMENT_SAMPLES // _HOP // 2
-_LENGTHS = range(FRAME_SAMPLES, SEGMENT_SAMPLES + 1, FRAME_SAMPLES)
 _KERNEL = 3
 _FIRST_FLOAT32 = 2  # convolutions before the autocast part; each is a Conv2d and an activation
 
@@ -139,7 +140,7 @@ class ConvTransformer(nn.Module):
         Segments are 122,880 samples, or shorter crops in training. Raises `ValueError` for another shape: pad or crop
         with `speechdistill.audio.fit`.
         """
-        if segments.ndim != 2 or segments.shape[1] not in _LENGTHS:
+        if segments.ndim != 2 or segments.shape[1] not in LENGTHS:
             raise ValueError(
                 f"shape {tuple(segments.shape)}; expected segments (batch, {SEGMENT_SAMPLES}), or shorter ones of a "
                 f"multiple of {FRAME_SAMPLES} samples"
