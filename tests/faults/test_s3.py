@@ -260,6 +260,12 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
         with pytest.raises(CannotWork, match=rf"{recordings}/0\.wav.*2 other files of that storage"):
             work(rows)
     proxy.fault = lambda method, path: None
+    store.check_credentials(True)  # as if they had expired
+    try:
+        with pytest.raises(CannotWork, match=r"0\.wav.*2 other files"):
+            work(rows)
+    finally:
+        store.check_credentials(False)
     store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
     assert [type(result) for result in work(rows)] == [audio.AudioError] * 3
 
