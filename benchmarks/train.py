@@ -1,28 +1,26 @@
 """What the training job costs beside the training: steps per second against a bare loop over tensors in memory."""
 
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 import tyro
+from bare import WARM_UP, steps_per_s
 
 from speechdistill import audio, cluster, shards, table
 from speechdistill.batches import Mix
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, student
 from speechdistill.samples import DEGRADED, TAUGHT
-from speechdistill.students.conv_transformer import ConvTransformer
 from speechdistill.train import Job, Progress, fit
 
 SAMPLES = 400
-WARM_UP = 2  # steps, of both
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Options:
     variants: tuple[str, ...] = ("v0", "v7")
     """Students."""
     steps: tuple[int, ...] = (30, 8)
-    """Steps of each, after two to warm up."""
+    """Steps of each, after five to warm up."""
     crop_s: float = 1.92
     """Seconds of each sample."""
     cpus: int = 2
@@ -53,28 +51,10 @@ def main(options: Options) -> None:
             print(f"| {name} | {rate:.3f} | {job:.3f} | {job / rate:.2f} |", flush=True)
 
 
-def bare(name: str, steps: int, crop_samples: int, threads: int) -> None:
-    """The steps alone; prints how many a second."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = ConvTransformer(student(name)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-5)
-    waves, targets = torch.randn(20, crop_samples), torch.rand(20) * 4 + 1
-    start = 0.0
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            start = time.perf_counter()
-        loss = (1 + 4 * model(waves).sigmoid() - targets).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    print(steps / (time.perf_counter() - start))
-
-
 def _bare(name: str, steps: int, options: Options) -> float:
     samples = round(options.crop_s * audio.SAMPLE_RATE)
-    command = [sys.executable, __file__, "--bare", name, str(steps), str(samples), str(options.cpus)]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(steps_per_s, name, steps, samples, "cpu", threads=options.cpus).result()
 
 
 def _job(name: str, steps: int, options: Options, labels: str, out: Path) -> float:
@@ -127,7 +107,4 @@ def _row(sample_id: int, rng: np.random.Generator) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--bare"]:
-        bare(sys.argv[2], *map(int, sys.argv[3:]))
-    else:
-        main(tyro.cli(Options))
+    main(tyro.cli(Options))

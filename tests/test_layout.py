@@ -29,6 +29,7 @@ TIERS = (
     {"cost", "loop"},
     {"recipes"},
     {"doctor", "ingest", "promote", "pseudolabel", "train"},
+    {"side_by_side"},
     {"train_students"},
     {"cli"},
 )
@@ -41,7 +42,7 @@ WITHIN_TIER = {
     ("mlflow_model", "teachers"),
 }
 ONLY_IN = {
-    "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "train_students"},
+    "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "side_by_side", "train_students"},
     "mlflow": {"mlflow_model", "mlflow_sender", "registry"},
     "tyro": {"cli"},
 }
@@ -55,6 +56,7 @@ NEURAL = {  # are nothing without torch
     "loop",
     "recipes.distill",
     "train",
+    "side_by_side",
     "mlflow_model",
 }  # are nothing without torch, or MLflow
 

@@ -14,9 +14,9 @@ from speechdistill.batches import Mix
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, Recipe, tiny
 from speechdistill.shards import RunError
+from speechdistill.side_by_side import Run, train
 from speechdistill.tracking import Tracking
 from speechdistill.train import Job, Progress, fit
-from speechdistill.train_students import _Run, _train
 from test_batches import label_run
 
 TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)
@@ -81,8 +81,8 @@ def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, lo
     for number, make in enumerate([config(labels).make, Dies(), config(labels).make]):
         out = tmp_path / f"tiny{number}"
         tracking = Tracking(str(out), "train-students", out.name, {}, parent)
-        runs.append(_Run(out.name, 3_000, job(out, make, cpus=0.5, starts=1), tracking))
-    _train(runs, at_once=2)
+        runs.append(Run(out.name, 3_000, job(out, make, cpus=0.5, starts=1), tracking))
+    train(runs, at_once=2)
     parent.end("FAILED")
     assert [run.state for run in runs] == ["done", "failed", "done"]
     assert table.read_json(f"{tmp_path}/tiny2/summary.json")["steps"] == 30

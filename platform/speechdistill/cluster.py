@@ -55,6 +55,11 @@ def be_patient() -> None:
         os.environ.setdefault(name, value)
 
 
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Where a task or actor runs that belongs to this process."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
     """Call `function` once on each live node; per node, named "address (id)", its result or its exception."""
     task = ray.remote(num_cpus=0, max_retries=0)(_called)

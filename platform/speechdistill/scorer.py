@@ -62,8 +62,6 @@ class Scorer:
         default = _BATCH_SEGMENTS.get(self._device.type, 1)
         self._batch = default if batch_s is None else max(1, math.floor(batch_s / _SEGMENT_S + 1e-6))
         self._hop = max(1, round(hop_s * SAMPLE_RATE))
-        # Channels last: 1.2 times as fast in float32 on a CPU, twice in bfloat16; the scores are the same.
-        network.cnn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network.to(self._device).eval()
         if self._device.type == "cpu" and _has_fused(self._dtype):
             self.network.add_module("cnn", _FastConvolutions(self.network, self._dtype))

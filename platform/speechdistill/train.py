@@ -17,12 +17,13 @@ import pyarrow.fs
 import ray
 import torch
 
-from speechdistill import cluster, shards, table
+from speechdistill import audio, cluster, shards, table
 from speechdistill.loop import Loop, NotFiniteError, Recipe, Training
 from speechdistill.shards import RunError
 
 _STATE = "state.pt"
 _TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
+_UNTOLD = "no error was told; a worker may have been killed"
 _NOT_VALIDATED = 1e30  # of no use as the best; an infinity is null in Ray Train's JSON, and a resumed run fails on it
 
 
@@ -65,13 +66,11 @@ class Progress:
     """What the workers of a run tell: on the driver's node, so that it outlives them."""
 
     def __init__(self, starts: int) -> None:
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        self._actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=here).remote(starts)
+        actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=cluster.this_node())
+        self._actor = actor.remote(starts)
 
     def started(self, step: int, workers: int) -> str | None:
-        """Told by worker 0; the last error, where so many starts from this step have brought nothing."""
+        """Told by worker 0; why to give up, where the last start or too many of them from this step say so."""
         failed: str | None = ray.get(self._actor.started.remote(step, workers))
         return failed
 
@@ -81,8 +80,9 @@ class Progress:
     def point(self, step: int, figures: Mapping[str, float]) -> None:
         self._actor.point.remote(step, dict(figures))
 
-    def failed(self, error: str) -> None:
-        ray.get(self._actor.failed.remote(error))
+    def failed(self, error: str, for_good: bool) -> None:
+        """`for_good`: a new start would end the same way."""
+        ray.get(self._actor.failed.remote(error, for_good))
 
     def read(self) -> Told:
         told: Told = ray.get(self._actor.read.remote())
@@ -92,7 +92,8 @@ class Progress:
 class _Progress:
     def __init__(self, starts: int) -> None:
         self._most = starts
-        self._from, self._starts, self._error = -1, 0, "no error was told; a worker may have been killed"
+        self._from, self._starts = -1, 0
+        self._error, self._for_good = _UNTOLD, False
         self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
         self._points: list[Point] = []
         self._added = -math.inf
@@ -101,7 +102,12 @@ class _Progress:
     def started(self, step: int, workers: int) -> str | None:
         self._starts = self._starts + 1 if step == self._from else 1
         self._from, self._step, self._workers = step, step, workers
-        return self._error if self._starts > self._most else None
+        failed, self._error = self._error, _UNTOLD
+        if self._for_good:
+            return failed
+        if self._starts > self._most:
+            return f"{self._most} starts from step {step} made no new checkpoint: {failed}"
+        return None
 
     def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
         self._step, self._loss, self._rate = step, loss, steps_per_s
@@ -113,8 +119,10 @@ class _Progress:
         self._step = step
         self._add(Point(step, figures))
 
-    def failed(self, error: str) -> None:
-        self._error, self._workers = error, 0
+    def failed(self, error: str, for_good: bool) -> None:
+        if self._error == _UNTOLD or for_good:  # what fails first; the other workers then lose their connections to it
+            self._error, self._for_good = error, for_good
+        self._workers = 0
 
     def read(self) -> Told:
         points, self._points = self._points, []
@@ -189,7 +197,7 @@ def _storage(out: str) -> tuple[Any, str]:
 
 
 def _work(config: dict[str, Any]) -> dict[str, str]:
-    """What each worker runs. Failures that no new start can mend are returned, since what is raised is tried again."""
+    """What each worker runs. What is raised is tried again, and only what all workers return together ends a run."""
     job, progress = config["job"], config["progress"]
     cluster.be_patient()
     try:
@@ -197,7 +205,9 @@ def _work(config: dict[str, Any]) -> dict[str, str]:
     except NotFiniteError as error:  # raised on all workers
         return {"failure": str(error)}
     except Exception as error:
-        progress.failed(f"{type(error).__name__}: {error}")
+        wrong_data = isinstance(error, (table.TableError, audio.AudioError))
+        for_good = wrong_data and not isinstance(error, audio.UnreadableError)
+        progress.failed(f"{type(error).__name__}: {error}", for_good)
         raise
 
 
@@ -207,13 +217,17 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
 
     torch.set_num_threads(max(1, round(job.cpus)))
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
-    recipe = job.make()
-    loop = Loop(recipe, job.training, prepare_model, str(get_device()))
+    state = None
     if checkpoint := get_checkpoint():
         with checkpoint.as_directory() as folder:
-            loop.load(torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu"))
-    if failure := _told_by_first(progress.started(loop.step, world) if rank == 0 else None, world):
-        return {"failure": f"{job.starts} starts from step {loop.step} made no new checkpoint: {failure}"}
+            state = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")
+    step = state["step"] if state else 0
+    if failure := _told_by_first(progress.started(step, world) if rank == 0 else None, world):
+        return {"failure": failure}
+    recipe = job.make()
+    loop = Loop(recipe, job.training, prepare_model, str(get_device()))
+    if state:
+        loop.load(state)
     pace = _Pace(loop.step)
     for step, loss, asked in loop.run(job.training.steps, lambda: pace.since_saved() > job.training.checkpoint_every_s):
         if rank == 0 and pace.tells(step):

@@ -2,13 +2,11 @@
 
 import logging
 import subprocess
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-from tqdm import tqdm
 
 from speechdistill import cluster, cost, labeled, table
 from speechdistill.batches import LabelRun, Mix
@@ -19,11 +17,11 @@ from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.distill import Distill
+    from speechdistill.side_by_side import Run
     from speechdistill.student_files import Student
-    from speechdistill.train import Job, Progress, Told
+    from speechdistill.train import Job
 
 _LOG = logging.getLogger(__name__)
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,29 +78,13 @@ class TrainStudents:
     """Decides batches and initial weights."""
 
 
-@dataclass
-class _Run:
-    """One variant on its way. `state` is waiting, training, done or failed."""
-
-    name: str
-    parameters: int
-    job: "Job"
-    tracking: Tracking
-    state: str = "waiting"
-    progress: "Progress | None" = None
-    told: "Told | None" = None
-    summary: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-    started: float = field(default_factory=time.monotonic)
-    train_s: float = 0.0
-
-
 def run(config: TrainStudents) -> list[dict[str, Any]]:
     """Train what is not trained yet; a row per variant: its figures and `state`, done or failed.
 
     One failure does not stop the others. Raises `RunError`, `TableError` or `ValueError` where nothing can be
     trained.
     """
+    from speechdistill import side_by_side
     from speechdistill.recipes import distill
 
     cluster.be_patient()
@@ -115,7 +97,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     workers, gpus, at_once = _capacity(config, len(recipes))
     parent = Tracking(config.out, "train-students", "students", _plain(config))
     runs = [
-        _Run(
+        side_by_side.Run(
             name,
             distill.parameters(recipe.student),
             _job(config, name, recipe, workers, gpus),
@@ -126,7 +108,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
         for name, recipe in recipes.items()
     ]
     try:
-        _train(runs, at_once)
+        side_by_side.train(runs, at_once)
     except BaseException as error:
         for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
             tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience_s=5)
@@ -276,50 +258,7 @@ def _range(text: str) -> tuple[int, int]:
     return numbers
 
 
-def _train(runs: list[_Run], at_once: int) -> None:
-    """The largest first, `at_once` side by side."""
-    from speechdistill.train import Progress, fit
-
-    waiting = sorted(runs, key=lambda run: -run.parameters)
-    going: dict[Any, _Run] = {}
-    driver = ray.remote(num_cpus=0, max_retries=0)(fit)
-    with _Bars(runs) as bars:
-        while waiting or going:
-            while waiting and len(going) < at_once:
-                one = waiting.pop(0)
-                one.state, one.progress, one.started = "training", Progress(one.job.starts), time.monotonic()
-                going[driver.remote(one.job, one.progress)] = one
-            ended, _ = ray.wait(list(going), timeout=_POLL_S)
-            for one in going.values():
-                _listen(one)
-            for reference in ended:
-                _end(going.pop(reference), reference)
-            bars.show()
-
-
-def _listen(run: _Run) -> None:
-    assert run.progress is not None
-    run.told = run.progress.read()
-    for step, figures in run.told.points:
-        run.tracking.metrics(figures, step)
-
-
-def _end(run: _Run, reference: Any) -> None:
-    _listen(run)
-    run.train_s = time.monotonic() - run.started
-    try:
-        run.summary, run.state = ray.get(reference), "done"
-    except Exception as error:
-        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
-        run.error, run.state = str(cause) or repr(cause), "failed"
-        tqdm.write(f"{run.name} failed: {run.error}")
-    if run.state == "done":
-        best = {f"best_val_{key}": value for key, value in run.summary["best"].items() if key != "step"}
-        run.tracking.metrics(best, run.summary["steps"])
-    run.tracking.end("FINISHED" if run.state == "done" else "FAILED")
-
-
-def _log_model(run: _Run) -> None:
+def _log_model(run: "Run") -> None:
     """The best student as a model of its MLflow run; without MLflow it is told, and the next call tries again."""
     from speechdistill import registry
 
@@ -334,7 +273,7 @@ def _log_model(run: _Run) -> None:
         _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
 
 
-def _row(run: _Run) -> dict[str, Any]:
+def _row(run: "Run") -> dict[str, Any]:
     best = run.summary.get("best", {})
     return {
         "variant": run.name,
@@ -349,39 +288,6 @@ def _row(run: _Run) -> dict[str, Any]:
         "run_id": run_id(run.job.out),
         "error": run.error or None,
     }
-
-
-class _Bars:
-    """A progress line for each run on its way."""
-
-    def __init__(self, runs: list[_Run]) -> None:
-        self._runs = runs
-        self._bars: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def show(self) -> None:
-        for run in self._runs:
-            if run.state == "training" and run.name not in self._bars:
-                self._bars[run.name] = tqdm(
-                    total=run.job.training.steps, unit="step", desc=run.name, dynamic_ncols=True
-                )
-            bar = self._bars.get(run.name)
-            if bar is None or run.told is None:
-                continue
-            workers = f"{run.told.workers} workers" if run.told.workers else "waiting for resources"
-            bar.n = max(bar.n, run.told.step)
-            bar.set_postfix_str(
-                f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, {workers}", refresh=True
-            )
-            if run.state in ("done", "failed"):
-                bar.close()
-                del self._bars[run.name]
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
 
 
 def _git_commit() -> str | None:

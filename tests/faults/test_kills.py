@@ -122,30 +122,29 @@ def killed_run(nodes: Nodes, out: Path, kinds: list[str], choice: random.Random)
     return killed
 
 
+def assert_kills_change_nothing(nodes: Nodes, quiet: list[str], folder: Path, kinds: list[str], seed: int) -> None:
+    choice = random.Random(seed)
+    for attempt in range(3):
+        out = folder / f"run{attempt}"
+        killed = killed_run(nodes, out, kinds, choice)
+        print(f"seed {seed}: killed {killed}")
+        assert_exactly_once(out, NUM_IDS)
+        assert contents(out) == quiet
+        if killed:  # not too late
+            return
+    pytest.fail(f"seed {seed}: nothing was killed")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kill_of_each_kind_loses_and_doubles_nothing(
     kind: str, nodes: Nodes, quiet: list[str], tmp_path: Path
 ) -> None:
-    seed = random.randrange(1 << 30)
-    killed = killed_run(nodes, tmp_path / "run", [kind], random.Random(seed))
-    print(f"seed {seed}: killed {killed}")
-    assert killed, f"seed {seed}: nothing was killed"
-    assert_exactly_once(tmp_path / "run", NUM_IDS)
-    assert contents(tmp_path / "run") == quiet
+    assert_kills_change_nothing(nodes, quiet, tmp_path, [kind], random.randrange(1 << 30))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", range(30))
 def test_chaos(run: int, nodes: Nodes, quiet: list[str], tmp_path: Path) -> None:
     seed = int(os.environ["CHAOS_SEED"]) + run if "CHAOS_SEED" in os.environ else random.randrange(1 << 30)
-    choice = random.Random(seed)
-    kinds = choice.choices(KINDS, k=choice.randint(1, 3))
-    for attempt in range(3):
-        out = tmp_path / f"run{attempt}"
-        killed = killed_run(nodes, out, kinds, choice)
-        print(f"run {run}, seed {seed}: killed {killed}")
-        assert_exactly_once(out, NUM_IDS)
-        assert contents(out) == quiet
-        if killed:  # not too late
-            return
-    pytest.fail(f"seed {seed}: nothing was killed")
+    kinds = random.Random(seed).choices(KINDS, k=1 + seed % 3)
+    assert_kills_change_nothing(nodes, quiet, tmp_path, kinds, seed)

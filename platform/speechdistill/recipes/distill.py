@@ -1,5 +1,6 @@
 """Distil a student from labelled shards and listeners' scores (Distill-MOS, sections III-B and IV-D)."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from speechdistill.students.conv_transformer import (
     ConvTransformerConfig,
 )
 
+_LOG = logging.getLogger(__name__)
 _BATCH_WINDOWS = 8
 
 
@@ -106,6 +108,8 @@ class Recipe:
             everyone = [[] for _ in range(world)]
             dist.all_gather_object(everyone, mine)
         results = [result for of_worker in everyone for result in of_worker]
+        if not results:
+            raise table.TableError("none of the clips to validate on can be used; see the warnings above")
         datasets = sorted({dataset for dataset, _, _ in results})
         figures = _figures([pair[1:] for pair in results], "")
         for dataset in datasets if len(datasets) > 1 else []:
@@ -123,7 +127,12 @@ class Recipe:
                 yield "held out", target, wave
             return
         for clip in list(self._validation.clips())[rank::world]:
-            yield clip.dataset, clip.target, audio.load(clip.uri)
+            try:
+                yield clip.dataset, clip.target, audio.load(clip.uri)
+            except audio.UnreadableError:  # the storage's fault, perhaps
+                raise
+            except audio.AudioError as error:
+                _LOG.warning("%s; validation goes on without it", error)
 
 
 def _scored(rows: pa.Table, transform: LabelTransform) -> Labeled | None:

@@ -130,7 +130,8 @@ class ConvTransformer(nn.Module):
     def __init__(self, config: ConvTransformerConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ConvTransformerConfig()
-        self.cnn = _Convolutions(config)
+        # Channels last: training is 1.6 times as fast in float32 on a CPU, 1.8 times in bfloat16.
+        self.cnn = _Convolutions(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         dim_maps = config.channels[-1] * config.bins_out
         self.transformer_pool_attn = QualityHead(dim_maps, config.dim, config.heads, config.layers)
 

@@ -1,0 +1,106 @@
+"""Several training runs side by side: their places in the cluster, their progress lines, their MLflow runs."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from speechdistill import cluster
+from speechdistill.tracking import Tracking
+from speechdistill.train import Job, Progress, Told, fit
+
+_POLL_S = 1.0
+
+
+@dataclass
+class Run:
+    """One variant on its way. `state` is waiting, training, done or failed."""
+
+    name: str
+    parameters: int
+    job: Job
+    tracking: Tracking
+    state: str = "waiting"
+    progress: Progress | None = None
+    told: Told | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    started: float = field(default_factory=time.monotonic)
+    train_s: float = 0.0
+
+
+def train(runs: list[Run], at_once: int) -> None:
+    """The largest first, `at_once` side by side."""
+    waiting = sorted(runs, key=lambda run: -run.parameters)
+    going: dict[Any, Run] = {}
+    # A run's controller lives on the node of its `fit`: here, so that it outlives every other node.
+    driver = ray.remote(num_cpus=0, max_retries=0)(fit).options(scheduling_strategy=cluster.this_node())
+    with _Bars(runs) as bars:
+        while waiting or going:
+            while waiting and len(going) < at_once:
+                one = waiting.pop(0)
+                one.state, one.progress, one.started = "training", Progress(one.job.starts), time.monotonic()
+                going[driver.remote(one.job, one.progress)] = one
+            ended, _ = ray.wait(list(going), timeout=_POLL_S)
+            for one in going.values():
+                _listen(one)
+            for reference in ended:
+                _end(going.pop(reference), reference)
+            bars.show()
+
+
+def _listen(run: Run) -> None:
+    assert run.progress is not None
+    run.told = run.progress.read()
+    for step, figures in run.told.points:
+        run.tracking.metrics(figures, step)
+
+
+def _end(run: Run, reference: Any) -> None:
+    _listen(run)
+    run.train_s = time.monotonic() - run.started
+    try:
+        run.summary, run.state = ray.get(reference), "done"
+    except Exception as error:
+        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
+        run.error, run.state = str(cause) or repr(cause), "failed"
+        tqdm.write(f"{run.name} failed: {run.error}")
+    if run.state == "done":
+        best = {f"best_val_{key}": value for key, value in run.summary["best"].items() if key != "step"}
+        run.tracking.metrics(best, run.summary["steps"])
+    run.tracking.end("FINISHED" if run.state == "done" else "FAILED")
+
+
+class _Bars:
+    """A progress line for each run on its way."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        self._runs = runs
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def show(self) -> None:
+        for run in self._runs:
+            if run.state == "training" and run.name not in self._bars:
+                self._bars[run.name] = tqdm(
+                    total=run.job.training.steps, unit="step", desc=run.name, dynamic_ncols=True
+                )
+            bar = self._bars.get(run.name)
+            if bar is None or run.told is None:
+                continue
+            workers = f"{run.told.workers} workers" if run.told.workers else "waiting for resources"
+            bar.n = max(bar.n, run.told.step)
+            bar.set_postfix_str(
+                f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, {workers}", refresh=True
+            )
+            if run.state in ("done", "failed"):
+                bar.close()
+                del self._bars[run.name]
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
