@@ -160,6 +160,16 @@ def test_a_run_that_is_not_complete_is_refused_by_name(tmp_path: Path) -> None:
         LabelRun(out)
 
 
+def test_a_shard_that_was_lost_or_damaged_is_named(tmp_path: Path) -> None:
+    labels = LabelRun(label_run(tmp_path / "labels", 48))
+    first, second = (Path(labels.out) / path for path in labels.paths)
+    first.write_bytes(first.read_bytes()[:-9])
+    second.unlink()
+    for group, path in ((0, first), (3, second)):
+        with pytest.raises(table.TableError, match=f"{path} was lost or damaged"):
+            labels.read_group(group)
+
+
 def test_held_out_groups_are_never_trained_on(run: str) -> None:
     batches = Batches(Mix((run,), labeled_percent=0, hold_out=True))
     (held,) = batches._held_out

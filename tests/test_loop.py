@@ -118,6 +118,17 @@ def test_validation_is_the_labeled_set_by_clip_or_else_held_out_labels(config: D
     assert recipe.batches.mix.hold_out and math.isfinite(Loop(recipe, FLOAT64).validate()["mse"])
 
 
+def test_a_damaged_clip_is_not_validated_on(config: Distill, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = Loop(config.make(), FLOAT64).validate()
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"RIFF")
+    rows = table.read(str(config.labeled), "clip.v1").to_pylist()
+    rows.append(row(str(bad), duration_s=1.0, mos=3.0, dataset="a", split="validation"))
+    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{tmp_path}/labeled.parquet")
+    assert Loop(replace(config, labeled=f"{tmp_path}/labeled.parquet").make(), FLOAT64).validate() == whole
+    assert f"{bad}" in caplog.text and "goes on without it" in caplog.text
+
+
 def test_only_a_better_validation_is_the_best(config: Distill) -> None:
     loop = Loop(config.make(), FLOAT64)
     assert loop.validate()["is_best"] == 1

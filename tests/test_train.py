@@ -16,7 +16,7 @@ from speechdistill.recipes.distill import Distill, Recipe, tiny
 from speechdistill.shards import RunError
 from speechdistill.side_by_side import Run, train
 from speechdistill.tracking import Tracking
-from speechdistill.train import Job, Progress, fit
+from speechdistill.train import Job, Progress, _Progress, fit
 from test_batches import label_run
 
 TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)
@@ -65,6 +65,17 @@ def test_a_run_ends_with_its_best_student_and_is_done_once(labels: str, tmp_path
         fit(replace(one, identity={"seed": 1}), Progress(6))
 
 
+def test_a_run_is_given_up_after_starts_that_brought_nothing_or_an_error_for_good() -> None:
+    progress = _Progress(2)
+    assert [progress.started(step, 1) for step in (0, 0, 10, 10)] == [None] * 4
+    progress.failed("OSError: away", for_good=False)
+    progress.failed("ConnectionError: another worker's", for_good=False)
+    assert progress.started(10, 1) == "2 starts from step 10 made no new checkpoint: OSError: away"
+    progress.failed("ConnectionError: another worker's", for_good=False)
+    progress.failed("TableError: damaged", for_good=True)
+    assert progress.started(20, 1) == "TableError: damaged"
+
+
 def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path: Path, local_ray: None) -> None:
     labels = label_run(tmp_path / "labels", 48)
     (first, _) = sorted((tmp_path / "labels" / "shards").iterdir())
@@ -75,28 +86,26 @@ def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path:
         fit(job(tmp_path / "run", config(labels).make, cpus=0.5), Progress(6))
 
 
-def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, local_ray: None) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, local_ray: None, count: int) -> None:
     parent = Tracking(str(tmp_path), "train-students", "students", {})
     runs = []
-    for number, make in enumerate([config(labels).make, Dies(), config(labels).make]):
+    for number in range(count):
         out = tmp_path / f"tiny{number}"
+        make = Dies() if number == 1 else config(labels).make
         tracking = Tracking(str(out), "train-students", out.name, {}, parent)
         runs.append(Run(out.name, 3_000, job(out, make, cpus=0.5, starts=1), tracking))
     train(runs, at_once=2)
     parent.end("FAILED")
-    assert [run.state for run in runs] == ["done", "failed", "done"]
+    assert [run.state for run in runs] == ["failed" if number == 1 else "done" for number in range(count)]
     assert table.read_json(f"{tmp_path}/tiny2/summary.json")["steps"] == 30
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("train-students").experiment_id
     by_name = {run.info.run_name: run for run in client.search_runs([experiment])}
-    assert {name: run.info.status for name, run in by_name.items()} == {
-        "students": "FAILED",
-        "tiny0": "FINISHED",
-        "tiny1": "FAILED",
-        "tiny2": "FINISHED",
-    }
+    ended = {run.name: "FINISHED" if run.state == "done" else "FAILED" for run in runs}
+    assert {name: run.info.status for name, run in by_name.items()} == {"students": "FAILED", **ended}
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in by_name.items() if name != "students"}
     assert set(parents.values()) == {by_name["students"].info.run_id}
     metrics = by_name["tiny0"].data.metrics

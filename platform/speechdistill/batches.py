@@ -110,8 +110,11 @@ class LabelRun:
     def read_group(self, group: int) -> pa.Table:
         path = f"{self.out}/{self.paths[self.file[group]]}"
         columns = ["sample_id", "audio", "audio_format", "score"]
-        with table.open_parquet(path) as file:
-            rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
+        try:
+            with table.open_parquet(path) as file:
+                rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise table.TableError(f"{path} was lost or damaged since it was labelled: {error}") from error
         if len(rows) != self.sizes[group]:
             raise table.TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows; it was rewritten")
         return rows

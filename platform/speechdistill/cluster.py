@@ -46,6 +46,7 @@ def connect() -> None:
         num_cpus=cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,
+        runtime_env={"worker_process_setup_hook": _set_up_worker},
     )
 
 
@@ -53,6 +54,15 @@ def be_patient() -> None:
     """Let failed S3 requests be tried again; before a process's first, since a client keeps what it began with."""
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
+
+
+def _set_up_worker() -> None:
+    """Ray Train's cleaner of placement groups asks the dashboard of any Ray on this machine, and says each second that
+    there is none; another Ray's does not answer, which makes each run's end wait for half a minute.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    for name in ("execution.controller.placement_group_cleaner", "callbacks.placement_group_callback"):
+        logging.getLogger(f"ray.train.v2._internal.{name}").setLevel(logging.CRITICAL)
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:

@@ -15,6 +15,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import training
+from faults.s3 import BUCKET, Proxy, Store, at_random
+from speechdistill import student_files
 from test_batches import label_run
 
 HANGS_S = 400  # only bounds a hang
@@ -35,24 +37,24 @@ def quiet(labels: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ob
 
 
 class Run:
-    """A training run in a process of its own; without `address` it has a Ray of its own."""
+    """A training run in a process of its own; with RAY_ADDRESS in `environment` it does not start a Ray."""
 
-    def __init__(self, labels: str, folder: Path, most: int, step: int, address: str | None = None) -> None:
+    def __init__(
+        self, labels: str, folder: Path, most: int, step: int, out: str | None = None, **environment: str
+    ) -> None:
         self._log = folder / "log"
         self._marks = folder / "marks"
         self._marks.mkdir(exist_ok=True)
-        environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
-        environment |= {"RAY_ADDRESS": address} if address else {}
         self._command = [
             sys.executable,
             training.__file__,
             labels,
-            str(folder / "run"),
+            out or str(folder / "run"),
             str(most),
             str(self._marks),
             str(step),
         ]
-        self._environment = environment
+        self._environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", **environment}
         self.start()
 
     def start(self) -> None:
@@ -109,6 +111,21 @@ def test_a_killed_worker_costs_only_time(labels: str, quiet: dict[str, object], 
 
 
 @pytest.mark.slow
+def test_labels_and_run_may_be_on_s3_where_one_request_in_twenty_fails(
+    labels: str, quiet: dict[str, object], tmp_path: Path
+) -> None:
+    with Store() as store, Proxy(store.url) as proxy:
+        store.fs.put(labels, f"{BUCKET}/labels", recursive=True)
+        proxy.fault = at_random(random.randrange(1 << 30))
+        out = f"s3://{BUCKET}/run"
+        run = Run(f"s3://{BUCKET}/labels", tmp_path, most=1, step=step(), out=out, **proxy.environment)
+        assert_same(run.result(), quiet)
+        assert (tmp_path / "marks" / "reached").exists()
+        store.fs.get(f"{BUCKET}/run/best", str(tmp_path / "best"), recursive=True)
+    student_files.load(str(tmp_path / "best"))
+
+
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_from_its_last_checkpoint(
     labels: str, quiet: dict[str, object], tmp_path: Path
 ) -> None:
@@ -129,7 +146,7 @@ def on_nodes(
     try:
         others = [cluster.add_node(**NODE) for _ in range(count - 1)]
         cluster.wait_for_nodes()
-        run = Run(labels, folder, most=2, step=10, address=cluster.address)
+        run = Run(labels, folder, most=2, step=10, RAY_ADDRESS=cluster.address)
         run.waits()
         run.reached()
         change(cluster, others)  # ends the workers that wait; those that follow do not
