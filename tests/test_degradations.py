@@ -19,10 +19,13 @@ from scipy.signal import correlate, lfilter
 
 from speechdistill import audio, degradations, table
 from speechdistill.clips import Clips
-from speechdistill.degradations import Scene, Step, codecs, denoisers, noise, rooms
+from speechdistill.degradations import Scene, Step, codecs, denoisers, levels, noise, packets, rooms
 
 RATE = audio.SAMPLE_RATE
-COMPONENTS = ("rooms.room", "noise.noise", "denoisers.spectral_gating", "codecs.opus", "codecs.band_limit")
+COMPONENTS = (
+    *("rooms.room", "noise.noise", "denoisers.spectral_gating", "codecs.opus", "codecs.band_limit"),
+    *("codecs.g711", "codecs.g722", "codecs.amr_nb", "packets.opus_loss", "levels.clipping", "levels.level_changes"),
+)
 
 
 def speech(duration_s: float = 2.0, seed: int = 0, f0: float = 120.0) -> np.ndarray:
@@ -95,9 +98,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 NAMES = (
     *("measured room", "simulated room", "recorded noise", "looped noise", "coloured noise", "babble"),
     *("stationary gating", "moving gating", "opus 6", "opus 32", "band limit"),
+    *("a-law", "mu-law", "g722", "amr 4.75", "amr 12.2", "lost", "repaired", "clipping", "levels"),
 )
 ADDITIVE = ("recorded noise", "looped noise", "coloured noise", "babble")
-LAGS = {"measured room": 1, "simulated room": 1, "opus 6": 16, "opus 32": 16}  # samples; of all others 0
+ROOMS = dict.fromkeys(("measured room", "simulated room"), 1)
+CODECS = dict.fromkeys(("opus 6", "opus 32", "lost", "repaired", "g722", "amr 4.75", "amr 12.2"), 16)
+LAGS = {**ROOMS, **CODECS}  # samples; of all others 0
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,15 @@ def steps(files: dict[str, Path]) -> dict[str, Step]:
         codecs.Opus(6_000),
         codecs.Opus(32_000),
         codecs.BandLimit(),
+        codecs.Telephone("g711_alaw"),
+        codecs.Telephone("g711_ulaw"),
+        codecs.Telephone("g722"),
+        codecs.Telephone("amr_nb", 4_750),
+        codecs.Telephone("amr_nb", 12_200),
+        packets.OpusLoss(16_000, 0.1, 3.0, False, 1),
+        packets.OpusLoss(24_000, 0.1, 1 / 0.9, True, 1),
+        levels.Clipping(6.0),
+        levels.LevelChanges(((4_000, -6.0), (9_000, 3.0))),
     )
     return dict(zip(NAMES, made, strict=True))
 
@@ -170,7 +185,7 @@ def test_the_wave_stays_aligned(steps: dict[str, Step], name: str) -> None:
 def test_the_end_of_a_clip_is_not_lost(steps: dict[str, Step], name: str) -> None:
     wave = speech(1.0, f0=200)[: RATE // 2 - 13]
     end = slice(len(wave) - 60, None)
-    wave[end] = 0.4 * np.sin(np.arange(60))
+    wave[-1600:] = 0.4 * np.sin(np.arange(1600) / 6)
     assert rms_db(steps[name].apply(wave)[end]) > rms_db(wave[end]) - 18
 
 
@@ -606,6 +621,76 @@ def test_opus_neither_clips_nor_wraps_above_full_scale() -> None:
     assert np.corrcoef(opus.apply(8 * loud), loud)[0, 1] > 0.6
 
 
+# Codecs of telephony, lost packets, levels
+
+
+@pytest.mark.parametrize("loss", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("mean_burst", [None, 4.0])
+def test_losses_have_their_rate_and_burst_length(loss: float, mean_burst: float | None) -> None:
+    count, burst = 200_000, mean_burst or 1 / (1 - loss)
+    lost = ~packets.OpusLoss(24_000, loss, burst, True, seed=3).arrives(count)
+    starts = np.flatnonzero(np.diff(lost.astype(int), prepend=0) == 1)
+    # Bursts lengthen the correlation, and with it the spread, of a share of independent losses.
+    assert lost.mean() == pytest.approx(loss, abs=4 * np.sqrt(2 * burst * loss * (1 - loss) / count))
+    assert lost.sum() / len(starts) == pytest.approx(burst, abs=4 * burst / np.sqrt(len(starts)))
+
+
+def test_losses_that_cannot_be_are_refused() -> None:
+    for loss, burst in ((1.0, 2.0), (-0.1, 2.0), (0.1, 0.5), (0.9, 2.0)):
+        with pytest.raises(ValueError, match="no such losses"):
+            packets.OpusLoss(24_000, loss, burst, True, 0)
+
+
+def test_fewer_losses_and_repair_are_better() -> None:
+    wave = np.tile(speech(2.0), 10)
+
+    def error_db(loss: float, fec: bool) -> float:
+        return rms_db(packets.OpusLoss(24_000, loss, 1 / (1 - loss), fec, 5).apply(wave) - wave)
+
+    assert error_db(0.0, False) < error_db(0.05, False) < error_db(0.2, False)
+    assert error_db(0.2, True) < error_db(0.2, False) - 0.5
+
+
+@pytest.mark.parametrize(
+    ("codec", "bitrate_bps"), [("g711_alaw", 64_000), ("g711_ulaw", 64_000), ("amr_nb", 4_750), ("amr_nb", 12_200)]
+)
+def test_a_telephone_codec_ends_at_4_khz(codec: str, bitrate_bps: int) -> None:
+    wave = np.tile(speech(2.0), 3)
+    spectra = [
+        np.abs(np.fft.rfft(w)) ** 2 for w in (wave, codecs.Telephone(codec, bitrate_bps).apply(wave).astype(np.float64))
+    ]
+    hz = np.fft.rfftfreq(len(wave), 1 / RATE)
+    inside, outside = (hz > 300) & (hz < 3_400), hz > 4_200
+    clean, coded = ((spectrum[inside].sum(), spectrum[outside].sum()) for spectrum in spectra)
+    assert 0.4 < coded[0] / clean[0] < 1.6
+    assert coded[1] < 1e-4 * coded[0]
+
+
+@pytest.mark.parametrize(("codec", "bitrate_bps"), [("gsm", 13_000), ("amr_nb", 64_000), ("g722", 48_000)])
+def test_a_telephone_mode_that_does_not_exist_is_refused(codec: str, bitrate_bps: int) -> None:
+    with pytest.raises(ValueError, match=r"choose from|no such mode"):
+        codecs.Telephone(codec, bitrate_bps)
+
+
+def test_clipping_cuts_at_its_level() -> None:
+    wave = speech(1.0)
+    clipped = levels.Clipping(12.0).apply(wave)
+    limit = np.abs(wave).max() * 10 ** (-12 / 20)
+    assert np.abs(clipped).max() == pytest.approx(limit)
+    softer = np.abs(wave) < limit
+    np.testing.assert_array_equal(clipped[softer], wave[softer])
+    assert 0.001 < 1 - softer.mean() < 0.5
+
+
+def test_levels_change_where_they_are_told_to() -> None:
+    wave = np.ones(RATE, np.float32)
+    changed = 20 * np.log10(levels.LevelChanges(((4_000, -6.0), (9_000, 3.0))).apply(wave))
+    np.testing.assert_allclose(changed[:3_800], 0, atol=1e-5)
+    np.testing.assert_allclose(changed[4_200:8_800], -6, atol=1e-5)
+    np.testing.assert_allclose(changed[9_200:], 3, atol=1e-5)
+    assert np.abs(np.diff(changed)).max() < 0.05  # no click
+
+
 # Real recordings
 
 
@@ -629,7 +714,13 @@ def test_real_noise_has_its_snr_whatever_the_format(real_audio: Path, utterance:
         assert noise.active_level_db(utterance) - rms_db(added) == pytest.approx(step.snr_db, abs=0.1), path
 
 
-@pytest.mark.parametrize("name", ["opus 6", "opus 32", "band limit", "stationary gating", "moving gating"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("opus 6", "opus 32", "band limit", "stationary gating", "moving gating"),
+        *("a-law", "mu-law", "g722", "amr 12.2", "repaired", "clipping", "levels"),
+    ],
+)
 def test_real_speech_survives(steps: dict[str, Step], utterance: np.ndarray, name: str) -> None:
     degraded = steps[name].apply(utterance)
     assert abs(lag(utterance, degraded)) <= LAGS.get(name, 0)
@@ -643,3 +734,48 @@ def test_real_babble_is_drawn_from_other_speakers(real_audio: Path, utterance: n
     babble = next(step for step in drawn("noise.noise", where, 20) if isinstance(step, noise.Babble))
     added = babble.apply(utterance).astype(np.float64) - utterance
     assert noise.active_level_db(utterance) - rms_db(added) == pytest.approx(babble.snr_db, abs=0.1)
+
+
+def test_packets_of_real_speech_have_their_bitrate(real_audio: Path) -> None:
+    wave = np.concatenate([audio.load(str(path)) for path in sorted((real_audio / "speech").glob("*.flac"))[:4]])
+    for bitrate in (12_000, 24_000, 32_000):
+        coded, _ = packets.OpusLoss(bitrate, 0.1, 2.0, True, 0).encode(wave)
+        assert 8 * sum(map(len, coded)) / (len(wave) / RATE) == pytest.approx(bitrate, rel=0.1)
+
+
+LADDERS: dict[str, list[Step | None]] = {  # from better to worse
+    "codec": [None, codecs.Opus(24_000), codecs.Opus(6_000)],
+    "noise": [noise.ColouredNoise(1.0, 3, snr_db) for snr_db in (20.0, 10.0, 0.0)],
+    "loss": [packets.OpusLoss(24_000, loss, 1 / (1 - loss), False, 7) for loss in (0.0, 0.05, 0.2)],
+    "repaired loss": [packets.OpusLoss(24_000, 0.2, 1.25, fec, 7) for fec in (True, False)],
+    "clipping": [None, levels.Clipping(10.0), levels.Clipping(20.0)],
+}
+
+
+@pytest.fixture(scope="module")
+def utterances(real_audio: Path) -> list[np.ndarray]:
+    return [audio.load(str(path))[: 7 * RATE] for path in sorted((real_audio / "speech").glob("*.flac"))[:4]]
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_the_teacher_hears_the_order_of_strengths(ladder: str, utterances: list[np.ndarray]) -> None:
+    from speechdistill.teachers import distillmos
+
+    teacher = distillmos.Teacher()
+    scores = [
+        np.mean([label.score for label in teacher.label([step.apply(wave) if step else wave for wave in utterances])])
+        for step in LADDERS[ladder]
+    ]
+    print(ladder, [f"{score:.2f}" for score in scores])
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_pesq_hears_the_order_of_strengths(ladder: str, utterances: list[np.ndarray]) -> None:
+    pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler").pesq
+    scores = [
+        np.mean([pesq(RATE, wave, step.apply(wave), "wb") if step else 4.644 for wave in utterances])
+        for step in LADDERS[ladder]
+    ]
+    print(ladder, [f"{score:.2f}" for score in scores])
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)

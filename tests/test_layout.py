@@ -28,6 +28,7 @@ TIERS = (
     {"flow", "trials", "batches"},
     {"cost", "loop"},
     {"recipes"},
+    {"report", "preview"},
     {"doctor", "ingest", "promote", "pseudolabel", "train"},
     {"side_by_side"},
     {"train_students"},

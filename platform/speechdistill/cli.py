@@ -3,23 +3,20 @@
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
 
+from speechdistill import report
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
 from speechdistill.promote import Promote
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
-
-if TYPE_CHECKING:
-    from speechdistill import cost
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,33 @@ class Score:
     of degraded clips of 10 to 20 s by 0.05 on average, 0.2 at most."""
 
 
+RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what a recipe does, in order, with which probability."""
+
+    name: Annotated[RecipeName, tyro.conf.Positional]
+    """The recipe."""
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Make one sample of a run, bit for bit as the labelling job makes it, and print its plan."""
+
+    name: Annotated[RecipeName, tyro.conf.Positional]
+    """The recipe."""
+    clips: str
+    """The manifest that the ingest job wrote (clips.parquet)."""
+    out: str
+    """The WAV file to write; its clean segment is written beside it, as NAME-clean.wav."""
+    seed: int = 0
+    """The run's seed."""
+    index: int = 0
+    """The sample's number in the run (sample_id)."""
+
+
 @dataclass(frozen=True)
 class Sync:
     """Send MLflow what it lacks of runs that were tracked while its server did not answer.
@@ -70,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ingest": _ingest,
             "promote": _promote,
             "pseudolabel": _pseudolabel,
+            "recipe": _recipe,
             "train-students": _train_students,
             "score": _score,
             "sync": _sync,
@@ -117,7 +142,7 @@ def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
         if summary["rejected"]:
             print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
         if summary["ignored_extensions"]:
-            print(f"ignored by extension: {_counts(summary['ignored_extensions'])}")
+            print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
         return 0
 
     return _guarded(action, "the same command goes on where it stopped")
@@ -128,12 +153,31 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
         from speechdistill import pseudolabel
 
         if config.dry_run:
-            print(_estimate(pseudolabel.dry_run(config), config.price))
+            print(report.estimate(pseudolabel.dry_run(config), config.price))
         else:
-            print(_report(pseudolabel.run(config), config.out))
+            print(report.labels(pseudolabel.run(config), config.out))
         return 0
 
     return _guarded(action, "what is labelled is kept, and the same command goes on from there")
+
+
+def _recipe(
+    command: Annotated[Show, tyro.conf.subcommand("show")] | Annotated[Listen, tyro.conf.subcommand("listen")],
+) -> int:
+    """Degradation recipes: what they do, and how a sample sounds."""
+
+    def action() -> int:
+        from speechdistill import plan, preview
+
+        recipe = plan.RECIPES[command.name]()
+        if isinstance(command, Show):
+            print(preview.show(recipe))
+            return 0
+        sample = preview.listen(recipe, command.clips, command.seed, command.index, command.out)
+        print(json.dumps(json.loads(sample.to_json()), indent=2, ensure_ascii=False))
+        return 0
+
+    return _guarded(action, "nothing was written")
 
 
 def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
@@ -141,7 +185,7 @@ def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) ->
         from speechdistill import train_students
 
         rows = train_students.run(config)
-        print(_students(rows))
+        print(report.students(rows))
         return 0 if all(row["state"] == "done" for row in rows) else 1
 
     return _guarded(action, "what is trained is kept, and the same command goes on from the last checkpoints")
@@ -222,69 +266,3 @@ class _Scored:
                     yield row
             except KeyboardInterrupt:  # what is scored is not lost
                 self.stopped = True
-
-
-def _report(summary: dict[str, Any], out: str) -> str:
-    histogram = summary["score_histogram"]
-    session = (
-        f"this session: {summary['session_samples']:,} samples in {summary['session_s']:.0f} s, "
-        f"{summary['session_audio_hours_per_hour']:.1f} hours of audio per hour"
-    )
-    lines = [
-        f"labelled {summary['labelled']:,} samples ({summary['hours']:.2f} h), rejected {summary['rejected']:,}",
-        session if summary["session_samples"] else "all of it in earlier sessions; nothing was left to do",
-    ]
-    if summary["labelled"]:
-        lines += [f"mean score {summary['score_mean']:.2f}; histogram (MOS, samples):", *_bars(histogram)]
-    lines += [f"  {count} × {reason}" for reason, count in summary["reject_reasons"].items()]
-    if not summary["complete"]:
-        return "\n".join(
-            [
-                *lines,
-                f"--max-hours is over: {summary['num_samples']:,} of {summary['wanted']:,} samples are in {out}; "
-                "the same command goes on from there",
-            ]
-        )
-    return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
-
-
-def _students(rows: list[dict[str, Any]]) -> str:
-    lines = ["variant    parameters   PCC     MSE     best step  steps     time  state   MLflow run"]
-    for row in rows:
-        pcc, mse = (f"{row[key]:.4f}" if row[key] is not None else "–" for key in ("pcc", "mse"))
-        best_step, run = row["best_step"] or "–", row["run_id"] or "–"
-        lines.append(
-            f"{row['variant']:<10} {row['parameters']:>10,}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
-            f"{row['train_s']:>6.0f} s  {row['state']:<7} {run}"
-        )
-        lines += [f"  {row['error']}"] if row["error"] else []
-    lines += [f"best of {row['variant']}: {row['folder']}" for row in rows if row["folder"]]
-    return "\n".join(lines)
-
-
-def _estimate(estimate: "cost.Estimate", price: str | None) -> str:
-    lines = [
-        f"{estimate.num_samples:,} samples take about (from {estimate.trial_samples} of them, "
-        f"{estimate.trial_rejected} rejected; start-up apart):",
-        f"  CPU     {estimate.cpu_hours:,.2f} h",
-        f"  GPU     {estimate.gpu_hours:,.2f} h",
-        f"  output  {estimate.output_gb:,.3f} GB",
-        f"  time    {estimate.hours:,.2f} h on these pools",
-    ]
-    if estimate.money is not None:
-        lines.append(f"  money   {estimate.money:,.2f}, where all that is paid for is at work")
-    elif price:
-        lines.append(f"  money   not known: --price {price} does not name all of the above")
-    return "\n".join([*lines, "nothing was written"])
-
-
-def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
-    """The forty bins of the histogram as eight rows of text."""
-    counts = [sum(histogram["counts"][i : i + 5]) for i in range(0, 40, 5)]
-    edges = histogram["edges"][::5]
-    scale = width / max(counts)
-    return [f"  {edges[i]:.1f}–{edges[i + 1]:.1f} {n:7.0f} {'█' * round(n * scale)}" for i, n in enumerate(counts)]
-
-
-def _counts(values: dict[str, int]) -> str:
-    return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))

@@ -102,7 +102,24 @@ def as_is() -> Recipe:
     return Recipe("as_is", whole_files=True)
 
 
-RECIPES = {"paper": paper, "weights_free": weights_free, "as_is": as_is}
+def voip() -> Recipe:
+    """Beyond the paper: what calls do to speech. Rooms and noise as in the paper; the other odds are ours."""
+    return Recipe(
+        "voip",
+        (
+            Stage("room", {"rooms.room": 0.33}),
+            Stage("noise", {"noise.noise": 0.67}),
+            Stage("clipping", {"levels.clipping": 0.2}),
+            Stage("level", {"levels.level_changes": 0.3}),
+            Stage(
+                "transmission",
+                {"packets.opus_loss": 0.5, "codecs.g711": 0.1, "codecs.g722": 0.1, "codecs.amr_nb": 0.1},
+            ),
+        ),
+    )
+
+
+RECIPES = {"paper": paper, "weights_free": weights_free, "voip": voip, "as_is": as_is}
 
 
 def check(recipe: Recipe) -> None:

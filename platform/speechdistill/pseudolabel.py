@@ -34,9 +34,10 @@ class Pseudolabel:
     """The manifest that the ingest job wrote (clips.parquet)."""
     out: str
     """Folder of this run, a local path or URL."""
-    recipe: Literal["weights_free", "as_is", "paper"] = "weights_free"
-    """weights_free: the paper's degradations that need no trained weights. as_is: recordings as they are, whole
-    files in segments. paper: all of them (needs components that this version lacks)."""
+    recipe: Literal["weights_free", "voip", "as_is", "paper"] = "weights_free"
+    """weights_free: the paper's degradations that need no trained weights. voip: rooms, noise, clipping, changing
+    levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments. paper: all of them
+    (needs components that this version lacks)."""
     num_samples: int | None = None
     """Samples to make in all; may grow later. Default: every speech clip once (as_is: every segment)."""
     seed: int = 0

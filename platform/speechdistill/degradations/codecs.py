@@ -10,6 +10,14 @@ from speechdistill.degradations import Scene
 _BITRATES_BPS = (6_000, 32_000)
 _FRAME = audio.SAMPLE_RATE // 50
 _DECODER_RATE = 48_000  # FFmpeg's libopus decoder has no other
+# FFmpeg's encoder and decoder, sample rate, and by how many samples of that rate the output comes late.
+_TELEPHONE = {
+    "g711_alaw": ("pcm_alaw", "pcm_alaw", 8_000, 0),
+    "g711_ulaw": ("pcm_mulaw", "pcm_mulaw", 8_000, 0),
+    "g722": ("g722", "g722", 16_000, 22),
+    "amr_nb": ("libopencore_amrnb", "libopencore_amrnb", 8_000, 40),
+}
+_AMR_BITRATES_BPS = (4_750, 5_150, 5_900, 6_700, 7_400, 7_950, 10_200, 12_200)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,35 @@ class BandLimit:
         return ()
 
 
+@dataclass(frozen=True)
+class Telephone:
+    """A codec of telephony and back: `g711_alaw`, `g711_ulaw` and `amr_nb` at 8 kHz, `g722` at 16 kHz.
+
+    `bitrate_bps` is 64,000 but for AMR-NB, which has eight modes of 4,750 to 12,200. A wave above full scale is coded
+    at full scale and brought back.
+    """
+
+    codec: str
+    bitrate_bps: int = 64_000
+
+    def __post_init__(self) -> None:
+        if self.codec not in _TELEPHONE:
+            raise ValueError(f"codec {self.codec!r}; choose from {list(_TELEPHONE)}")
+        if self.bitrate_bps not in (_AMR_BITRATES_BPS if self.codec == "amr_nb" else (64_000,)):
+            raise ValueError(f"{self}: no such mode; AMR-NB has {_AMR_BITRATES_BPS}, the others 64000")
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        encoder, decoder, rate, delay = _TELEPHONE[self.codec]
+        scale = np.float32(max(1.0, np.abs(wave).max(initial=0.0)))
+        padded = audio.fit(wave / scale, len(wave) + _FRAME)  # what comes late comes out, and a single sample is enough
+        pcm = audio.quantise(audio.resample(padded, audio.SAMPLE_RATE, rate))
+        decoded = _through(pcm, encoder, decoder, rate, self.bitrate_bps)[delay:]
+        return audio.fit(audio.resample(decoded, rate), len(wave)) * scale
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return ()
+
+
 def opus(rng: np.random.Generator, scene: Scene) -> Opus:
     """Opus at 6..32 kb/s: from its lowest rate for speech to where wideband speech is transparent.
 
@@ -75,6 +112,41 @@ def opus(rng: np.random.Generator, scene: Scene) -> Opus:
 def band_limit(rng: np.random.Generator, scene: Scene) -> BandLimit:
     """The 4 kHz band limit (Distill-MOS, section IV-B)."""
     return BandLimit()
+
+
+def g711(rng: np.random.Generator, scene: Scene) -> Telephone:
+    """A-law or mu-law, with equal probability."""
+    return Telephone("g711_alaw" if rng.random() < 0.5 else "g711_ulaw")
+
+
+def g722(rng: np.random.Generator, scene: Scene) -> Telephone:
+    """G.722 at 64 kb/s."""
+    return Telephone("g722")
+
+
+def amr_nb(rng: np.random.Generator, scene: Scene) -> Telephone:
+    """Any of the eight modes."""
+    return Telephone("amr_nb", int(rng.choice(_AMR_BITRATES_BPS)))
+
+
+def _through(pcm: np.ndarray, encoder: str, decoder: str, rate: int, bitrate_bps: int) -> np.ndarray:
+    """int16 to float32 samples at the same rate, at least as many."""
+    import av
+
+    coder = av.CodecContext.create(encoder, "w")
+    coder.sample_rate, coder.layout, coder.format, coder.bit_rate = rate, "mono", "s16", bitrate_bps
+    coder.open()
+    frame = coder.frame_size or rate // 50
+    packets = []
+    for samples in audio.fit(pcm, -(-len(pcm) // frame) * frame).reshape(-1, 1, frame):
+        block = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        block.sample_rate = rate
+        packets += coder.encode(block)
+    packets += coder.encode(None)
+    reader = av.CodecContext.create(decoder, "r")
+    reader.sample_rate, reader.layout = rate, "mono"
+    blocks = [out.to_ndarray()[0] for packet in [*packets, None] for out in reader.decode(packet)]
+    return np.asarray(np.concatenate(blocks), np.float32) / 32768
 
 
 def _frames(wave: np.ndarray) -> list[np.ndarray]:

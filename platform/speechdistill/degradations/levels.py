@@ -1,0 +1,56 @@
+"""Levels: speech that was recorded too loud, or is now louder, now softer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import uniform_filter1d
+
+from speechdistill import audio
+from speechdistill.degradations import Scene
+
+_RAMP = audio.SAMPLE_RATE // 50  # a change takes 20 ms, so that it does not click
+_OVER_DB = (3.0, 20.0)
+_CHANGES = (1, 4)
+_GAIN_DB = (-20.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is within `over_db` below the wave's peak is cut off, as by a converter that is so much overdriven."""
+
+    over_db: float
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        most = np.abs(wave).max(initial=0.0) * np.float32(10 ** (-self.over_db / 20))
+        return np.asarray(np.clip(wave, -most, most), np.float32)
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class LevelChanges:
+    """(sample, gain in dB): from that sample on this gain, until the next; before the first one the level is kept."""
+
+    changes: tuple[tuple[int, float], ...]
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        gain_db = np.zeros(len(wave))
+        for start, value in self.changes:
+            gain_db[start:] = value
+        return np.asarray(wave * 10 ** (uniform_filter1d(gain_db, _RAMP, mode="nearest") / 20), np.float32)
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return ()
+
+
+def clipping(rng: np.random.Generator, scene: Scene) -> Clipping:
+    """Overdriven by 3 to 20 dB, uniformly."""
+    return Clipping(float(rng.uniform(*_OVER_DB)))
+
+
+def level_changes(rng: np.random.Generator, scene: Scene) -> LevelChanges:
+    """1 to 4 changes anywhere in the segment, to gains of -20 to 10 dB, all uniform."""
+    count = int(rng.integers(*_CHANGES, endpoint=True))
+    starts = np.sort(rng.integers(scene.num_samples, size=count)).tolist()
+    return LevelChanges(tuple(zip(starts, rng.uniform(*_GAIN_DB, size=count).tolist(), strict=True)))

@@ -1,0 +1,48 @@
+"""A degradation recipe in words, and one sample of it to listen to."""
+
+from io import BytesIO
+
+import soundfile
+
+from speechdistill import audio, degradations, table
+from speechdistill.clips import Clips
+from speechdistill.plan import Plan, Plans, Recipe
+from speechdistill.samples import make_sample
+
+
+def show(recipe: Recipe) -> str:
+    """A line per component: its stage, its probability, whether this version has it."""
+    lines = [f"{recipe.name}: segments of {recipe.segment_s:g} s, {'whole files' if recipe.whole_files else 'drawn'}"]
+    if any("noise.noise" in stage.odds for stage in recipe.stages):
+        lines.append(f"SNR: normal, mean {recipe.snr_mean_db:g} dB, standard deviation {recipe.snr_sigma_db:g} dB")
+    for stage in recipe.stages:
+        for name, probability in [*stage.odds.items(), ("none", stage.none())]:
+            lacks = "" if name == "none" or _has(name) else "  (not in this version)"
+            ends = "  then nothing else" if stage.ends and name != "none" else ""
+            lines.append(f"  {stage.name:<13}{name:<28}{probability:>6.1%}{ends}{lacks}")
+    return "\n".join(lines)
+
+
+def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
+    """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
+
+    Raises `ValueError` for a recipe that this version cannot make or a sample that does not exist, `TableError` for a
+    manifest and `AudioError` for a recording that cannot be used.
+    """
+    try:
+        sample = Plans(recipe, Clips.read(clips), seed)[index]
+    except IndexError as error:
+        raise ValueError(f"--index {index}: {error}") from error
+    for wave, path in zip(make_sample(sample), (out, f"{out.removesuffix('.wav')}-clean.wav"), strict=True):
+        data = BytesIO()
+        soundfile.write(data, wave, audio.SAMPLE_RATE, format="WAV")
+        table.publish(data.getvalue(), path)
+    return sample
+
+
+def _has(name: str) -> bool:
+    try:
+        degradations.component(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""What jobs ended with, as text for a terminal."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speechdistill.cost import Estimate
+
+
+def labels(summary: dict[str, Any], out: str) -> str:
+    histogram = summary["score_histogram"]
+    session = (
+        f"this session: {summary['session_samples']:,} samples in {summary['session_s']:.0f} s, "
+        f"{summary['session_audio_hours_per_hour']:.1f} hours of audio per hour"
+    )
+    lines = [
+        f"labelled {summary['labelled']:,} samples ({summary['hours']:.2f} h), rejected {summary['rejected']:,}",
+        session if summary["session_samples"] else "all of it in earlier sessions; nothing was left to do",
+    ]
+    if summary["labelled"]:
+        lines += [f"mean score {summary['score_mean']:.2f}; histogram (MOS, samples):", *_bars(histogram)]
+    lines += [f"  {count} × {reason}" for reason, count in summary["reject_reasons"].items()]
+    if not summary["complete"]:
+        return "\n".join(
+            [
+                *lines,
+                f"--max-hours is over: {summary['num_samples']:,} of {summary['wanted']:,} samples are in {out}; "
+                "the same command goes on from there",
+            ]
+        )
+    return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
+
+
+def students(rows: list[dict[str, Any]]) -> str:
+    lines = ["variant    parameters   PCC     MSE     best step  steps     time  state   MLflow run"]
+    for row in rows:
+        pcc, mse = (f"{row[key]:.4f}" if row[key] is not None else "–" for key in ("pcc", "mse"))
+        best_step, run = row["best_step"] or "–", row["run_id"] or "–"
+        lines.append(
+            f"{row['variant']:<10} {row['parameters']:>10,}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
+            f"{row['train_s']:>6.0f} s  {row['state']:<7} {run}"
+        )
+        lines += [f"  {row['error']}"] if row["error"] else []
+    lines += [f"best of {row['variant']}: {row['folder']}" for row in rows if row["folder"]]
+    return "\n".join(lines)
+
+
+def estimate(figures: "Estimate", price: str | None) -> str:
+    lines = [
+        f"{figures.num_samples:,} samples take about (from {figures.trial_samples} of them, "
+        f"{figures.trial_rejected} rejected; start-up apart):",
+        f"  CPU     {figures.cpu_hours:,.2f} h",
+        f"  GPU     {figures.gpu_hours:,.2f} h",
+        f"  output  {figures.output_gb:,.3f} GB",
+        f"  time    {figures.hours:,.2f} h on these pools",
+    ]
+    if figures.money is not None:
+        lines.append(f"  money   {figures.money:,.2f}, where all that is paid for is at work")
+    elif price:
+        lines.append(f"  money   not known: --price {price} does not name all of the above")
+    return "\n".join([*lines, "nothing was written"])
+
+
+def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
+    """The forty bins of the histogram as eight rows of text."""
+    sizes = [sum(histogram["counts"][i : i + 5]) for i in range(0, 40, 5)]
+    edges = histogram["edges"][::5]
+    scale = width / max(sizes)
+    return [f"  {edges[i]:.1f}–{edges[i + 1]:.1f} {n:7.0f} {'█' * round(n * scale)}" for i, n in enumerate(sizes)]
+
+
+def counts(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))
