@@ -148,6 +148,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         ({"dim": 25, "heads": 5}, "even"),
         ({"stride_convs": 6}, "at most 5"),
         ({"layers": 0}, "at least 1"),
+        ({"segment_samples": 1_000}, r"segments of 0\.0625 s .* multiple of 0\.02 s, at most 7\.68"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from manifests import voice
 from speechdistill import audio, student_files, teachers
 from speechdistill.scorer import Scorer, segment_starts
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, ConvTransformer, ConvTransformerConfig
+from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.teachers import Label, distillmos
 
 RATE = audio.SAMPLE_RATE
@@ -26,10 +26,22 @@ def made(config: ConvTransformerConfig) -> ConvTransformer:
 @pytest.mark.parametrize("stride_convs", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("duration_s", [0.3, 5.0, 10.0])
 def test_every_depth_scores_as_its_plain_network(stride_convs: int, duration_s: float) -> None:
-    config = ConvTransformerConfig(max_channels=6, stride_convs=stride_convs, dim=8, heads=2, layers=1)
-    wave = voice(duration_s)
+    assert_scores_as_plain(
+        ConvTransformerConfig(max_channels=6, stride_convs=stride_convs, dim=8, heads=2, layers=1), voice(duration_s)
+    )
+
+
+@pytest.mark.parametrize("segment_samples", [320, 1_280, 30_720])
+@pytest.mark.parametrize("duration_s", [0.3, 1.92, 5.0])
+def test_a_student_of_short_crops_is_given_windows_of_that_length(segment_samples: int, duration_s: float) -> None:
+    config = ConvTransformerConfig(max_channels=6, dim=8, heads=2, layers=1, segment_samples=segment_samples)
+    assert_scores_as_plain(config, voice(duration_s))
+
+
+def assert_scores_as_plain(config: ConvTransformerConfig, wave: np.ndarray) -> None:
     (label,) = Scorer(made(config), "student", "hash").label([wave])
-    windows = [audio.fit(wave[start:], SEGMENT_SAMPLES) for start in segment_starts(len(wave))]
+    length = config.segment_samples
+    windows = [audio.fit(wave[at:], length) for at in segment_starts(len(wave), min(RATE, length), length)]
     with torch.inference_mode():
         logits = made(config)(torch.from_numpy(np.stack(windows)))
     assert isinstance(label, Label)

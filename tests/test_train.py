@@ -56,6 +56,7 @@ def test_a_run_ends_with_its_best_student_and_is_done_once(labels: str, tmp_path
     assert summary["best"]["mse"] == min(validated.values()) == validated[summary["best"]["step"]]
     best = student_files.load(f"{tmp_path}/run/best")
     assert best.provenance == {"teacher": "milli"}
+    assert best.network.config.segment_samples == 1280  # as long as its crops
     (mse, *_) = config(labels).make().validate(best.network, 0, 1).values()
     assert mse == pytest.approx(summary["best"]["mse"], rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}

@@ -18,10 +18,10 @@ from speechdistill.teachers import Label, Unscorable, problem, sigmoid
 HOP_S = 1.0
 """Windows of long audio start at most so far apart in the released model."""
 
-_SEGMENT_S = SEGMENT_SAMPLES / SAMPLE_RATE
+_LONGEST_S = SEGMENT_SAMPLES / SAMPLE_RATE
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Measured: on a CPU one segment at a time is fastest (8 take 1.3 times as long each) and smallest.
+# Measured: on a CPU one segment of 7.68 s at a time is fastest (8 take 1.3 times as long each) and smallest.
 _BATCH_SEGMENTS = {"cpu": 1, "cuda": 32}
 _FIRST_FLOAT32 = 2  # convolutions that stay in float32, as in the student: in bfloat16 they double its error
 
@@ -30,8 +30,9 @@ Segment = tuple[np.ndarray, int]
 
 
 class Scorer:
-    """Labels waves by the mean score of 7.68 s windows about `hop_s` apart; see `speechdistill.teachers`.
+    """Labels waves by the mean score of windows about `hop_s` apart; see `speechdistill.teachers`.
 
+    Windows are as long as the segments that the network was trained on, 7.68 s for the released one.
     `network` becomes the scorer's own: it is moved to `device`, put in evaluation mode, and on a CPU its convolutions
     are replaced. `name` and `weights_hash` are for provenance. `batch_s` bounds the seconds of audio in the network at
     once. bfloat16 scores of the released model are within 0.01 MOS of float32. On CUDA, float32 follows torch's own
@@ -54,14 +55,15 @@ class Scorer:
             raise ValueError(f"dtype {dtype!r}; choose from {list(_DTYPES)}")
         if batch_s is not None and not batch_s > 0:
             raise ValueError(f"batch_s {batch_s}; seconds of audio, above 0")
-        if not 0 < hop_s <= _SEGMENT_S:
-            raise ValueError(f"hop_s {hop_s}; choose seconds above 0 and up to {_SEGMENT_S} (released: {HOP_S})")
+        if not 0 < hop_s <= _LONGEST_S:
+            raise ValueError(f"hop_s {hop_s}; choose seconds above 0 and up to {_LONGEST_S} (released: {HOP_S})")
         self.name, self.weights_hash = name, weights_hash
         self._dtype = _DTYPES[dtype]
         self._device = _device(device)
-        default = _BATCH_SEGMENTS.get(self._device.type, 1)
-        self._batch = default if batch_s is None else max(1, math.floor(batch_s / _SEGMENT_S + 1e-6))
-        self._hop = max(1, round(hop_s * SAMPLE_RATE))
+        self._segment = network.config.segment_samples
+        at_once_s = batch_s or _BATCH_SEGMENTS.get(self._device.type, 1) * _LONGEST_S
+        self._batch = max(1, math.floor(at_once_s * SAMPLE_RATE / self._segment + 1e-6))
+        self._hop = min(max(1, round(hop_s * SAMPLE_RATE)), self._segment)  # every sample is heard
         self.network = network.to(self._device).eval()
         if self._device.type == "cpu" and _has_fused(self._dtype):
             self.network.add_module("cnn", _FastConvolutions(self.network, self._dtype))
@@ -81,30 +83,33 @@ class Scorer:
         """
         if why := problem(wave):
             raise why
-        starts = segment_starts(len(wave), self._hop)
+        starts = self._starts(wave)
         (logits,) = self._logits([wave])
         scores = [
-            None if problem(wave[start : start + SEGMENT_SAMPLES]) else float(1 + 4 * quality)
+            None if problem(wave[start : start + self._segment]) else float(1 + 4 * quality)
             for start, quality in zip(starts, sigmoid(logits), strict=True)
         ]
-        centres = np.array(starts) + SEGMENT_SAMPLES / 2
+        centres = np.array(starts) + self._segment / 2
         begins = range(0, len(wave), SAMPLE_RATE)
         middles = [(begin + min(begin + SAMPLE_RATE, len(wave))) / 2 for begin in begins]
         nearest = [int(np.abs(centres - middle).argmin()) for middle in middles]
         return [(begin / SAMPLE_RATE, scores[i]) for begin, i in zip(begins, nearest, strict=True)]
 
+    def _starts(self, wave: np.ndarray) -> list[int]:
+        return segment_starts(len(wave), self._hop, self._segment)
+
     def _logits(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Per wave the logits of its segments, float64; the batches run across waves."""
-        starts = [segment_starts(len(wave), self._hop) for wave in waves]
+        starts = [self._starts(wave) for wave in waves]
         segments = ((wave, start) for wave, of_wave in zip(waves, starts, strict=True) for start in of_wave)
         logits = [self._forward(batch) for batch in _batches(segments, self._batch)]
         ends = np.cumsum([len(of_wave) for of_wave in starts])
         return np.split(np.concatenate(logits), ends[:-1]) if logits else []
 
     def _forward(self, batch: Sequence[Segment]) -> np.ndarray:
-        segments = np.zeros((len(batch), SEGMENT_SAMPLES), np.float32)
+        segments = np.zeros((len(batch), self._segment), np.float32)
         for row, (wave, start) in zip(segments, batch, strict=True):
-            part = wave[start : start + SEGMENT_SAMPLES]
+            part = wave[start : start + self._segment]
             row[: len(part)] = part
         low = self._dtype is not torch.float32
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=low):
@@ -112,12 +117,14 @@ class Scorer:
         return np.asarray(logits.cpu().numpy(), np.float64)
 
 
-def segment_starts(num_samples: int, hop: int = round(HOP_S * SAMPLE_RATE)) -> list[int]:
+def segment_starts(
+    num_samples: int, hop: int = round(HOP_S * SAMPLE_RATE), segment_samples: int = SEGMENT_SAMPLES
+) -> list[int]:
     """First samples of the windows over a wave, as the released model places them: evenly, at most `hop` apart.
 
     A wave of up to one window has one, which is zero-padded at the end.
     """
-    over = max(0, num_samples - SEGMENT_SAMPLES)
+    over = max(0, num_samples - segment_samples)
     return [int(place * over) for place in np.linspace(0, 1, math.ceil(over / hop) + 1)]
 
 

@@ -101,9 +101,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
             name,
             distill.parameters(recipe.student),
             _job(config, name, recipe, workers, gpus),
-            Tracking(
-                f"{config.out}/{name}", "train-students", name, {**_plain(config), **asdict(recipe.student)}, parent
-            ),
+            Tracking(f"{config.out}/{name}", "train-students", name, {**_plain(config), **_size(recipe)}, parent),
         )
         for name, recipe in recipes.items()
     ]
@@ -217,6 +215,10 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
     }
     return Job(recipe.make, training, f"{config.out}/{name}", identity, workers, config.cpus_per_worker, gpus)
+
+
+def _size(recipe: "Distill") -> dict[str, Any]:
+    return {**asdict(recipe.student), "segment_samples": recipe.mix.crop_samples}
 
 
 def _plain(config: TrainStudents) -> dict[str, Any]:

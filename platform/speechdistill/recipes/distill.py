@@ -16,16 +16,10 @@ from speechdistill.batches import Batches, Mix
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform
 from speechdistill.scorer import segment_starts
-from speechdistill.students.conv_transformer import (
-    LENGTHS,
-    SEGMENT_SAMPLES,
-    VARIANTS,
-    ConvTransformer,
-    ConvTransformerConfig,
-)
+from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
 
 _LOG = logging.getLogger(__name__)
-_BATCH_WINDOWS = 8
+_AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,7 @@ class Recipe:
 
     def __init__(self, config: Distill) -> None:
         self._config = config
-        if config.mix.crop_samples not in LENGTHS:
-            raise ValueError(
-                f"crops of {config.mix.crop_s:g} s do not fit the student; give a multiple of "
-                f"{LENGTHS.step / audio.SAMPLE_RATE:g} s, at most {SEGMENT_SAMPLES / audio.SAMPLE_RATE:g}"
-            )
+        self._student = replace(config.student, segment_samples=config.mix.crop_samples)
         train, self._validation = None, None
         if config.labeled is not None:
             transform = LabelTransform.read(config.transform)
@@ -93,9 +83,11 @@ class Recipe:
 
     def network(self) -> nn.Module:
         if self._config.init:
-            return student_files.load(self._config.init).network
+            network = student_files.load(self._config.init).network
+            network.config = replace(network.config, segment_samples=self._student.segment_samples)
+            return network
         torch.manual_seed(self._config.mix.seed)
-        return ConvTransformer(self._config.student)
+        return ConvTransformer(self._student)
 
     def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
         return (1 + 4 * torch.sigmoid(network(waves)) - targets).square()
@@ -141,10 +133,12 @@ def _scored(rows: pa.Table, transform: LabelTransform) -> Labeled | None:
 
 def _score(network: nn.Module, wave: np.ndarray) -> float:
     """The mean score of windows that touch (the released model's overlap: that costs several times as much)."""
-    starts = segment_starts(len(wave), SEGMENT_SAMPLES)
-    windows = np.stack([audio.fit(wave[start : start + SEGMENT_SAMPLES], SEGMENT_SAMPLES) for start in starts])
+    assert isinstance(network, ConvTransformer)
+    length = network.config.segment_samples
+    starts = segment_starts(len(wave), length, length)
+    windows = np.stack([audio.fit(wave[start : start + length], length) for start in starts])
     like = next(network.parameters())
-    parts = torch.split(torch.from_numpy(windows).to(like.device, like.dtype), _BATCH_WINDOWS)
+    parts = torch.split(torch.from_numpy(windows).to(like.device, like.dtype), _AT_ONCE // length)
     with torch.inference_mode():
         return 1 + 4 * float(torch.cat([network(part).sigmoid() for part in parts]).mean())
 

@@ -30,6 +30,7 @@ class ConvTransformerConfig:
     """The size of a student; the defaults are v7, 4,133,226 trainable parameters.
 
     `stride_convs` counts the layers of stride (2, 1) between the (1, 1) first and the (2, 2) last one.
+    `segment_samples` is the length that it was trained on, and in which it is given recordings: it scores others worse.
     Raises `ValueError` for sizes that do not fit together.
     """
 
@@ -38,12 +39,18 @@ class ConvTransformerConfig:
     dim: int = 200
     heads: int = 8
     layers: int = 7
+    segment_samples: int = SEGMENT_SAMPLES
 
     def __post_init__(self) -> None:
         if min(self.max_channels, self.stride_convs, self.dim, self.heads, self.layers) < 1:
             raise ValueError(f"{self}: every size must be at least 1")
         if self.dim % 2 or self.dim % self.heads:  # sine and cosine pairs; equal heads
             raise ValueError(f"{self}: dim must be even and a multiple of heads")
+        if self.segment_samples not in LENGTHS:
+            raise ValueError(
+                f"segments of {self.segment_samples / 16_000:g} s do not fit the student; give a multiple of "
+                f"{FRAME_SAMPLES / 16_000:g} s, at most {SEGMENT_SAMPLES / 16_000:g}"
+            )
         if self.bins_out < 1:
             raise ValueError(f"{self}: at most 5 stride_convs leave a frequency bin")
 
