@@ -162,7 +162,10 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
 
 
 def _recipe(
-    command: Annotated[Show, tyro.conf.subcommand("show")] | Annotated[Listen, tyro.conf.subcommand("listen")],
+    command: Annotated[
+        Annotated[Show, tyro.conf.subcommand("show")] | Annotated[Listen, tyro.conf.subcommand("listen")],
+        tyro.conf.arg(name=""),
+    ],
 ) -> int:
     """Degradation recipes: what they do, and how a sample sounds."""
 
