@@ -2,8 +2,9 @@
 
 The labels are the same, those of the released v7 on real speech that was degraded; the speakers of training,
 validation and test are disjoint, and each has one clip. Both students make equal steps and are chosen by the same
-validation samples; the distilled one is given the others' labels as a fifth of its batches. The figure is the share of the way from the labeled-only student to the teacher, (distilled - labeled-only) / (1 -
-labeled-only) in PCC with the teacher on the test speakers (bar: 0.5).
+validation samples; a fifth of each batch of the distilled one are the other's samples. The figure is the share of the
+way from the labeled-only student to the teacher, (distilled - labeled-only) / (1 - labeled-only), in PCC with the
+teacher on the test speakers (bar: 0.5).
 """
 
 import csv

@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import kstest, norm, uniform
 
 from manifests import clips
 from speechdistill import plan
@@ -46,28 +48,60 @@ def test_paper_has_the_papers_odds_and_says_what_is_missing() -> None:
         plan.check(plan.paper())
 
 
-def test_probabilities_over_100_000_plans() -> None:
-    total = 100_000
-    plans = Plans(plan.weights_free(), clips(), seed=11)
-    counts: Counter[str] = Counter()
-    snrs = []
-    for i in range(total):
-        sample = plans[i]
-        counts.update(type(step).__name__ for step in sample.steps)
-        snrs += [step.snr_db for step in sample.steps if hasattr(step, "snr_db")]
-    expected = {
+EXPECTED = {  # of each step, over all samples
+    "weights_free": {
         "MeasuredRoom": 0.33,
         "RecordedNoise": 0.67,
         "SpectralGating": 0.2,
         "Opus": 1 / 6,
         "BandLimit": 1 / 6,
-    }
-    assert set(counts) == set(expected)
-    for name, p in expected.items():
+    },
+    "voip": {
+        "MeasuredRoom": 0.33,
+        "RecordedNoise": 0.67,
+        "Clipping": 0.2,
+        "LevelChanges": 0.3,
+        "OpusLoss": 0.5,
+        "Telephone": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("total", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_steps_have_their_probabilities_and_parameters_their_distributions(recipe: str, total: int) -> None:
+    plans = Plans(plan.RECIPES[recipe](), clips(), seed=11)
+    counts: Counter[str] = Counter()
+    values: dict[str, list[float]] = defaultdict(list)
+    for i in range(total):
+        for step in plans[i].steps:
+            counts[type(step).__name__] += 1
+            for name in ("snr_db", "over_db", "loss", "fec", "codec"):
+                if hasattr(step, name):
+                    values[name].append(getattr(step, name))
+    print(f"\n{recipe}: step, share drawn, share expected")
+    for name, p in EXPECTED[recipe].items():
+        print(f"  {name:<16}{counts[name] / total:8.4f}{p:8.4f}")
         # five standard deviations of a binomial: a false alarm once in two million
         assert abs(counts[name] - total * p) < 5 * math.sqrt(total * p * (1 - p)), (name, counts[name])
-    assert np.mean(snrs) == pytest.approx(10, abs=5 * 10 / math.sqrt(len(snrs)))
-    assert np.std(snrs) == pytest.approx(10, rel=0.02)
+    assert set(counts) == set(EXPECTED[recipe])
+    assert_normal(values["snr_db"], 10, 10)
+    if recipe == "voip":
+        assert_uniform(values["over_db"], 3, 20)
+        assert_uniform(np.log(values["loss"]), *np.log([0.01, 0.2]))
+        codecs = Counter(values["codec"])
+        assert codecs["g722"] / codecs["amr_nb"] == pytest.approx(1, abs=0.2)
+        assert np.mean(values["fec"]) == pytest.approx(0.5, abs=0.03)
+
+
+def assert_normal(values: list[float], mean: float, sigma: float) -> None:
+    print(f"  normal: mean {np.mean(values):.3f} ({mean}), standard deviation {np.std(values):.3f} ({sigma})")
+    assert kstest(values, norm(mean, sigma).cdf).pvalue > 1e-6
+
+
+def assert_uniform(values: Sequence[float], low: float, high: float) -> None:
+    print(f"  uniform: {np.min(values):.3f} to {np.max(values):.3f} ({low:.3f} to {high:.3f})")
+    assert kstest(values, uniform(low, high - low).cdf).pvalue > 1e-6
 
 
 def test_steps_come_in_the_papers_order() -> None:

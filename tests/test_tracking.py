@@ -298,6 +298,7 @@ def test_a_resumed_run_goes_on_as_the_same_one(
     statuses = []
     for session, samples in enumerate((2, 4, 4, 2)):
         run = Tracking(str(tmp_path), experiment, "name", {"samples": samples, "seed": 1, f"new {session}": None})
+        assert run.last_step() == session - 1
         run.metrics({"loss": 1.0}, session)
         until(lambda: [r.info.status for r in runs_of(database, experiment)] == ["RUNNING"])
         run.end("KILLED" if session < 3 else "FINISHED")

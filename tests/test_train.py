@@ -77,6 +77,13 @@ def test_a_run_is_given_up_after_starts_that_brought_nothing_or_an_error_for_goo
     assert progress.started(20, 1) == "TableError: damaged"
 
 
+def test_points_that_an_earlier_driver_told_are_not_told_again() -> None:
+    progress = _Progress(6, told=20)
+    for step in (10, 20, 30, 30, 25, 40):
+        progress.point(step, {"mse": 1.0})
+    assert [point.step for point in progress.read().points] == [30, 30, 40]
+
+
 def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path: Path, local_ray: None) -> None:
     labels = label_run(tmp_path / "labels", 48)
     (first, _) = sorted((tmp_path / "labels" / "shards").iterdir())

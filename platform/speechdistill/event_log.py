@@ -101,6 +101,15 @@ def run_event(out: str, names: list[str]) -> dict[str, Any]:
     return dict(json.loads(read(f"{out}/tracking/{names[0]}").splitlines()[0]))
 
 
+def last_step(out: str) -> int:
+    """The step of the last metrics that earlier sessions told of; -1 where there are none."""
+    for name in reversed(segments(out)):
+        events = [json.loads(line) for line in read(f"{out}/tracking/{name}").splitlines()]
+        if steps := [event["step"] for event in events if event["event"] == "metrics"]:
+            return int(steps[-1])
+    return -1
+
+
 def read(uri: str, start: int = 0) -> bytes:
     fs, path = fsspec.url_to_fs(uri)
     return bytes(fs.cat_file(path, start=start or None))

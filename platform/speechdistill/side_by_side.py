@@ -41,7 +41,8 @@ def train(runs: list[Run], at_once: int) -> None:
         while waiting or going:
             while waiting and len(going) < at_once:
                 one = waiting.pop(0)
-                one.state, one.progress, one.started = "training", Progress(one.job.starts), time.monotonic()
+                one.state, one.started = "training", time.monotonic()
+                one.progress = Progress(one.job.starts, one.tracking.last_step())
                 going[driver.remote(one.job, one.progress)] = one
             ended, _ = ray.wait(list(going), timeout=_POLL_S)
             for one in going.values():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill import table
-from speechdistill.event_log import EventLog, order, run_event, segments
+from speechdistill.event_log import EventLog, last_step, order, run_event, segments
 from speechdistill.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
 _LOG = logging.getLogger(__name__)
@@ -123,6 +123,12 @@ class Tracking:
                 numbers[key] = _number(value)
         with _left_out("step"):
             self._add("metrics", step=int(step), values=numbers)
+
+    def last_step(self) -> int:
+        """The last step that an earlier session told metrics of; -1 where none did, or the log cannot be read."""
+        with _left_out("how far an earlier session came"):
+            return last_step(self._out)
+        return -1
 
     def figure(self, figure: Any, name: str) -> None:
         """A matplotlib figure as the PNG file `name`; an earlier file of that name is replaced."""

@@ -63,11 +63,14 @@ class Told(NamedTuple):
 
 
 class Progress:
-    """What the workers of a run tell: on the driver's node, so that it outlives them."""
+    """What the workers of a run tell: on the driver's node, so that it outlives them.
 
-    def __init__(self, starts: int) -> None:
+    Points up to step `told` are left out: an earlier driver has had them, and steps may be made again.
+    """
+
+    def __init__(self, starts: int, told: int = -1) -> None:
         actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=cluster.this_node())
-        self._actor = actor.remote(starts)
+        self._actor = actor.remote(starts, told)
 
     def started(self, step: int, workers: int) -> str | None:
         """Told by worker 0; why to give up, where the last start or too many of them from this step say so."""
@@ -90,14 +93,14 @@ class Progress:
 
 
 class _Progress:
-    def __init__(self, starts: int) -> None:
+    def __init__(self, starts: int, told: int = -1) -> None:
         self._most = starts
         self._from, self._starts = -1, 0
         self._error, self._for_good = _UNTOLD, False
         self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
         self._points: list[Point] = []
         self._added = -math.inf
-        self._last = -1
+        self._next = told + 1
 
     def started(self, step: int, workers: int) -> str | None:
         self._starts = self._starts + 1 if step == self._from else 1
@@ -129,9 +132,9 @@ class _Progress:
         return Told(self._step, self._loss, self._rate, self._workers, points)
 
     def _add(self, point: Point) -> None:
-        if point.step >= self._last:  # steps that are made again are not told again
+        if point.step >= self._next:  # steps that are made again are not told again
             self._points.append(point)
-            self._last = point.step
+            self._next = point.step  # of which there may be more
 
 
 def fit(job: Job, progress: Progress) -> dict[str, Any]:
