@@ -106,6 +106,14 @@ def test_a_resumed_loop_goes_on_as_if_it_had_not_stopped(config: Distill) -> Non
     assert head + [stepped.loss for stepped in second.run(12)] == whole
 
 
+@pytest.mark.slow  # the compiler takes a minute
+def test_a_compiled_network_trains_the_same(config: Distill) -> None:
+    plain, compiled = (
+        [stepped.loss for stepped in Loop(config.make(), replace(FLOAT32, compile=on)).run(6)] for on in (False, True)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
 def test_validation_is_the_labeled_set_by_clip_or_else_held_out_labels(config: Distill) -> None:
     recipe = config.make()
     figures = Loop(recipe, FLOAT64).validate()

@@ -149,4 +149,5 @@ def _libopus() -> ctypes.CDLL:
         )
     opus = ctypes.CDLL(name)
     opus.opus_encoder_create.restype = opus.opus_decoder_create.restype = ctypes.c_void_p
+    opus.opus_encoder_ctl.argtypes = [ctypes.c_void_p, ctypes.c_int]  # variadic: on some machines passed otherwise
     return opus
