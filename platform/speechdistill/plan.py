@@ -126,18 +126,23 @@ def check(recipe: Recipe) -> None:
     """Raise `ValueError` naming the components of `recipe` that this version lacks, and the recipe that works."""
     if recipe.segment_samples <= 0:
         raise ValueError(f"segments of {recipe.segment_s} s are too short; the student's are {SEGMENT_S} s")
-    missing = []
+    if lacks := missing(recipe):
+        raise ValueError(
+            f"recipe {recipe.name!r} needs {', '.join(lacks)}, which this version does not have; "
+            "recipe 'weights_free' works without them"
+        )
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """The components of `recipe` that this version lacks."""
+    lacks = []
     for stage in recipe.stages:
         for name in stage.odds:
             try:
                 degradations.component(name)
             except ValueError:
-                missing.append(name)
-    if missing:
-        raise ValueError(
-            f"recipe {recipe.name!r} needs {', '.join(missing)}, which this version does not have; "
-            "recipe 'weights_free' works without them"
-        )
+                lacks.append(name)
+    return lacks
 
 
 @dataclass(frozen=True)

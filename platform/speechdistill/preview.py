@@ -4,9 +4,9 @@ from io import BytesIO
 
 import soundfile
 
-from speechdistill import audio, degradations, table
+from speechdistill import audio, table
 from speechdistill.clips import Clips
-from speechdistill.plan import Plan, Plans, Recipe
+from speechdistill.plan import Plan, Plans, Recipe, missing
 from speechdistill.samples import make_sample
 
 
@@ -15,11 +15,12 @@ def show(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: segments of {recipe.segment_s:g} s, {'whole files' if recipe.whole_files else 'drawn'}"]
     if any("noise.noise" in stage.odds for stage in recipe.stages):
         lines.append(f"SNR: normal, mean {recipe.snr_mean_db:g} dB, standard deviation {recipe.snr_sigma_db:g} dB")
+    lacks = missing(recipe)
     for stage in recipe.stages:
         for name, probability in [*stage.odds.items(), ("none", stage.none())]:
-            lacks = "" if name == "none" or _has(name) else "  (not in this version)"
+            note = "  (not in this version)" if name in lacks else ""
             ends = "  then nothing else" if stage.ends and name != "none" else ""
-            lines.append(f"  {stage.name:<13}{name:<28}{probability:>6.1%}{ends}{lacks}")
+            lines.append(f"  {stage.name:<13}{name:<28}{probability:>6.1%}{ends}{note}")
     return "\n".join(lines)
 
 
@@ -38,11 +39,3 @@ def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
         soundfile.write(data, wave, audio.SAMPLE_RATE, format="WAV")
         table.publish(data.getvalue(), path)
     return sample
-
-
-def _has(name: str) -> bool:
-    try:
-        degradations.component(name)
-    except ValueError:
-        return False
-    return True
