@@ -32,7 +32,7 @@ demo: setup
 		$(if $(NOISE),--noise "$(NOISE)") $(if $(RIR),--rir "$(RIR)")
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

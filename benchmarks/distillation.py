@@ -49,7 +49,7 @@ class Options:
     """Folder with speech/ (one file a speaker), noise/ and rir/."""
     seeds: int = 3
     """Trainings of each kind."""
-    steps: int = 1_200
+    steps: int = 900
     """Updates."""
     learning_rate: float = 1e-3
     """The paper's 2e-5 is for 250,000 steps."""

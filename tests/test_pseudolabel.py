@@ -197,6 +197,7 @@ def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path) -> Non
         pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, num_samples=13))
 
 
+@pytest.mark.slow
 def test_a_killed_driver_resumes_bit_for_bit(clips: str, tmp_path: Path) -> None:
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     config = Pseudolabel(clips, str(quiet), num_samples=36, seed=2, rows_per_part=3)

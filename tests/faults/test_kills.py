@@ -117,29 +117,29 @@ def killed_run(nodes: Nodes, out: Path, kinds: list[str], choice: random.Random)
                 continue
             with suppress(psutil.NoSuchProcess):
                 choice.choice(victims).send_signal(signal.SIGKILL)
-        killed.append(f"{kind} after {moment} parts")
-    assert driver.wait(timeout=180) == 0, (out.parent / "driver.log").read_text()[-3000:]
+        print(f"killed: {kind} after {moment} parts")
+        killed.append(kind)
+    assert driver.wait(timeout=400) == 0, (out.parent / "driver.log").read_text()[-3000:]
     return killed
 
 
 def assert_kills_change_nothing(nodes: Nodes, quiet: list[str], folder: Path, kinds: list[str], seed: int) -> None:
+    """One run with all these kills; those that came too late, when nothing was left to kill, in another run."""
     choice = random.Random(seed)
-    for attempt in range(3):
+    for attempt in range(4):
         out = folder / f"run{attempt}"
         killed = killed_run(nodes, out, kinds, choice)
         print(f"seed {seed}: killed {killed}")
         assert_exactly_once(out, NUM_IDS)
         assert contents(out) == quiet
-        if killed:  # not too late
+        kinds = [kind for kind in kinds if kind not in killed]
+        if not kinds:
             return
-    pytest.fail(f"seed {seed}: nothing was killed")
+    pytest.fail(f"seed {seed}: never killed: {kinds}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_kill_of_each_kind_loses_and_doubles_nothing(
-    kind: str, nodes: Nodes, quiet: list[str], tmp_path: Path
-) -> None:
-    assert_kills_change_nothing(nodes, quiet, tmp_path, [kind], random.randrange(1 << 30))
+def test_a_kill_of_each_kind_loses_and_doubles_nothing(nodes: Nodes, quiet: list[str], tmp_path: Path) -> None:
+    assert_kills_change_nothing(nodes, quiet, tmp_path, list(KINDS), random.randrange(1 << 30))
 
 
 @pytest.mark.slow
