@@ -138,8 +138,17 @@ def assert_kills_change_nothing(nodes: Nodes, quiet: list[str], folder: Path, ki
     pytest.fail(f"seed {seed}: never killed: {kinds}")
 
 
-def test_a_kill_of_each_kind_loses_and_doubles_nothing(nodes: Nodes, quiet: list[str], tmp_path: Path) -> None:
-    assert_kills_change_nothing(nodes, quiet, tmp_path, list(KINDS), random.randrange(1 << 30))
+# The others are killed in `test_flow.py`, too, where it takes less time.
+IN_MAKE_TEST = ("teach actor", "node")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in IN_MAKE_TEST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_one_kill_of_each_kind_loses_and_doubles_nothing(
+    kind: str, nodes: Nodes, quiet: list[str], tmp_path: Path
+) -> None:
+    assert_kills_change_nothing(nodes, quiet, tmp_path, [kind], random.randrange(1 << 30))
 
 
 @pytest.mark.slow
