@@ -32,6 +32,9 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if not Path(options.data, "speech").is_dir():
+        print(f"{options.data} has no folder speech; give --data DIR with speech/, noise/ and rir/")
+        return
     torch.set_num_threads(1)
     manifest = _manifest(Path(options.data))
     made = [name for name, make in plan.RECIPES.items() if not plan.missing(make())]

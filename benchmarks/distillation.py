@@ -58,6 +58,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if not Path(options.data, "speech").is_dir():
+        sys.exit(f"{options.data} has no folder speech; give --data DIR with speech/, noise/ and rir/")
     out = Path(options.out)
     runs = {split: _labels(split, Path(options.data), out) for split in SAMPLES}
     ray.shutdown()
