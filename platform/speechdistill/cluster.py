@@ -58,7 +58,7 @@ def be_patient() -> None:
 
 def _set_up_worker() -> None:
     """Ray Train's cleaner of placement groups asks the dashboard of any Ray on this machine, and says each second that
-    there is none; another Ray's does not answer, which makes each run's end wait for half a minute.
+    there is none; another Ray's does not answer, which makes each run's end wait for its timeout.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     for name in ("execution.controller.placement_group_cleaner", "callbacks.placement_group_callback"):
