@@ -12,7 +12,7 @@ from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 from scipy.ndimage import maximum_filter1d
 from scipy.signal import lfilter
 
-from speechdistill import audio
+from speechdistill import audio, file_cache
 from speechdistill.clips import Clip
 from speechdistill.degradations import Scene
 
@@ -47,8 +47,10 @@ class RecordedNoise:
     snr_db: float
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
-        section = (self.clip_id, self.uri, self.start, self.num_samples, self.offset)
-        return _mixed(wave, _read(section, len(wave)), self.snr_db)
+        def heard(uri: str) -> np.ndarray:
+            return _read((self.clip_id, uri, self.start, self.num_samples, self.offset), len(wave))
+
+        return _mixed(wave, file_cache.read(self.uri, heard), self.snr_db)
 
     def clip_ids(self) -> tuple[str, ...]:
         return (self.clip_id,)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import butter, oaconvolve, sosfilt
 
-from speechdistill import audio
+from speechdistill import audio, file_cache
 from speechdistill.degradations import Scene
 
 MAX_RESPONSE_S = 4.0  # longer files are noise after their decay
@@ -112,8 +112,12 @@ def _reverberated(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 def _measured(uri: str, channel: int) -> np.ndarray:
     """The response in a file from its direct path, which is scaled to 1."""
-    num_samples = min(audio.probe(uri).num_samples, round(MAX_RESPONSE_S * audio.SAMPLE_RATE))
-    response = audio.load(uri, 0, max(1, num_samples), channel=channel).astype(np.float64)
+
+    def beginning(uri: str) -> np.ndarray:
+        num_samples = min(audio.probe(uri).num_samples, round(MAX_RESPONSE_S * audio.SAMPLE_RATE))
+        return audio.load(uri, 0, max(1, num_samples), channel=channel)
+
+    response = file_cache.read(uri, beginning).astype(np.float64)
     direct = int(np.argmax(np.abs(response)))
     if abs(response[direct]) < _SILENT_PEAK:
         reason = f"channel {channel} is silent in its first {len(response) / audio.SAMPLE_RATE:.2f} s"

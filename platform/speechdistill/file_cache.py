@@ -1,0 +1,125 @@
+"""Copies of remote files on a node's disk, shared by its processes: for noise and rooms, which many samples share.
+
+They lie in `SPEECHDISTILL_CACHE` (a folder of the user's in the system's temporary one), and are at most
+`SPEECHDISTILL_CACHE_GIB` (4; 0 for none) together: the least recently used go. A copy is read where the storage says
+that its file is unchanged, which costs no request more than opening the file there. (fsspec's caches have no bound, and
+processes that share one read each other's half-written files.)
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+
+from speechdistill import audio_files, tar_files
+from speechdistill.audio_files import AudioError
+
+T = TypeVar("T")
+_FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
+_FILES = 16  # at least, in a full folder: 16 MiB each; of a larger file sections are read instead
+_LOCAL = re.compile("(file|local)://")
+_MARKS = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "modified", "updated", "created")
+
+
+def read(uri: str, reader: Callable[[str], T]) -> T:
+    """`reader` of a local copy of the file at `uri`; of `uri` itself where it is local, large, or cannot be copied.
+
+    An `AudioError` is always that of `reader(uri)`: a copy with which anything is wrong is given up.
+    """
+    copy = _copy(uri)
+    if copy is not None:
+        try:
+            return reader(str(copy))
+        except AudioError:  # evicted meanwhile, damaged, or like its file no audio
+            with suppress(OSError):
+                copy.unlink()
+    return reader(uri)
+
+
+def _copy(uri: str) -> Path | None:
+    folder_bytes = _most_bytes() // _FOLDERS
+    if "://" not in uri or "::" in uri or _LOCAL.match(uri) or folder_bytes <= 0:
+        return None
+    try:
+        size, mark = _version(uri)
+        if not mark or not 0 < size <= folder_bytes // _FILES:
+            return None
+        name = hashlib.sha256(f"{uri}\0{size}\0{mark}".encode("utf-8", "surrogateescape")).hexdigest()
+        suffix = re.search(r"\.\w{1,8}$", uri)
+        path = _root() / name[0] / (name + (suffix[0] if suffix else ""))
+        if not _is_there(path, size):
+            _store(uri, size, path)
+            _evict(path.parent, folder_bytes)
+        return path
+    except Exception:  # of the storage, which the caller meets again at `uri`, or of the disk, which is only a help
+        return None
+
+
+def _most_bytes() -> int:
+    given = os.environ.get("SPEECHDISTILL_CACHE_GIB", "4")
+    try:
+        return int(float(given) * 2**30)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"SPEECHDISTILL_CACHE_GIB is {given!r}; give a number of GiB, 0 for no cache") from error
+
+
+def _version(uri: str) -> tuple[int, str]:
+    """Size in bytes, and what changes with the contents ("" where the storage tells nothing of the kind)."""
+    member = tar_files.parse(uri)
+    fs, path = fsspec.url_to_fs(member.tar if member else uri)
+    info = fs.info(path)
+    size = member.size if member else info.get("size") or 0
+    return size, next((str(info[name]) for name in _MARKS if info.get(name)), "")
+
+
+def _root() -> Path:
+    if given := os.environ.get("SPEECHDISTILL_CACHE"):
+        return Path(given)
+    root = Path(tempfile.gettempdir()) / f"speechdistill-cache-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid():  # anyone may make a folder of that name there, and put files into it
+        raise PermissionError(root)
+    return root
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        os.utime(path)  # used just now
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _store(uri: str, size: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(f"{path.parent}: the disk is full")
+    handle, temporary = tempfile.mkstemp(dir=path.parent)  # left by a process that is killed, it is evicted one day
+    try:
+        with os.fdopen(handle, "wb") as file, audio_files.source(uri) as source:
+            if file.write(source.read()) != size:
+                raise OSError(f"{uri} was not read whole")
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _evict(folder: Path, most_bytes: int) -> None:
+    """Delete what was not used for longest until `most_bytes` are left."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # another process evicts, too
+                found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+    for _, size, path in sorted(found, reverse=True):
+        most_bytes -= size
+        if most_bytes < 0:
+            Path(path).unlink(missing_ok=True)
