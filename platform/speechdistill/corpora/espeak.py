@@ -5,12 +5,6 @@ whatever else was made before it.
 """
 
 import csv
-import ctypes
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Iterator
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -20,7 +14,7 @@ import numpy as np
 import soundfile
 from scipy.signal import butter, sosfilt
 
-from speechdistill import table
+from speechdistill import espeak_ng, table
 from speechdistill.audio import SAMPLE_RATE
 
 _SEED = 2512  # of everything drawn here
@@ -157,73 +151,11 @@ def _text(rng: np.random.Generator, language: str) -> str:
 
 
 def _speak(jobs: list[dict[str, Any]]) -> None:
-    """Synthesise in one helper process, which forks for every clip.
-
-    espeak-ng keeps state: in a process that has spoken before, the same text gives other samples. Forking here
-    could copy a lock that another thread of this process holds.
-    """
-    if not jobs:
-        return
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise ImportError('no espeak-ng for the synthetic corpus: pip install "speechdistill[demo]"') from error
-    library, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-    packages = os.pathsep.join([str(Path(table.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "speechdistill.corpora.espeak"],
-        input=json.dumps({"library": library, "data": data, "jobs": jobs}),
-        env={**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"espeak-ng failed: {done.stderr.strip()[-800:] or done.returncode}")
-
-
-def _helper() -> None:
-    """The helper process: a fork per clip, each of which loads the library anew."""
-    request = json.load(sys.stdin)
-    for job in request["jobs"]:
-        child = os.fork()
-        if child == 0:
-            try:
-                _synthesise(request["library"], request["data"], job)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)  # never the helper's own clean-up
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            sys.exit(f"clip {job['path']} with voice {job['voice']}")
-
-
-def _synthesise(library: str, data: str, job: dict[str, Any]) -> None:
-    """One clip, by the functions and constants of espeak-ng's speak_lib.h."""
-    samples = bytearray()
-
-    def received(wave: int | None, num_samples: int, _events: int | None) -> int:
-        if wave:
-            samples.extend(ctypes.string_at(wave, 2 * num_samples))
-        return 0
-
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(received)
-    espeak = ctypes.CDLL(library)
-    os.chdir(Path(data).parent)  # espeak-ng cuts a data path at 160 characters
-    synchronous, utf8, rate, pitch = 2, 1, 1, 3
-    sample_rate = espeak.espeak_Initialize(synchronous, 0, b".", 0)
-    espeak.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))  # else the clock: breath noise of some variants
-    espeak.espeak_SetSynthCallback(callback)
-    if espeak.espeak_SetVoiceByName(job["voice"].encode()):
-        raise ValueError(f"espeak-ng has no voice {job['voice']}")
-    espeak.espeak_SetParameter(rate, job["rate"], 0)
-    espeak.espeak_SetParameter(pitch, job["pitch"], 0)
-    text = job["text"].encode() + b"\0"
-    espeak.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, utf8, None, None)
-    espeak.espeak_Synchronize()
-    if not samples:
-        raise RuntimeError("no sound came out")
-    _publish(Path(job["path"]), np.frombuffer(samples, np.int16), sample_rate, "PCM_16")
+    texts: list[espeak_ng.Job] = [
+        {"text": job["text"], "voice": job["voice"], "pitch": job["pitch"], "rate": job["rate"]} for job in jobs
+    ]
+    for job, (pcm, rate) in zip(jobs, espeak_ng.speak(texts), strict=True):
+        _publish(Path(job["path"]), np.frombuffer(pcm, np.int16), rate, "PCM_16")
 
 
 # Noise, shape (num_samples,)
@@ -315,7 +247,3 @@ def _response(
     room.compute_rir()
     response = np.asarray(room.rir[0][0])
     return np.asarray(response * (0.9 / np.abs(response).max()))
-
-
-if __name__ == "__main__":
-    _helper()
