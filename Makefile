@@ -23,6 +23,8 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
 	@# Without its dependencies: it asks for torchaudio, and only its weights file is used.
 	$(BIN)/python -m pip install --quiet --no-deps distillmos==0.9.1
+	@# Without its dependencies too: the network that recipe paper calls Demucs (CC BY-NC 4.0), for its tests.
+	$(BIN)/python -m pip install --quiet --no-deps denoiser==0.1.5
 	@# Built from source; without a C compiler its tests are skipped.
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock pesq==0.0.4 || true
 	@touch $@

@@ -119,8 +119,10 @@ def test_the_gpu_line_says_what_torch_sees(healthy: Run) -> None:
 def test_a_component_that_is_not_there_says_what_to_use(sick: Run) -> None:
     assert sick.code == 1
     reason, fix = _lines(sick.text, "recipe:paper")
-    assert reason.startswith("--  ") and "vocoders.lpcnet" in reason
-    assert fix == "fix: recipe 'weights_free' works without them"
+    assert reason.startswith("--  ") and "denoisers.nsnet2" in reason
+    assert fix.startswith("fix: recipe 'weights_free' works without them; --without ")
+    reason, fix = _lines(sick.text, "degradation:denoisers.nsnet2")
+    assert reason.startswith("--  ") and "nsnet2-20ms-baseline.onnx" in reason and "--assets nsnet2 PATH" in reason
     assert "required, but does not work: recipe:paper" in sick.text
     assert "does not work: recipe:weights_free" not in sick.text
 

@@ -17,7 +17,7 @@ TIERS = (
     {"audio_files"},
     {"audio_decoders"},
     {"audio", "table", "isolate", "watch", "evaluate", "model_code"},
-    {"clips", "shards", "event_log", "labels", "global_norm"},
+    {"assets", "espeak_ng", "file_cache", "clips", "shards", "event_log", "labels", "global_norm"},
     {"mlflow_sender"},
     {"tracking"},
     {"students"},
@@ -47,7 +47,16 @@ ONLY_IN = {
     "mlflow": {"mlflow_model", "mlflow_sender", "registry"},
     "tyro": {"cli"},
 }
-HEAVY = {"torch", "mlflow", "matplotlib", "pyroomacoustics", "noisereduce", "transformers"}
+HEAVY = {
+    "torch",
+    "mlflow",
+    "matplotlib",
+    "pyroomacoustics",
+    "noisereduce",
+    "transformers",
+    "onnxruntime",
+    "huggingface_hub",
+}
 NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",

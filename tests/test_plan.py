@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import kstest, norm, uniform
+from scipy.stats import chisquare, kstest, norm, uniform
 
 from manifests import clips
-from speechdistill import plan
+from speechdistill import assets, degradations, plan
+from speechdistill.assets import Asset
 from speechdistill.plan import Plan, Plans, Stage
 
 
@@ -35,7 +36,7 @@ def test_weights_free_gives_missing_components_to_none() -> None:
     }
 
 
-def test_paper_has_the_papers_odds_and_says_what_is_missing() -> None:
+def test_paper_has_the_papers_odds_and_says_what_is_missing_before_any_work() -> None:
     assert {stage.name: round(stage.none(), 9) for stage in plan.paper().stages} == {
         "generation": 0.85,
         "room": 0.67,
@@ -44,11 +45,75 @@ def test_paper_has_the_papers_odds_and_says_what_is_missing() -> None:
         "vocoder": 0.67,
         "codec": 0.5,
     }
-    with pytest.raises(ValueError, match=r"denoisers\.nsnet2.*'weights_free' works"):
-        plan.check(plan.paper())
+    assert plan.paper(lpcnet=True).stages[4].odds == {"vocoders.hifigan": 0.165, "vocoders.lpcnet_codec2": 0.165}
+    with pytest.raises(assets.MissingError) as caught:
+        plan.with_assets(plan.paper())
+    neural = {c for stage in plan.paper().stages for c in stage.odds if degradations.network(c)}
+    assert neural <= set(caught.value.components)
+    for part in (
+        "denoisers.nsnet2: ",
+        "nsnet2-20ms-baseline.onnx",
+        "licence: MIT",
+        "github.com",
+        "--assets nsnet2 PATH",
+    ):
+        assert part in str(caught.value)
+    assert "recipe 'weights_free' works without them; --without " in str(caught.value)
+
+
+def test_a_recipe_is_chosen_with_what_the_user_leaves_out_and_gives() -> None:
+    recipe = plan.chosen("paper", ("denoisers.demucs", "generated.text_to_speech"), {"encodec": "/e"}, lpcnet=True)
+    assert [stage.name for stage in recipe.stages] == ["room", "noise", "denoiser", "vocoder", "codec"]
+    assert recipe.stages[2].none() == pytest.approx(2 / 5) and recipe.assets == {"encodec": Asset("/e")}
+    spoken = plan.chosen("weights_free", (), {"texts": "/t"})
+    assert spoken.stages[0] == Stage("generation", {"generated.espeak": 0.15}, ends=True)
+    for name, without, given, lpcnet, message in (
+        ("voip", ("codecs.opus",), {}, False, r"--without codecs.opus: recipe voip has rooms.room, .*codecs.amr_nb"),
+        ("weights_free", (), {"nsnet2": "/n"}, False, "--assets nsnet2: recipe weights_free has use for none"),
+        ("as_is", (), {}, True, "--lpcnet is an option of recipe paper"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.chosen(name, without, given, lpcnet)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "passes"),
+    [
+        ("", 0),
+        ("c", 0),
+        ("n", 1),
+        ("cnc", 1),
+        ("nnn", 1),
+        ("ncn", 2),
+        ("ncncn", 3),
+        ("b", 1),
+        ("bnb", 1),
+        ("bbb", 2),
+        ("e", 1),
+        ("ecn", 1),
+    ],
+)
+def test_a_recipe_goes_to_its_networks_as_often_as_its_samples_may_need(kinds: str, passes: int) -> None:
+    odds = {"c": {"codecs.opus": 0.5}, "n": {"codecs.encodec": 0.5}, "e": {"codecs.encodec": 0.1}}
+    odds["b"] = {**odds["c"], **odds["n"]}
+    stages = tuple(Stage(str(i), odds[kind], ends=kind == "e") for i, kind in enumerate(kinds))
+    assert plan.network_passes(plan.Recipe("r", stages)) == passes
 
 
 EXPECTED = {  # of each step, over all samples
+    "paper": {
+        "CoquiTts": 0.15,
+        "MeasuredRoom": 0.85 * 0.33,
+        "RecordedNoise": 0.85 * 0.67,
+        "DeepFilterNet3": 0.85 / 5,
+        "NSNet2": 0.85 / 5,
+        "Demucs": 0.85 / 5,
+        "SpectralGating": 0.85 / 5,
+        "HifiGan": 0.85 * 0.33,
+        "Opus": 0.85 / 6,
+        "EnCodec": 0.85 / 6,
+        "BandLimit": 0.85 / 6,
+    },
     "weights_free": {
         "MeasuredRoom": 0.33,
         "RecordedNoise": 0.67,
@@ -69,14 +134,16 @@ EXPECTED = {  # of each step, over all samples
 
 @pytest.mark.parametrize("total", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_steps_have_their_probabilities_and_parameters_their_distributions(recipe: str, total: int) -> None:
-    plans = Plans(plan.RECIPES[recipe](), clips(), seed=11)
+def test_steps_have_their_probabilities_and_parameters_their_distributions(
+    recipe: str, total: int, tmp_path: Path
+) -> None:
+    plans = Plans(replace(plan.RECIPES[recipe](), assets=given(tmp_path)), clips(), seed=11)
     counts: Counter[str] = Counter()
     values: dict[str, list[float]] = defaultdict(list)
     for i in range(total):
         for step in plans[i].steps:
             counts[type(step).__name__] += 1
-            for name in ("snr_db", "over_db", "loss", "fec", "codec"):
+            for name in ("snr_db", "over_db", "loss", "fec", "codec", "bandwidth_kbps", "model"):
                 if hasattr(step, name):
                     values[name].append(getattr(step, name))
     print(f"\n{recipe}: step, share drawn, share expected")
@@ -92,6 +159,19 @@ def test_steps_have_their_probabilities_and_parameters_their_distributions(recip
         codecs = Counter(values["codec"])
         assert codecs["g722"] / codecs["amr_nb"] == pytest.approx(1, abs=0.2)
         assert np.mean(values["fec"]) == pytest.approx(0.5, abs=0.03)
+
+    if recipe == "paper":
+        for name, number in (("bandwidth_kbps", 5), ("model", 17)):
+            counted = Counter(values[name])
+            assert len(counted) == number and chisquare(list(counted.values())).pvalue > 1e-6, counted
+
+
+def given(folder: Path) -> dict[str, Asset]:
+    """Sentences in the five languages, and names of networks that are not there: plans open none."""
+    for language in ("en", "de", "fr", "es", "pt"):
+        (folder / f"{language}.txt").write_text("One sentence.\nAnother one.\n")
+    names = {need.name: need for stage in plan.paper().stages for c in stage.odds for need in degradations.needs(c)}
+    return {name: Asset(f"/{name}", "0") for name in names} | {"texts": assets.looked_up(names["texts"], str(folder))}
 
 
 def assert_normal(values: list[float], mean: float, sigma: float) -> None:

@@ -8,15 +8,10 @@ import pytest
 import soundfile
 
 from manifests import corpus, row
-from speechdistill import audio, cli, plan, table
+from speechdistill import audio, cli, degradations, plan, table
 from speechdistill.clips import Clips
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
-
-LACKS = (
-    *("generated.text_to_speech", "denoisers.deepfilternet3", "denoisers.nsnet2", "denoisers.demucs"),
-    *("vocoders.hifigan", "vocoders.lpcnet", "codecs.encodec"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +28,16 @@ def test_a_recipe_is_shown_with_every_component_and_probability(name: str, capsy
     assert cli.main(["recipe", "show", name]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {(words[0], words[1]): words[2:] for words in lines if len(words) > 2 and words[2].endswith("%")}
+    asked = {words[0].rstrip(":") for words in lines if words and words[0].endswith(":")} - {f"{name}:", "SNR"}
     for stage in plan.RECIPES[name]().stages:
         for component, probability in [*stage.odds.items(), ("none", stage.none())]:
             percent, *note = shown.pop((stage.name, component))
             assert float(percent[:-1]) == pytest.approx(100 * probability, abs=0.05)
-            assert (note[-3:] == ["in", "this", "version)"]) == (component in LACKS)
+            needs = degradations.needs(component) if component != "none" else ()
+            assert [word.rstrip(",") for word in note if word not in ("then", "nothing", "else", "needs")] == [
+                need.name for need in needs
+            ]
+            assert {need.name for need in needs} <= asked
     assert not shown
 
 

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from speechdistill import report
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
+from speechdistill.plan import RecipeName
 from speechdistill.promote import Promote
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
@@ -47,23 +48,32 @@ class Score:
     of degraded clips of 10 to 20 s by 0.05 on average, 0.2 at most."""
 
 
-RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
-
-
-@dataclass(frozen=True)
-class Show:
-    """Print what a recipe does, in order, with which probability."""
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A recipe as the labelling job takes it."""
 
     name: Annotated[RecipeName, tyro.conf.Positional]
     """The recipe."""
+    without: tuple[str, ...] = ()
+    """Components to leave out; their probability goes to 'none'."""
+    assets: dict[str, str] = field(default_factory=dict)
+    """Weights and texts of its components, by name: a path, a URL or a hub id."""
+    lpcnet: bool = False
+    """Recipe paper: half of the vocoders are libcodec2's LPCNet codec."""
 
 
-@dataclass(frozen=True)
-class Listen:
-    """Make one sample of a run, bit for bit as the labelling job makes it, and print its plan."""
+@dataclass(frozen=True, kw_only=True)
+class Show(Chosen):
+    """Print what a recipe does, in order, with which probability, and what its components need."""
 
-    name: Annotated[RecipeName, tyro.conf.Positional]
-    """The recipe."""
+
+@dataclass(frozen=True, kw_only=True)
+class Listen(Chosen):
+    """Make one sample of a run, as the labelling job makes it, and print its plan.
+
+    It is the same bit for bit, but for steps of networks on a GPU: those of a batch may differ by 0.0001.
+    """
+
     clips: str
     """The manifest that the ingest job wrote (clips.parquet)."""
     out: str
@@ -172,7 +182,7 @@ def _recipe(
     def action() -> int:
         from speechdistill import plan, preview
 
-        recipe = plan.RECIPES[command.name]()
+        recipe = plan.chosen(command.name, command.without, command.assets, command.lpcnet)
         if isinstance(command, Show):
             print(preview.show(recipe))
             return 0

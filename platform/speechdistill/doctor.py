@@ -10,7 +10,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from typing import Literal, NamedTuple
@@ -54,6 +54,8 @@ class Doctor:
     """Folder or URL for results: a small file is written there, read, listed and deleted."""
     clips: str | None = None
     """A manifest (clips.parquet): some of its recordings are read."""
+    assets: dict[str, str] = field(default_factory=dict)
+    """Weights and texts of the recipes' components, by name, as for the labelling job."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -68,8 +70,8 @@ class Result:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("detail", "fix"):
-            object.__setattr__(self, field, _line(getattr(self, field)))
+        for name in ("detail", "fix"):
+            object.__setattr__(self, name, _line(getattr(self, name)))
 
 
 class Node(NamedTuple):
@@ -82,7 +84,8 @@ class Node(NamedTuple):
 def run(config: Doctor) -> list[Result]:
     """Try everything, with a progress bar on stderr; raises `ValueError` for an unknown name in `require`."""
     required(config.require)
-    places = Places(*(place and table.absolute(place) for place in (config.out, config.clips)))
+    out, clips = (place and table.absolute(place) for place in (config.out, config.clips))
+    places = Places(out, clips, tuple(config.assets.items()))
     local = Isolated(partial(_Trials, places), timeout_s=_TIMEOUT_S)
     results = []
     with tqdm(total=len(names()), unit="trial", dynamic_ncols=True, leave=False) as bar:

@@ -5,14 +5,15 @@ of Distill-MOS, section IV-B.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from speechdistill import degradations
+from speechdistill import assets, degradations
+from speechdistill.assets import Asset, MissingError
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clips
 from speechdistill.degradations import Scene, Step
@@ -50,7 +51,8 @@ class Recipe:
     """How speech is degraded before it is labelled.
 
     `snr_sigma_db` is 10, or √10 where the paper's "variance 10 dB" is read literally. `whole_files` covers every
-    clip with segments in manifest order; otherwise each sample is one segment drawn from one clip.
+    clip with segments in manifest order; otherwise each sample is one segment drawn from one clip. `assets` are what
+    its components need beside the code, by name (`with_assets`).
     """
 
     name: str
@@ -59,14 +61,20 @@ class Recipe:
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
     whole_files: bool = False
+    assets: Mapping[str, Asset] = field(default_factory=dict)
 
     @property
     def segment_samples(self) -> int:
         return round(self.segment_s * SAMPLE_RATE)
 
 
-def paper() -> Recipe:
-    """The recipe of Distill-MOS, section IV-B."""
+def paper(lpcnet: bool = False) -> Recipe:
+    """The recipe of Distill-MOS, section IV-B.
+
+    The paper's second vocoder, LPCNet on features that are not quantised, is not to be had as a library: with `lpcnet`
+    the codec of libcodec2 stands for it, which is harsher; without it HiFi-GAN has the probability of both.
+    """
+    vocoders = ["vocoders.hifigan", *(["vocoders.lpcnet_codec2"] if lpcnet else [])]
     return Recipe(
         "paper",
         (
@@ -82,19 +90,23 @@ def paper() -> Recipe:
                     "denoisers.spectral_gating": 1 / 5,
                 },
             ),
-            Stage("vocoder", {"vocoders.hifigan": 0.33 / 2, "vocoders.lpcnet": 0.33 / 2}),
+            Stage("vocoder", {name: 0.33 / len(vocoders) for name in vocoders}),
             Stage("codec", {"codecs.opus": 0.5 / 3, "codecs.encodec": 0.5 / 3, "codecs.band_limit": 0.5 / 3}),
         ),
     )
 
 
-def weights_free() -> Recipe:
-    """`paper` without the components that need trained weights: their probability goes to 'none' of their stage."""
+def weights_free(texts: bool = False) -> Recipe:
+    """`paper` without the components that need trained weights: their probability goes to 'none' of their stage.
+
+    With `texts`, sentences for it to say, espeak-ng stands for the paper's text-to-speech.
+    """
     stages = [
         replace(stage, odds={name: p for name, p in stage.odds.items() if name in WEIGHTS_FREE})
         for stage in paper().stages
     ]
-    return replace(paper(), name="weights_free", stages=tuple(stage for stage in stages if stage.odds))
+    generation = [Stage("generation", {"generated.espeak": 0.15}, ends=True)] if texts else []
+    return replace(paper(), name="weights_free", stages=(*generation, *(stage for stage in stages if stage.odds)))
 
 
 def as_is() -> Recipe:
@@ -120,29 +132,70 @@ def voip() -> Recipe:
 
 
 RECIPES = {"paper": paper, "weights_free": weights_free, "voip": voip, "as_is": as_is}
+RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
 
 
-def check(recipe: Recipe) -> None:
-    """Raise `ValueError` naming the components of `recipe` that this version lacks, and the recipe that works."""
-    if recipe.segment_samples <= 0:
-        raise ValueError(f"segments of {recipe.segment_s} s are too short; the student's are {SEGMENT_S} s")
-    if lacks := missing(recipe):
-        raise ValueError(
-            f"recipe {recipe.name!r} needs {', '.join(lacks)}, which this version does not have; "
-            "recipe 'weights_free' works without them"
+def chosen(
+    name: RecipeName, without: Collection[str] = (), sources: Mapping[str, str] | None = None, lpcnet: bool = False
+) -> Recipe:
+    """The recipe as a user asks for it: less the components `without`, with `sources` of assets, not looked at.
+
+    Raises `ValueError` for a name that the recipe has no use for.
+    """
+    if lpcnet and name != "paper":
+        raise ValueError("--lpcnet is an option of recipe paper")
+    recipe = paper(lpcnet) if name == "paper" else RECIPES[name]()
+    sources = sources or {}
+    if name == "weights_free" and "texts" in sources:
+        recipe = weights_free(texts=True)
+    known = [component for stage in recipe.stages for component in stage.odds]
+    if unknown := sorted(set(without) - set(known)):
+        raise ValueError(f"--without {' '.join(unknown)}: recipe {name} has {', '.join(known) or 'no components'}")
+    stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
+    wanted = [need.name for component in known for need in degradations.needs(component)]
+    if unknown := sorted(set(sources) - set(wanted)):
+        raise ValueError(f"--assets {' '.join(unknown)}: recipe {name} has use for {', '.join(wanted) or 'none'}")
+    given = {name: Asset(source) for name, source in sources.items()}
+    return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
+
+
+def with_assets(recipe: Recipe) -> Recipe:
+    """The recipe with all that its components need looked up and hashed.
+
+    Raises `MissingError` telling for each component that lacks something what it is, where to get it and its licence.
+    """
+    found: dict[str, Asset] = {}
+    lacks: dict[str, list[str]] = {}
+    for component in (component for stage in recipe.stages for component in stage.odds):
+        try:
+            degradations.check(component)
+            for need in degradations.needs(component):
+                if need.name not in found:
+                    given = recipe.assets.get(need.name)
+                    found[need.name] = assets.looked_up(need, given.source if given else None)
+        except (MissingError, ImportError) as error:
+            lacks.setdefault(str(error), []).append(component)
+    if lacks:
+        lines = "".join(f"\n  {', '.join(components)}: {reason}" for reason, components in lacks.items())
+        components = tuple(component for of_reason in lacks.values() for component in of_reason)
+        raise MissingError(
+            f"recipe {recipe.name!r} has components that lack what they need:{lines}\n"
+            f"recipe 'weights_free' works without them; --without {' '.join(components)} leaves out just these",
+            components,
         )
+    return replace(recipe, assets=found)
 
 
-def missing(recipe: Recipe) -> list[str]:
-    """The components of `recipe` that this version lacks."""
-    lacks = []
+def network_passes(recipe: Recipe) -> int:
+    """How many times a sample's steps change, at most, from ordinary ones to those of networks."""
+    ordinary, network, most = 0, 0, 0
     for stage in recipe.stages:
-        for name in stage.odds:
-            try:
-                degradations.component(name)
-            except ValueError:
-                lacks.append(name)
-    return lacks
+        kinds = {degradations.network(name) is not None for name in stage.odds}
+        after_network = max(network, ordinary + 1) if True in kinds else network
+        most = max(most, after_network)
+        if not stage.ends:
+            ordinary, network = max(ordinary, network) if False in kinds else ordinary, after_network
+    return most
 
 
 @dataclass(frozen=True)
@@ -160,8 +213,14 @@ class Plan:
     steps: tuple[Step, ...] = ()
 
     @property
+    def is_generated(self) -> bool:
+        """Whether its first step makes its speech; then the clip is not in it."""
+        return bool(self.steps) and degradations.generates(self.steps[0])
+
+    @property
     def clip_ids(self) -> list[str]:
-        return [self.clip_id, *(clip_id for step in self.steps for clip_id in step.clip_ids())]
+        own = [] if self.is_generated else [self.clip_id]
+        return [*own, *(clip_id for step in self.steps for clip_id in step.clip_ids())]
 
     def to_json(self) -> str:
         steps = [degradations.to_json(step) for step in self.steps]
@@ -182,7 +241,8 @@ class Plans:
     """
 
     def __init__(self, recipe: Recipe, clips: Clips, seed: int) -> None:
-        check(recipe)
+        if recipe.segment_samples <= 0:
+            raise ValueError(f"segments of {recipe.segment_s} s are too short; the student's are {SEGMENT_S} s")
         if not len(clips.speech):
             raise ValueError("the manifest has no speech clips; ingest some with --speech DIR")
         self._recipe, self._clips, self._seed = recipe, clips, seed
@@ -218,9 +278,8 @@ class Plans:
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, sample_id)))
         length = min(self._recipe.segment_samples, clip.num_samples)
         start = int(rng.integers(0, clip.num_samples - length, endpoint=True))
-        scene = Scene(
-            clip.clip_id, clip.speaker, length, self._clips, self._recipe.snr_mean_db, self._recipe.snr_sigma_db
-        )
+        numbers = self._recipe.snr_mean_db, self._recipe.snr_sigma_db
+        scene = Scene(clip.clip_id, clip.speaker, length, self._clips, *numbers, self._recipe.assets)
         return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, scene))
 
     def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:

@@ -4,34 +4,42 @@ from io import BytesIO
 
 import soundfile
 
-from speechdistill import audio, table
+from speechdistill import audio, degradations, table
+from speechdistill.assets import Need
 from speechdistill.clips import Clips
-from speechdistill.plan import Plan, Plans, Recipe, missing
+from speechdistill.plan import Plan, Plans, Recipe, with_assets
 from speechdistill.samples import make_sample
 
 
 def show(recipe: Recipe) -> str:
-    """A line per component: its stage, its probability, whether this version has it."""
+    """A line per component, with its stage and probability, and a line for each thing that they need."""
     lines = [f"{recipe.name}: segments of {recipe.segment_s:g} s, {'whole files' if recipe.whole_files else 'drawn'}"]
     if any("noise.noise" in stage.odds for stage in recipe.stages):
         lines.append(f"SNR: normal, mean {recipe.snr_mean_db:g} dB, standard deviation {recipe.snr_sigma_db:g} dB")
-    lacks = missing(recipe)
+    wanted: dict[str, Need] = {}
     for stage in recipe.stages:
         for name, probability in [*stage.odds.items(), ("none", stage.none())]:
-            note = "  (not in this version)" if name in lacks else ""
+            needs = degradations.needs(name) if name in stage.odds else ()
+            wanted |= {need.name: need for need in needs}
+            note = f"  needs {', '.join(need.name for need in needs)}" if needs else ""
             ends = "  then nothing else" if stage.ends and name != "none" else ""
             lines.append(f"  {stage.name:<13}{name:<28}{probability:>6.1%}{ends}{note}")
+    if wanted:
+        lines.append("needs, given with --assets NAME PATH:")
+    for need in wanted.values():
+        lines.append(f"  {need.name}: {need.what}\n    from {need.where} (licence: {need.licence})")
+        lines += [f"    not given: {need.hub}, where this machine has it or reaches the hub"] if need.hub else []
     return "\n".join(lines)
 
 
 def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
     """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
 
-    Raises `ValueError` for a recipe that this version cannot make or a sample that does not exist, `TableError` for a
+    Raises `ValueError` for a recipe whose components lack something or a sample that does not exist, `TableError` for a
     manifest and `AudioError` for a recording that cannot be used.
     """
     try:
-        sample = Plans(recipe, Clips.read(clips), seed)[index]
+        sample = Plans(with_assets(recipe), Clips.read(clips), seed)[index]
     except IndexError as error:
         raise ValueError(f"--index {index}: {error}") from error
     for wave, path in zip(make_sample(sample), (out, f"{out.removesuffix('.wav')}-clean.wav"), strict=True):

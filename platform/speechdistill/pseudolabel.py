@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
@@ -15,11 +15,12 @@ import pyarrow as pa
 from speechdistill import audio, cluster, cost, flow, plan, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.isolate import Worker
-from speechdistill.plan import Plans, Recipe
-from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Teach, libraries
+from speechdistill.plan import Plans, Recipe, RecipeName
+from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.shards import RunError, Totals
 from speechdistill.tracking import Tracking, tracking_uri
 
+_NOTHING = pa.schema([])  # these stages fill columns that are there
 SCORE_EDGES = np.linspace(1.0, 5.0, 41)
 
 
@@ -34,10 +35,17 @@ class Pseudolabel:
     """The manifest that the ingest job wrote (clips.parquet)."""
     out: str
     """Folder of this run, a local path or URL."""
-    recipe: Literal["weights_free", "voip", "as_is", "paper"] = "weights_free"
+    recipe: RecipeName = "weights_free"
     """weights_free: the paper's degradations that need no trained weights. voip: rooms, noise, clipping, changing
-    levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments. paper: all of them
-    (needs components that this version lacks)."""
+    levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments. paper: the paper's
+    degradations, whose networks need their weights: `speechdistill recipe show paper` lists them."""
+    assets: dict[str, str] = field(default_factory=dict)
+    """Weights and texts of the recipe's components, by name: a path, a URL or a hub id, such as nsnet2 FILE encodec
+    DIR. With texts, 15% of the samples of weights_free are spoken by espeak-ng."""
+    without: tuple[str, ...] = ()
+    """Components to leave out, such as denoisers.demucs; their probability goes to 'none'."""
+    lpcnet: bool = False
+    """Recipe paper: half of the vocoders are libcodec2's LPCNet codec, harsher than the LPCNet of the paper."""
     num_samples: int | None = None
     """Samples to make in all; may grow later. Default: every speech clip once (as_is: every segment)."""
     seed: int = 0
@@ -64,10 +72,13 @@ class Pseudolabel:
     """Samples per shard file; a killed driver loses the parts that are on their way."""
     degrade_actors: int | None = None
     """CPU actors that degrade. Default: what fits the cluster."""
+    network_actors: int | None = None
+    """Actors that run the recipe's networks. Default: one per GPU, or per CPU where there is none."""
     teach_actors: int | None = None
     """Actors that run the teacher. Default: one per GPU, or per CPU where there is none."""
     teach_gpus: float | None = None
-    """GPUs per teacher actor, such as 0.5. Default: 1 where the cluster has a GPU, else 0."""
+    """GPUs per teacher actor, such as 0.5; those of the networks share the rest of it. Default: 1 where the cluster has
+    a GPU, shared equally with a recipe's networks, else 0."""
     batch_s: float | None = None
     """Seconds of audio that a teacher actor takes at once. Default: 8 segments, on a GPU 64."""
     grow_to: str | None = None
@@ -131,10 +142,9 @@ def dry_run(config: Pseudolabel) -> cost.Estimate:
 
 
 def resolved(config: Pseudolabel) -> Recipe:
-    """The recipe of a configuration, checked: a component that is missing is told before any work."""
-    recipe = replace(plan.RECIPES[config.recipe](), segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
-    plan.check(recipe)
-    return recipe
+    """The recipe of a configuration with its assets: one that is missing is told before any work."""
+    recipe = plan.chosen(config.recipe, config.without, config.assets, config.lpcnet)
+    return plan.with_assets(replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db))
 
 
 def histogram(summary: Mapping[str, Any]) -> Any:
@@ -189,6 +199,7 @@ def _validate(config: Pseudolabel) -> None:
         "max_reject_share": 0,
         "rows_per_part": 1,
         "degrade_actors": 1,
+        "network_actors": 1,
         "teach_actors": 1,
         "teach_gpus": 0,
         "batch_s": teachers.MIN_DURATION_S,
@@ -227,7 +238,7 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
     teacher = teachers.load(config.teacher, weights=config.weights, device="cpu", dtype=config.dtype).teacher
     return {
         "job": "pseudolabel",
-        "recipe": asdict(recipe),
+        "recipe": {**asdict(recipe), "assets": {name: asset.sha256 for name, asset in recipe.assets.items()}},
         "seed": config.seed,
         "clips_sha256": table.file_hash(config.clips),
         "teacher": {"name": teacher.name, "sha256": teacher.weights_hash, "dtype": config.dtype},
@@ -242,29 +253,43 @@ def _stages(
     config: Pseudolabel, recipe: Recipe, degrade: Callable[[], Worker], teacher_sha256: str, cpus: float, gpus: float
 ) -> tuple[flow.Stage, ...]:
     """The pools for a cluster; whatever its size, one CPU stays free for Ray Data's own tasks."""
+    passes = plan.network_passes(recipe)
     free = max(0.5, cpus - 1)
-    teach_gpus = (1.0 if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
+    # Down to Ray's precision, so that the actors of a GPU never add up to more than it.
+    share = int(1e4 / (1 + passes)) / 1e4
+    teach_gpus = (share if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
+    network_gpus = int(1e4 * max(0.0, 1 - teach_gpus) / max(1, passes)) / 1e4 if gpus else 0.0
     if teach_gpus:
-        teach_actors = config.teach_actors or max(1, int(gpus / teach_gpus))
-        teach_cpus = min(0.25, 0.25 * free / teach_actors)
-        degrade_actors = config.degrade_actors or max(1, int(free - teach_actors * teach_cpus))
+        teach_actors = config.teach_actors or max(1, int(gpus if passes else gpus / teach_gpus))
+        network_actors = config.network_actors or max(1, int(gpus))
+        heavy = teach_actors + passes * network_actors
+        heavy_cpus = min(0.25, 0.25 * free / heavy)
+        rest = free - heavy * heavy_cpus
+        later_actors = max(1, int(rest) // 4)  # what comes after the networks is a codec at most
+        degrade_actors = config.degrade_actors or max(1, int(rest) - passes * later_actors)
         # Not a whole CPU, or they could fill a GPU's node to the brim before its teacher comes.
-        degrade_cpus = min(0.9, (free - teach_actors * teach_cpus) / degrade_actors)
+        degrade_cpus = min(0.9, rest / (degrade_actors + passes * later_actors))
     else:  # on CPUs the teacher takes nine tenths of the time (7.68 s: 0.16 s, degrading them: 0.015 s)
         teach_actors = config.teach_actors or max(1, int(cpus))
-        degrade_actors = config.degrade_actors or max(1, int(cpus) // 4)
+        network_actors = config.network_actors or max(1, int(cpus))
+        degrade_actors = later_actors = config.degrade_actors or max(1, int(cpus) // 4)
+        degraders = degrade_actors * (1 + passes)
         # Small, so that one finds room beside the teachers when its node is lost.
-        degrade_cpus = min(0.25, 0.25 * free / degrade_actors)
-        teach_cpus = min(1.0, (free - degrade_actors * degrade_cpus) / teach_actors)
+        degrade_cpus = min(0.25, 0.25 * free / degraders)
+        heavy_cpus = min(1.0, (free - degraders * degrade_cpus) / (teach_actors + passes * network_actors))
     batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
     model = (config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
     teach = partial(Teach, *model, teacher_sha256)
-    return (
-        flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, 0, 16, isolated=True, memory_gb=4),
-        flow.Stage("teach", teach, TAUGHT, teach_actors, teach_cpus, teach_gpus, rows, isolated=True),
-    )
+    enhance = partial(Enhance, recipe)
+    stages = [flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, 0, 16, True, 4)]
+    for number in range(1, passes + 1):
+        stages += [
+            flow.Stage(f"network {number}", enhance, _NOTHING, network_actors, heavy_cpus, network_gpus, 16, True),
+            flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, later_actors, degrade_cpus, 0, 16, True, 4),
+        ]
+    return (*stages, flow.Stage("teach", teach, TAUGHT, teach_actors, heavy_cpus, teach_gpus, rows, isolated=True))
 
 
 def _totals(rows: pa.Table) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The workers of the labelling job: plans to degraded audio, audio to labels."""
 
+import os
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -9,13 +10,16 @@ import pyarrow as pa
 
 from speechdistill import __version__, audio, degradations, table, teachers
 from speechdistill.clips import Clips
+from speechdistill.degradations import Neural, Step
 from speechdistill.isolate import CannotWork, Row
 from speechdistill.plan import Plan, Plans, Recipe
 
 SCHEMA = "pseudolabel.v1"
 _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
 _FIELDS = [field for field in table.schema(SCHEMA) if field.name != "sample_id"]
-DEGRADED = pa.schema([field for field in _FIELDS if field.name not in _LABELS])
+WORK = pa.schema([("wave", pa.binary()), ("done", pa.int32())])
+"""Of a sample between two stages: float32 samples, null where it is finished, and how many steps have made them."""
+DEGRADED = pa.schema([*(field for field in _FIELDS if field.name not in _LABELS), *WORK])
 TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
 # To tell a file that cannot be read from a storage that is away.
 _OTHERS, _ANSWERS_WITHIN_S = 3, 60.0
@@ -32,19 +36,33 @@ def make_sample(sample: Plan) -> tuple[np.ndarray, np.ndarray]:
     Raises `AudioError` for a source that cannot be read, and `ArithmeticError` naming a step whose output is not
     finite.
     """
-    clean = audio.load(sample.uri, sample.start, sample.num_samples)
+    clean = _source(sample)
     wave = clean
     for step in sample.steps:
-        wave = step.apply(wave)
-        if wave.shape != clean.shape or not np.isfinite(wave).all():
-            raise ArithmeticError(f"{step} gave {wave.shape} samples, not all finite; report it with this plan")
-    return audio.quantise(_within_full_scale(wave)), audio.quantise(_within_full_scale(clean))
+        wave = check_step(step, wave, step.apply(wave))
+    degraded = audio.quantise(_within_full_scale(wave))
+    return degraded, degraded if sample.is_generated else audio.quantise(_within_full_scale(clean))
+
+
+def _source(sample: Plan) -> np.ndarray:
+    if sample.is_generated:
+        return np.zeros(sample.num_samples, np.float32)  # its length is all that is wanted
+    return audio.load(sample.uri, sample.start, sample.num_samples)
+
+
+def check_step(step: Step, before: np.ndarray, wave: np.ndarray) -> np.ndarray:
+    """What a step made of `before`; raises `ArithmeticError` where it is not finite or not as long as it must be."""
+    fits = 0 < len(wave) <= len(before) if degradations.generates(step) else wave.shape == before.shape
+    if not fits or not np.isfinite(wave).all():
+        raise ArithmeticError(f"{step} gave {wave.shape} samples, not all finite; report it with this plan")
+    return wave
 
 
 class Degrade:
-    """Worker of the first stage: sample ids to stored audio and its plan.
+    """Worker of the CPU stages: sample ids, or samples on their way, to their next network step or their end.
 
-    Raises `ValueError` where this node has other versions of the deciding `libraries` than the driver.
+    A finished sample has its `audio`, one on its way the `wave` (float32) that `done` steps have made. Raises
+    `ValueError` where this node has other versions of the deciding `libraries` than the driver.
     """
 
     def __init__(
@@ -64,29 +82,55 @@ class Degrade:
         self._format, self._reference = audio_format, reference
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
-        return [self._one(row["id"]) for row in rows]
+        return [self._one(row) for row in rows]
 
-    def _one(self, sample_id: int) -> Row | Exception:
-        sample = self._plans[sample_id]
+    def _one(self, row: Row) -> Row | Exception:
         try:
-            degraded, clean = make_sample(sample)
+            if "plan" not in row:
+                return self._begun(self._plans[row["id"]])
+            return {} if row["wave"] is None else self._gone_on(Plan.from_json(row["plan"]), row)
         except audio.UnreadableError as error:
             self._check_storage(error)
             return error
         except Exception as error:
             return error
+
+    def _begun(self, sample: Plan) -> Row:
+        clean = _source(sample)
+        keeps = self._reference and not sample.is_generated
         return {
-            "audio": audio.encode(degraded, self._format),
-            "audio_format": self._format,
-            "sample_rate": audio.SAMPLE_RATE,
-            "num_samples": len(degraded),
             "plan": sample.to_json(),
-            "speaker": sample.speaker,
+            "speaker": None if sample.is_generated else sample.speaker,
             "clip_ids": sample.clip_ids,
             "segment_start_s": sample.start / audio.SAMPLE_RATE,
             "segment_duration_s": sample.num_samples / audio.SAMPLE_RATE,
-            "reference": audio.encode(clean, self._format) if self._reference else None,
+            "reference": self._stored(clean) if keeps else None,
+            **self._applied(sample, clean, 0),
         }
+
+    def _gone_on(self, sample: Plan, row: Row) -> Row:
+        return self._applied(sample, _wave(row), row["done"])
+
+    def _applied(self, sample: Plan, wave: np.ndarray, done: int) -> Row:
+        for step in sample.steps[done:]:
+            if isinstance(step, Neural):
+                return _on_its_way(wave, done)
+            wave = check_step(step, wave, step.apply(wave))
+            done += 1
+        stored = self._stored(wave)
+        reference = {"reference": stored} if self._reference and sample.is_generated else {}
+        return {
+            "audio": stored,
+            "audio_format": self._format,
+            "sample_rate": audio.SAMPLE_RATE,
+            "num_samples": len(wave),
+            "wave": None,
+            "done": done,
+            **reference,
+        }
+
+    def _stored(self, wave: np.ndarray) -> bytes:
+        return audio.encode(audio.quantise(_within_full_scale(wave)), self._format)
 
     def _check_storage(self, error: audio.UnreadableError) -> None:
         """Raise `CannotWork` where other files of the storage cannot be read either: an outage rejects no sample."""
@@ -108,6 +152,52 @@ def _answers(uri: str) -> bool:
     except audio.AudioError as error:  # no audio, or no such file, is an answer of the storage
         return not isinstance(error, audio.UnreadableError)
     return True
+
+
+class Enhance:
+    """Worker of the network stages: the network steps that come next for samples on their way, in batches.
+
+    Raises `ValueError` where this node lacks weights of the recipe, or has others.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which transformers heeds too: one bar an actor
+        for kind in filter(None, (degradations.network(name) for stage in recipe.stages for name in stage.odds)):
+            degradations.loaded(kind, recipe.assets[kind.need.name])
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        steps = [Plan.from_json(row["plan"]).steps for row in rows]
+        on_way = {i: row for i, row in enumerate(rows) if row["wave"] is not None}
+        results: list[Row | Exception] = [{} for _ in rows]
+        while on_way:
+            turn = {i: step for i, row in on_way.items() if isinstance(step := _next(steps[i], row), Neural)}
+            on_way = {i: on_way[i] for i in turn}
+            waves = [_wave(row) for row in on_way.values()]
+            made = degradations.apply_together(list(turn.values()), waves)
+            for (i, step), before, wave in zip(turn.items(), waves, made, strict=True):
+                try:
+                    if isinstance(wave, Exception):
+                        raise wave
+                    on_way[i] = results[i] = _on_its_way(check_step(step, before, wave), on_way[i]["done"] + 1)
+                except Exception as error:
+                    results[i] = error
+                    del on_way[i]
+        return results
+
+
+def _next(steps: tuple[Step, ...], row: Row) -> Step | None:
+    return steps[row["done"]] if row["done"] < len(steps) else None
+
+
+def _on_its_way(wave: np.ndarray, done: int) -> Row:
+    return {"wave": wave.astype(np.float32).tobytes(), "done": done}
+
+
+def _wave(row: Row) -> np.ndarray:
+    return np.frombuffer(row["wave"], np.float32).copy()  # PyTorch wants to be able to write
 
 
 class Teach:

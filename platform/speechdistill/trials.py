@@ -15,6 +15,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -25,9 +26,10 @@ import fsspec
 import numpy as np
 
 from speechdistill import audio, degradations, plan, table, teachers, tracking
+from speechdistill.assets import Asset, MissingError
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clips
-from speechdistill.samples import make_sample
+from speechdistill.samples import check_step, make_sample
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
 _SOUNDFILE = {
@@ -45,10 +47,12 @@ class Missing(Exception):
 
 
 class Places(NamedTuple):
-    """Where results would go and which manifest would be read, if they are known; absolute paths or URLs."""
+    """Where results would go, which manifest would be read, and where the recipes' assets are, by name, if known;
+    absolute paths or URLs."""
 
     out: str | None = None
     clips: str | None = None
+    assets: tuple[tuple[str, str], ...] = ()
 
 
 def names() -> list[str]:
@@ -103,31 +107,32 @@ def _teacher(name: str, places: Places) -> str:
 @cache  # recipes ask again
 def _degradation(name: str, places: Places) -> str:
     """Drawn with and without recordings of noise and rooms at hand, and applied."""
+    recipe = plan.Recipe(name, (plan.Stage("only", {name: 1.0}),), assets=_given(places))
     try:
-        component = degradations.component(name)
-    except ValueError as error:
-        raise Missing("not part of this version", "use recipe weights_free, which does without it") from error
+        found = plan.with_assets(recipe).assets
+    except MissingError as error:
+        reason = str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
+        raise Missing(reason, f"get it, or give the jobs --without {name}") from error
+    component = degradations.component(name)
     steps = set()
     with _corpus() as manifests:
         for clips in manifests:
             clip = clips.speech[0]
             wave = audio.load(clip.uri)
-            scene = degradations.Scene(clip.clip_id, clip.speaker, len(wave), clips)
+            scene = degradations.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=found)
             for seed in range(4):
                 step = component(np.random.default_rng(seed), scene)
                 degraded = step.apply(wave)
-                if degraded.shape != wave.shape or not np.isfinite(degraded).all():
-                    raise ArithmeticError(f"{step} gave {degraded.shape} samples, not all finite")
+                check_step(step, wave, degraded)
                 steps.add(type(step).__name__)
     return f"{', '.join(sorted(steps))} applied"
 
 
 def _recipe(name: str, places: Places) -> str:
-    recipe = plan.RECIPES[name]()
     try:
-        plan.check(recipe)
-    except ValueError as error:
-        raise Missing(*str(error).split("; ", 1)) from error
+        recipe = plan.with_assets(replace(plan.RECIPES[name](), assets=_given(places)))
+    except MissingError as error:
+        raise Missing(f"{', '.join(error.components)} lack what they need", str(error).splitlines()[-1]) from error
     for stage in recipe.stages:
         for component in stage.odds:  # the samples below may miss one
             _degradation(component, places)
@@ -136,6 +141,10 @@ def _recipe(name: str, places: Places) -> str:
         for i in range(len(plans)):
             make_sample(plans[i])
     return f"{len(plans)} samples made"
+
+
+def _given(places: Places) -> dict[str, Asset]:
+    return {name: Asset(source) for name, source in places.assets}
 
 
 def _format(suffix: str, places: Places) -> str:

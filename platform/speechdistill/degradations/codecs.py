@@ -1,11 +1,14 @@
 """Codecs: what transmission does to a wave; length and alignment are kept."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from speechdistill import audio
-from speechdistill.degradations import Scene
+from speechdistill.assets import Need
+from speechdistill.degradations import Neural, Scene
 
 _BITRATES_BPS = (6_000, 32_000)
 _FRAME = audio.SAMPLE_RATE // 50
@@ -17,6 +20,16 @@ _TELEPHONE = {
     "g722": ("g722", "g722", 16_000, 22),
     "amr_nb": ("libopencore_amrnb", "libopencore_amrnb", 8_000, 40),
 }
+_ENCODEC = Need(
+    "encodec",
+    "the folder of the EnCodec model at 24 kHz, in the format of transformers",
+    "https://huggingface.co/facebook/encodec_24khz",
+    "MIT for the code; the model card names none",
+    ("config.json", "model.safetensors"),
+    hub="facebook/encodec_24khz",
+)
+NEEDS = {"encodec": (_ENCODEC,)}
+_ENCODEC_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)
 _AMR_BITRATES_BPS = (4_750, 5_150, 5_900, 6_700, 7_400, 7_950, 10_200, 12_200)
 
 
@@ -101,6 +114,39 @@ class Telephone:
         return ()
 
 
+@dataclass(frozen=True)
+class EnCodec(Neural):
+    """EnCodec (Défossez et al. 2023) and back, at a bandwidth that its model was trained for, in kb/s."""
+
+    need: ClassVar[Need] = _ENCODEC
+
+    bandwidth_kbps: float
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> Any:
+        from transformers import EncodecModel
+
+        loaded: Any = EncodecModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        network, found = loaded
+        if found["missing_keys"]:  # which from_pretrained has drawn at random
+            raise ValueError(f"it lacks the weights {sorted(found['missing_keys'])[:3]}")
+        if network.config.audio_channels != 1 or network.config.normalize:
+            raise ValueError("it is a model of music in stereo")
+        return network.eval().requires_grad_(False).to(device)
+
+    def apply_batch(self, network: Any, waves: np.ndarray) -> np.ndarray:
+        import torch
+
+        rate = network.config.sampling_rate
+        inputs = np.stack([audio.resample(wave, audio.SAMPLE_RATE, rate) for wave in waves])
+        tensors = torch.from_numpy(inputs)[:, None].to(network.device)
+        # One by one up to the codes: rounding that depends on the batch would now and then choose another code.
+        encoded = [network.encode(tensor[None], bandwidth=self.bandwidth_kbps) for tensor in tensors]
+        codes = torch.cat([one.audio_codes for one in encoded], dim=1)  # (chunks, batch, codebooks, frames)
+        decoded = network.decode(codes, [None]).audio_values[:, 0].cpu().numpy()
+        return np.stack([audio.fit(audio.resample(wave, rate), waves.shape[1]) for wave in decoded])
+
+
 def opus(rng: np.random.Generator, scene: Scene) -> Opus:
     """Opus at 6..32 kb/s: from its lowest rate for speech to where wideband speech is transparent.
 
@@ -112,6 +158,11 @@ def opus(rng: np.random.Generator, scene: Scene) -> Opus:
 def band_limit(rng: np.random.Generator, scene: Scene) -> BandLimit:
     """The 4 kHz band limit (Distill-MOS, section IV-B)."""
     return BandLimit()
+
+
+def encodec(rng: np.random.Generator, scene: Scene) -> EnCodec:
+    """Any of the model's bandwidths, 1.5 to 24 kb/s."""
+    return EnCodec(*scene.assets[_ENCODEC.name], float(rng.choice(_ENCODEC_KBPS)))
 
 
 def g711(rng: np.random.Generator, scene: Scene) -> Telephone:

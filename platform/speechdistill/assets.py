@@ -1,0 +1,135 @@
+"""What a recipe's components need beside the code: files of trained weights, or texts; found, hashed, asked for."""
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+
+from speechdistill import table
+
+_BLOCK_BYTES = 1 << 20
+
+
+class MissingError(ValueError):
+    """Something that is not there: what, where to get it, under which licence. `components` are those that want it."""
+
+    def __init__(self, text: str, components: tuple[str, ...] = ()) -> None:
+        super().__init__(text, components)
+        self.components = components
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Need:
+    """An asset of a component: one file, or the `files` (glob patterns) of a folder, `every` one of them or any.
+
+    `where` says how to get it. `hub` is the model hub's id that is taken where the user gives nothing.
+    """
+
+    name: str
+    what: str
+    where: str
+    licence: str
+    files: tuple[str, ...] = ()
+    hub: str | None = None
+    every: bool = False
+
+
+class Asset(NamedTuple):
+    """Where an asset is, a path, an fsspec URL or a hub id, and the sha256 of its contents ("" while not looked at)."""
+
+    source: str
+    sha256: str = ""
+
+
+def local(need: Need, asset: Asset) -> Path:
+    """The asset as a local file or folder, checked against its sha256; from a URL it is fetched once a node.
+
+    Raises `MissingError` where it is not there and `ValueError` where it is another than it was.
+    """
+    path, sha256 = _found(need, asset)
+    if sha256 != asset.sha256:
+        raise ValueError(f"{asset.source} is not what the run began with ({need.what}); put the same on every node")
+    return path
+
+
+def looked_up(need: Need, source: str | None) -> Asset:
+    """The asset with its sha256; raises `MissingError`."""
+    given = source or need.hub
+    if not given:
+        raise MissingError(_text(need))
+    if "://" not in given and Path(given).exists():
+        given = table.absolute(given)
+    return Asset(given, _found(need, Asset(given))[1])
+
+
+def _text(need: Need) -> str:
+    return f"{need.what} (licence: {need.licence}); get it from {need.where} and give --assets {need.name} PATH"
+
+
+def _found(need: Need, asset: Asset) -> tuple[Path, str]:
+    """Where it is on this machine, and its sha256."""
+    if "://" in asset.source:
+        return _downloaded(need, asset)
+    path = Path(asset.source)
+    if need.hub and not path.exists():
+        path = _from_hub(need, asset.source)
+    return path, _sha256(need, path, asset.source)
+
+
+def _downloaded(need: Need, asset: Asset) -> tuple[Path, str]:
+    """Under its sha256 in a folder of the node's, where its other processes find it."""
+    kept = Path(tempfile.gettempdir(), f"speechdistill-assets-{os.getuid()}")
+    name = asset.source.rstrip("/").rsplit("/", 1)[-1]
+    if asset.sha256 and (there := kept / asset.sha256 / name).exists():
+        return there, _sha256(need, there, asset.source)
+    kept.mkdir(mode=0o700, exist_ok=True)
+    with table.storage(asset.source, MissingError), tempfile.TemporaryDirectory(dir=kept) as folder:
+        fs, path = fsspec.url_to_fs(asset.source)
+        try:
+            fs.get(path, f"{folder}/new/{name}", recursive=bool(need.files))
+        except FileNotFoundError as error:
+            raise MissingError(f"{asset.source} does not exist; wanted: {_text(need)}") from error
+        sha256 = _sha256(need, Path(folder, "new", name), asset.source)
+        with suppress(OSError):  # another process was faster
+            Path(folder, "new").rename(kept / sha256)
+    return kept / sha256 / name, sha256
+
+
+def _from_hub(need: Need, source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(need.files)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise MissingError(f"{source} is not there, and no model that the hub gives; wanted: {_text(need)}") from error
+
+
+def _sha256(need: Need, path: Path, source: str) -> str:
+    """Of the file; of a folder, of the names and contents of its `files`. Raises `MissingError`."""
+    files = [path]
+    if need.files:
+        found = {pattern: [file for file in path.glob(pattern) if file.is_file()] for pattern in need.files}
+        lacks = [pattern for pattern, matches in found.items() if not matches]
+        if need.every and lacks and len(lacks) < len(found):
+            raise MissingError(f"{source} lacks {', '.join(lacks)}; wanted: {_text(need)}")
+        files = sorted({file for matches in found.values() for file in matches})
+    if not files or not files[0].is_file():
+        kind = f"a folder with {', '.join(need.files)}" if need.files else "a file"
+        raise MissingError(f"{source} is not there, or not {kind}; wanted: {_text(need)}")
+    digest = hashlib.sha256()
+    for file in files:
+        if need.files:
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as data:
+            while block := data.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""Generated speech: what a step is given is replaced by a text read aloud, and not degraded further (section IV-B).
+
+The one family that may return another length: at most `num_samples`, cut at the end, and shorter where the text is
+over sooner.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from speechdistill import assets, audio, espeak_ng
+from speechdistill.assets import Asset, Need
+from speechdistill.degradations import Neural, Scene
+
+_LANGUAGES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # and espeak-ng's voice for each
+_VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1, 8))
+_PITCHES, _RATES = (30, 70), (140, 200)
+_CHARACTERS_PER_S = 18  # of fast speech (average: 14), so that most texts last as long as the scene
+_MODEL_FILES = ("model_file.pth", "model_file.pth.tar", "model.pth", "checkpoint.pth")  # as Coqui TTS looks for it
+_LOADED = 17  # models kept at a time, of 0.1 to 0.5 GB: each takes seconds to load
+
+MODELS: Mapping[str, str | None] = {
+    "tts_models/en/ljspeech/tacotron2-DDC": "vocoder_models/en/ljspeech/hifigan_v2",
+    "tts_models/en/ljspeech/tacotron2-DDC_ph": "vocoder_models/en/ljspeech/univnet",
+    "tts_models/en/ljspeech/glow-tts": "vocoder_models/en/ljspeech/multiband-melgan",
+    "tts_models/en/ljspeech/speedy-speech": "vocoder_models/en/ljspeech/hifigan_v2",
+    "tts_models/en/ljspeech/fast_pitch": "vocoder_models/en/ljspeech/hifigan_v2",
+    "tts_models/en/ljspeech/overflow": "vocoder_models/en/ljspeech/hifigan_v2",
+    "tts_models/en/ljspeech/vits": None,
+    "tts_models/en/vctk/vits": None,
+    "tts_models/en/jenny/jenny": None,
+    "tts_models/de/thorsten/tacotron2-DDC": "vocoder_models/de/thorsten/hifigan_v1",
+    "tts_models/de/thorsten/vits": None,
+    "tts_models/de/css10/vits-neon": None,
+    "tts_models/fr/mai/tacotron2-DDC": "vocoder_models/universal/libri-tts/fullband-melgan",
+    "tts_models/fr/css10/vits": None,
+    "tts_models/es/mai/tacotron2-DDC": "vocoder_models/universal/libri-tts/fullband-melgan",
+    "tts_models/es/css10/vits": None,
+    "tts_models/pt/cv/vits": None,
+}
+"""Coqui's names of 17 models and their vocoders; the paper does not say which 17 it took."""
+
+_VCTK = (
+    "225-234 236-241 243-288 292-295 297-308 310-314 316-318 323 326 329-330 333-336 339-341 343 345 347 351 360-364 "
+    "374 376"
+)
+SPEAKERS = {
+    "tts_models/en/vctk/vits": tuple(
+        f"p{number}" for span in _VCTK.split() for number in range(int(span[:3]), int(span[-3:]) + 1)
+    )
+}
+"""Of the models with several speakers."""
+
+
+def _folder(model: str) -> str:
+    return model.replace("/", "--")
+
+
+TEXTS = Need(
+    "texts",
+    "a folder of sentences, one a line in UTF-8, in files en.txt, de.txt, fr.txt, es.txt, pt.txt (or MultiSubs' "
+    "monolingual/en.sents.det); of a line with tabs, what follows the last one",
+    "MultiSubs, https://doi.org/10.5281/zenodo.5034605, or any other sentences",
+    "MultiSubs: Creative Commons, see its page; its sentences are from opensubtitles.org",
+    files=tuple(
+        pattern.format(lang)
+        for lang in _LANGUAGES
+        for pattern in ("{}.txt", "{}.sents.det", "monolingual/{}.sents.det")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EspeakNg:
+    """A text by espeak-ng in a voice variant (`f1`..`f4`, `m1`..`m7`), pitch of 0..99, rate in words per minute."""
+
+    generates: ClassVar[bool] = True
+
+    text: str
+    language: str
+    variant: str
+    pitch: int
+    rate: int
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        if self.language not in _LANGUAGES or self.variant not in _VARIANTS:
+            raise ValueError(f"{self}: choose a language from {list(_LANGUAGES)} and a variant from {list(_VARIANTS)}")
+
+    def apply(self, wave: np.ndarray) -> np.ndarray:
+        voice = f"{_LANGUAGES[self.language]}+{self.variant}"
+        ((pcm, rate),) = espeak_ng.speak([{"text": self.text, "voice": voice, "pitch": self.pitch, "rate": self.rate}])
+        spoken = np.frombuffer(pcm, np.int16).astype(np.float32) / 32768
+        return _finished(spoken, rate, min(self.num_samples, len(wave)))
+
+    def clip_ids(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class CoquiTts(Neural):
+    """A text by one of `MODELS`, by its name; `speaker` is one of `SPEAKERS` or None. `seed` is that of its noise."""
+
+    need: ClassVar[Need] = Need(
+        "coqui",
+        "a folder with the text-to-speech models of Coqui, as Coqui TTS stores them (tts_models--en--ljspeech--vits "
+        "with a model file and config.json, and so on, and their vocoders)",
+        "Coqui TTS: tts --model_name tts_models/en/ljspeech/vits --text a --out_path a.wav, and so for each model, "
+        "fills ~/.local/share/tts; copy there those that it keeps in the hub's cache (fr/mai and es/mai)",
+        "each its own, most Apache-2.0, MPL-2.0 or BSD-3-Clause; "
+        "https://github.com/idiap/coqui-ai-TTS/blob/dev/TTS/.models.json",
+        files=tuple(
+            f"{_folder(name)}/*" for name in sorted({*MODELS, *(vocoder for vocoder in MODELS.values() if vocoder)})
+        ),
+        every=True,
+    )
+
+    generates: ClassVar[bool] = True
+
+    model: str
+    speaker: str | None
+    language: str
+    text: str
+    seed: int
+    num_samples: int
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> "Models":
+        return Models(path, device)
+
+    def apply_batch(self, network: "Models", waves: np.ndarray) -> np.ndarray:
+        """float32 (batch, up to num_samples)."""
+        import torch
+
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            synthesizer = network.synthesizer(self.model)  # new networks are random before they are loaded
+            torch.manual_seed(self.seed)
+            spoken = np.asarray(synthesizer.tts(self.text, speaker_name=self.speaker), np.float32)
+        most = min(self.num_samples, waves.shape[1])
+        return np.stack([_finished(spoken, synthesizer.output_sample_rate, most)] * len(waves))
+
+
+class Models:
+    """The models of a folder: each is loaded when it is first needed, and the few last used are kept."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        """Raises `ImportError` where Coqui TTS does not work."""
+        self._kind, self._folder, self._device = _coqui(), folder, device
+        self.synthesizer = lru_cache(maxsize=_LOADED)(self._synthesizer)
+
+    def _synthesizer(self, model: str) -> Any:
+        """Coqui's `Synthesizer`; raises `ValueError` for a model that the folder does not have, or not as it should."""
+        if model not in MODELS:
+            raise ValueError(f"text-to-speech model {model!r}; choose from {list(MODELS)}")
+        vocoder = MODELS[model]
+        with tempfile.TemporaryDirectory() as scratch:
+            weights, config = self._files(model, Path(scratch))
+            vocoder_weights, vocoder_config = self._files(vocoder, Path(scratch)) if vocoder else (None, None)
+            try:
+                return self._kind(
+                    tts_checkpoint=weights,
+                    tts_config_path=config,
+                    vocoder_checkpoint=vocoder_weights,
+                    vocoder_config=vocoder_config,
+                    use_cuda=self._device.startswith("cuda"),
+                )
+            except Exception as error:
+                raise ValueError(f"{weights} (vocoder: {vocoder_weights}) is not Coqui's {model}: {error}") from error
+
+    def _files(self, model: str, scratch: Path) -> tuple[str, str]:
+        """The model file of a model or vocoder, and a copy of its config that names the files beside it."""
+        folder = self._folder / _folder(model)
+        named = [path for name in _MODEL_FILES if (path := folder / name).is_file()]
+        found = named[:1] or sorted(folder.glob("*.pt*"))
+        if len(found) != 1 or not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no model file (model_file.pth) and config.json: it is not Coqui's {model}")
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        config = scratch / f"{folder.name}.json"
+        config.write_text(json.dumps(_beside(json.loads(text), {path.name: str(path) for path in folder.iterdir()})))
+        return str(found[0]), str(config)
+
+
+def espeak(rng: np.random.Generator, scene: Scene) -> EspeakNg:
+    """Any of the five languages that there are texts in, with equal probability; any variant, pitch 30 to 70, 140 to
+    200 words per minute."""
+    language = str(rng.choice(sorted(_sentences(scene.assets["texts"]))))
+    variant = str(rng.choice(_VARIANTS))
+    pitch, rate = (int(rng.integers(low, high + 1)) for low, high in (_PITCHES, _RATES))
+    return EspeakNg(_text(rng, scene, language), language, variant, pitch, rate, scene.num_samples)
+
+
+def text_to_speech(rng: np.random.Generator, scene: Scene) -> CoquiTts:
+    """Any model with equal probability, of those whose language there are texts in; any of its speakers."""
+    languages = _sentences(scene.assets["texts"])
+    model = str(rng.choice([name for name in MODELS if name.split("/")[1] in languages]))
+    speaker = str(rng.choice(SPEAKERS[model])) if model in SPEAKERS else None
+    language = model.split("/")[1]
+    text, seed = _text(rng, scene, language), int(rng.integers(1 << 32))
+    return CoquiTts(*scene.assets["coqui"], model, speaker, language, text, seed, scene.num_samples)
+
+
+def _coqui() -> Any:
+    """The class of Coqui's synthesizers."""
+    try:
+        from TTS.utils.synthesizer import Synthesizer
+    except (ImportError, OSError) as error:  # OSError: a torchaudio for another build of torch
+        raise ImportError(
+            'no Coqui TTS: pip install "coqui-tts>=0.28,<0.29", the torchaudio of the installed torch, and for torch '
+            f"2.9 or later torchcodec; many models also want the program espeak-ng. {error}"
+        ) from error
+    return Synthesizer
+
+
+NEEDS = {"espeak": (TEXTS,), "text_to_speech": (CoquiTts.need, TEXTS)}
+OPTIONAL = {"espeak": espeak_ng.installed, "text_to_speech": _coqui}
+
+
+def _finished(wave: np.ndarray, rate: int, num_samples: int) -> np.ndarray:
+    """Any rate to 16 kHz, cut, within full scale."""
+    cut = audio.resample(wave, rate)[:num_samples]
+    return np.asarray(cut / np.float32(max(1.0, np.abs(cut).max(initial=0.0))), np.float32)
+
+
+def _beside(value: Any, files: Mapping[str, str]) -> Any:
+    """A config with paths of the machine that it is from replaced: by the file of that name, if there is one."""
+    if isinstance(value, dict):
+        return {key: _beside(v, files) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_beside(v, files) for v in value]
+    return files.get(value.rpartition("/")[2], value) if isinstance(value, str) else value
+
+
+# Texts
+
+
+def _text(rng: np.random.Generator, scene: Scene, language: str) -> str:
+    """Sentences that take about as long as the scene."""
+    sentences = _sentences(scene.assets["texts"])[language]
+    wanted = max(1, round(_CHARACTERS_PER_S * scene.num_samples / audio.SAMPLE_RATE))
+    text = ""
+    for _ in range(1000 + wanted):
+        sentence = sentences[int(rng.integers(len(sentences)))]
+        if any(map(str.isalpha, sentence)):  # else there is nothing to say
+            text = f"{text} {sentence}".lstrip()
+        if len(text) >= wanted:
+            return text if len(text) <= 2 * wanted else text[: 2 * wanted].rpartition(" ")[0] or text[: 2 * wanted]
+    raise ValueError(f"{sentences.path} has hardly a word in its lines")
+
+
+@lru_cache(maxsize=4)
+def _sentences(texts: Asset) -> dict[str, "_Sentences"]:
+    """By language; raises `ValueError` where there are none."""
+    folder = assets.local(TEXTS, texts)
+    files = [path for file in TEXTS.files if (path := folder / file).is_file() and path.stat().st_size]
+    if not files:
+        raise ValueError(f"{texts.source} has no sentences. It should be {TEXTS.what}")
+    # Of a language with several files, the first.
+    return {path.name.partition(".")[0]: _Sentences(path) for path in reversed(files)}
+
+
+class _Sentences:
+    """The lines of a file by their number: read where they are, since MultiSubs has ten million."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes = np.memmap(path, np.uint8, "r")
+        block = 1 << 24
+        starts = [
+            begin + np.flatnonzero(self._bytes[begin : begin + block] == ord("\n"))
+            for begin in range(0, len(self._bytes), block)
+        ]
+        self._ends = np.append(np.concatenate(starts), len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        """Without what stands before the last tab, and without what cannot be said."""
+        start = self._ends[index - 1] if index else 0
+        line = self._bytes[start : self._ends[index]].tobytes().decode("utf-8", "replace")
+        words = line.rpartition("\t")[2].split()
+        return "".join(character for character in " ".join(words) if character.isprintable())
