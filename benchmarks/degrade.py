@@ -1,7 +1,12 @@
-"""What degrading costs: milliseconds of CPU per second of audio, on one core, for each component and each recipe."""
+"""What degrading costs: milliseconds of CPU per second of audio, on one core, for each component and each recipe.
 
-import time
-from dataclasses import dataclass
+The networks of EnCodec, HiFi-GAN and Demucs have random weights of the real size where none are given, which cost the
+same. Components that lack something are left out.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 import tyro
 
-from speechdistill import audio, plan, table
+from speechdistill import assets, audio, degradations, plan, table
 from speechdistill.clips import Clips, clip_id
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
@@ -17,18 +22,22 @@ from speechdistill.samples import make_sample
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # What others measured, for the same component; `-` where nobody did.
 KNOWN = {"rooms.room": "0.6", "noise.noise": "0.35", "denoisers.spectral_gating": "2–4", "codecs.opus": "5.2"}
-KNOWN |= {"codecs.band_limit": "0.07", "weights_free": "1.75"}
+KNOWN |= {"codecs.band_limit": "0.07", "weights_free": "1.75", "denoisers.nsnet2": "10", "paper": "97"}
+KNOWN |= {"denoisers.deepfilternet3": "15", "denoisers.demucs": "95", "vocoders.hifigan": "90"}
+KNOWN |= {"vocoders.lpcnet_codec2": "248", "codecs.encodec": "90"}
 WARM_UP = 3  # samples; the first ones import and allocate
 
 
 @dataclass(frozen=True)
 class Options:
-    """A minute or two on one core."""
+    """Some ten minutes on one core."""
 
     data: str = str(DATA)
     """Folder with speech/, noise/ and rir/."""
     samples: int = 200
-    """Samples of each recipe, and of each component where it is alone."""
+    """Samples of each recipe, and of each component where it is alone; of a network a tenth."""
+    assets: dict[str, str] = field(default_factory=dict)
+    """Weights and texts, by name, as for the labelling job."""
 
 
 def main(options: Options) -> None:
@@ -37,19 +46,28 @@ def main(options: Options) -> None:
         return
     torch.set_num_threads(1)
     manifest = _manifest(Path(options.data))
-    made = [name for name, make in plan.RECIPES.items() if not plan.missing(make())]
-    components = dict.fromkeys(
-        name for recipe in made for stage in plan.RECIPES[recipe]().stages for name in stage.odds
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        _report(manifest, options, _random_weights(Path(folder)) | options.assets)
+
+
+def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> None:
+    recipes = {name: _complete(make(), sources) for name, make in plan.RECIPES.items()}
+    recipes["paper"] = _complete(plan.paper(lpcnet=True), sources)
+    if "texts" in sources:
+        recipes["weights_free, spoken"] = _complete(plan.weights_free(texts=True), sources)
+    stages = [stage for recipe in recipes.values() for stage in recipe.stages]
+    found = {name: asset for recipe in recipes.values() for name, asset in recipe.assets.items()}
     # The same recordings with and without noise and rooms of their own: simulated rooms, coloured noise, babble.
     poor = manifest.filter(pc.equal(manifest["kind"], "speech"))
     print("\nMilliseconds of CPU per second of audio, one core; loading and quantising are part of recipes\n")
     print("| | with recordings | without | known |\n|---|---|---|---|", flush=True)
-    for name in components:
-        costs = [_alone(name, Clips(rows), options.samples) for rows in (manifest, poor)]
+    for name in dict.fromkeys(name for stage in stages for name in stage.odds):
+        number = options.samples // 10 if degradations.network(name) else options.samples
+        costs = [_alone(name, Clips(rows), number, found) for rows in (manifest, poor)]
         print(f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
-    for name in made:
-        costs = [_cost(plan.RECIPES[name](), Clips(rows), options.samples) for rows in (manifest, poor)]
+    for name, recipe in recipes.items():
+        number = options.samples // 2 if plan.network_passes(recipe) else options.samples
+        costs = [_cost(recipe, Clips(rows), number) for rows in (manifest, poor)]
         print(f"| recipe `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
 
 
@@ -63,9 +81,40 @@ def _manifest(data: Path) -> pa.Table:
     return table.from_rows(rows, "clip.v1")
 
 
-def _alone(name: str, clips: Clips, samples: int) -> float:
+def _complete(recipe: plan.Recipe, sources: dict[str, str]) -> plan.Recipe:
+    """The recipe with its assets, less the components that lack something."""
+    given = replace(recipe, assets={name: assets.Asset(source) for name, source in sources.items()})
+    try:
+        return plan.with_assets(given)
+    except assets.MissingError as error:
+        print(f"recipe {recipe.name} is without {', '.join(error.components)}, which lack something")
+        stages = [
+            replace(stage, odds={name: p for name, p in stage.odds.items() if name not in error.components})
+            for stage in recipe.stages
+        ]
+        return plan.with_assets(replace(given, stages=tuple(stages)))
+
+
+def _random_weights(folder: Path) -> dict[str, str]:
+    from transformers import EncodecConfig, EncodecModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    EncodecModel(EncodecConfig()).save_pretrained(folder / "encodec")
+    SpeechT5HifiGan(SpeechT5HifiGanConfig()).save_pretrained(folder / "hifigan")
+    made = {name: str(folder / name) for name in ("encodec", "hifigan")}
+    try:
+        from denoiser.demucs import Demucs
+    except ImportError:
+        return made
+    torch.save(Demucs(hidden=64, sample_rate=audio.SAMPLE_RATE).state_dict(), folder / "demucs")
+    return {**made, "demucs": str(folder / "demucs")}
+
+
+def _alone(name: str, clips: Clips, samples: int, found: dict[str, assets.Asset]) -> float:
     """The component's steps; its recipe makes nothing else."""
-    bare, whole = (_cost(plan.Recipe(name, (plan.Stage("only", {name: odds}),)), clips, samples) for odds in (0.0, 1.0))
+    bare, whole = (
+        _cost(plan.Recipe(name, (plan.Stage("only", {name: odds}),), assets=found), clips, samples)
+        for odds in (0.0, 1.0)
+    )
     return whole - bare
 
 
@@ -74,9 +123,9 @@ def _cost(recipe: plan.Recipe, clips: Clips, samples: int) -> float:
     plans = Plans(recipe, clips, seed=0)
     for number in range(WARM_UP):
         make_sample(plans[number])
-    start = time.process_time()
+    start = sum(os.times()[:4])  # of child processes too, in which espeak-ng and LPCNet work
     length = sum(len(make_sample(plans[number])[0]) for number in range(samples))
-    return 1000 * (time.process_time() - start) / (length / audio.SAMPLE_RATE)
+    return 1000 * (sum(os.times()[:4]) - start) / (length / audio.SAMPLE_RATE)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import soundfile
 import tyro
 
-from speechdistill import __version__, audio, cli, degradations, table
+from speechdistill import audio, cli, table
 from speechdistill.batches import LabelRun
-from speechdistill.plan import Plan
-from speechdistill.samples import make_sample
+from speechdistill.plan import Plan, weights_free
+from speechdistill.samples import libraries, make_sample
 from speechdistill.tracking import run_id
 
 NOT_PROMOTED = 3  # the exit code of `promote`
@@ -53,8 +53,8 @@ def main(demo: Demo) -> int:
     if code := _step(["ingest", *(own or _synthetic(out / "corpus")), "--out", f"{out}/manifest"]):
         return code
     clips = f"{out}/manifest/clips.parquet"
-    versions = {**audio.codec_versions(), **degradations.library_versions()}
-    run = out / f"pseudolabels-{table.fingerprint([table.file_hash(clips), versions, __version__])[:8]}"
+    versions = libraries(weights_free())
+    run = out / f"pseudolabels-{table.fingerprint([table.file_hash(clips), versions])[:8]}"
     number, labels = str(demo.num_samples), ["--seed", "1", "--rows-per-part", "16", "--out", str(run)]
     if code := _step(["pseudolabel", "--clips", clips, "--num-samples", number, *labels]):
         return code

@@ -1,5 +1,6 @@
 """Weights and texts: found, hashed, asked for with all that a user needs to get them."""
 
+import os
 import shutil
 import uuid
 from dataclasses import replace
@@ -55,13 +56,38 @@ def test_what_is_missing_is_told_with_its_source_licence_and_option(need: Need, 
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("source", [None, "somebody/other_codec", "/no/such/folder"])
-def test_a_hub_id_is_asked_for_and_told_where_the_hub_is_away(source: str | None) -> None:
-    with pytest.raises(
-        MissingError,
-        match=f"{source or 'example/codec'} is not there, and no model that the hub gives.*https://example.org/codec",
-    ):
-        assets.looked_up(ON_HUB, source)
+def test_the_hub_is_asked_where_nothing_is_given_and_told_where_it_is_away() -> None:
+    with pytest.raises(MissingError, match=r"example/codec is not on this machine.*https://example\.org/codec"):
+        assets.looked_up(ON_HUB, None)
+    with pytest.raises(MissingError, match="/models/encodec is not there"):  # and no download of somebody's model
+        assets.looked_up(ON_HUB, "models/encodec")
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@example.org/x.onnx", "https://example.org/x.onnx?token=secret"])
+def test_an_address_with_a_secret_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match="give one without credentials") as caught:
+        assets.looked_up(FILE, url)
+    assert "secret" not in str(caught.value)
+
+
+def test_equal_files_at_two_addresses_and_a_local_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place = f"memory://{uuid.uuid4().hex}"
+    for name in ("one.onnx", "two.onnx"):
+        fsspec.filesystem("memory").pipe(f"{place}/{name}", b"abc")
+        found = assets.looked_up(FILE, f"{place}/{name}")
+        assert assets.local(FILE, found).read_bytes() == b"abc"
+    (tmp_path / "x.onnx").write_bytes(b"abc")
+    assert assets.looked_up(FILE, f"file://{tmp_path}/x.onnx") == Asset(f"{tmp_path}/x.onnx", found.sha256)
+
+
+def test_somebody_elses_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"speechdistill-assets-{os.getuid()}").mkdir()
+    (tmp_path / f"speechdistill-assets-{os.getuid()}").chmod(0o777)
+    fsspec.filesystem("memory").pipe("memory://x.onnx", b"abc")
+    with pytest.raises(Exception, match="only this user may write"):
+        assets.looked_up(FILE, "memory://x.onnx")
 
 
 def test_from_a_url_it_is_fetched_once_a_node(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +96,12 @@ def test_from_a_url_it_is_fetched_once_a_node(folder: Path, tmp_path: Path, monk
     fsspec.filesystem("memory").put(str(folder), url, recursive=True)
     found = assets.looked_up(FOLDER, url)
     assert found == Asset(url, assets.looked_up(FOLDER, str(folder)).sha256)
-    fsspec.filesystem("memory").rm(url, recursive=True)
     here = assets.local(FOLDER, found)
-    assert (here / "deep" / "a.bin").read_bytes() == b"weights"
+    assert (here / "deep" / "a.bin").read_bytes() == b"weights" and not (here / "README.md").exists()
     (here / "config.json").write_text("spoilt")
-    with pytest.raises(ValueError, match="put the same on every node"):
-        assets.local(FOLDER, found)
+    assert (assets.local(FOLDER, found) / "config.json").read_text() == "{}"
+    fsspec.filesystem("memory").rm(url, recursive=True)
+    assert assets.local(FOLDER, found) == here
     shutil.rmtree(here)
     with pytest.raises(MissingError, match=url):
         assets.local(FOLDER, found)

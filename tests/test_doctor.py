@@ -137,7 +137,7 @@ def test_a_crash_costs_only_its_own_line(sick: Run) -> None:
     reason, fix = _lines(sick.text, "demo")
     assert reason.startswith("FAILED") and "SIGABRT" in reason and fix.startswith("fix: ")
     assert [line.split()[1] for line in sick.text.splitlines() if line[:2] in ("ok", "--", "FA")] == doctor.names()
-    assert sick.text.splitlines()[-1].endswith("4 failed")  # demo, storage:out, clips, tracking
+    assert sick.text.splitlines()[-1].endswith("5 failed")  # espeak twice, storage:out, clips, tracking
 
 
 def test_places_and_servers_that_do_not_work(sick: Run) -> None:
@@ -163,7 +163,7 @@ def test_a_wrong_result_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(denoisers.SpectralGating, "apply", lambda self, wave: wave * np.nan)
     for name in ("degradation:denoisers.spectral_gating", "recipe:weights_free"):
-        with pytest.raises(ArithmeticError, match="not all finite"):
+        with pytest.raises(ArithmeticError, match="not finite"):
             tried(name)
     monkeypatch.setattr(teachers.Model, "__call__", lambda self, wave, sample_rate: float("nan"))
     with pytest.raises(ArithmeticError, match="a score of nan"):

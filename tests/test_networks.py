@@ -12,11 +12,11 @@ import pytest
 
 import small_models
 from manifests import corpus, row, voice
-from speechdistill import assets, audio, cli, degradations, plan, pseudolabel, samples, table
+from speechdistill import assets, audio, cli, degradations, flow, plan, pseudolabel, samples, table
 from speechdistill.assets import Asset, Need
 from speechdistill.clips import Clips
-from speechdistill.degradations import Neural, codecs
-from speechdistill.plan import Plan, Recipe, Stage
+from speechdistill.degradations import Neural, codecs, generated
+from speechdistill.plan import Plan, Plans, Recipe, Stage
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.shards import RunError
 
@@ -65,14 +65,17 @@ def factor(tmp_path: Path) -> Iterator[Asset]:
     yield assets.looked_up(FACTOR, f"{tmp_path}/factor")
 
 
-@pytest.mark.parametrize(("device", "batches"), [("cuda", [3, 1, 1]), ("cpu", [1] * 5)])
-def test_on_a_gpu_equal_steps_share_a_batch_of_equal_lengths(
-    factor: Asset, monkeypatch: pytest.MonkeyPatch, device: str, batches: list[int]
+@pytest.mark.parametrize(
+    ("device", "last", "batches"),
+    [("cuda", [True] * 5, [3, 1, 1]), ("cuda", [True] * 4 + [False], [2, 1, 1, 1]), ("cpu", [True] * 5, [1] * 5)],
+)
+def test_on_a_gpu_equal_steps_that_end_their_plans_share_a_batch_of_equal_lengths(
+    factor: Asset, monkeypatch: pytest.MonkeyPatch, device: str, last: list[bool], batches: list[int]
 ) -> None:
     monkeypatch.setattr(degradations, "_device", lambda: device)
     one, other = Scaled(*factor, 0.0), Scaled(*factor, 1.0)
     waves = [np.full(n, n, np.float32) for n in (3, 3, 4, 3, 3)]
-    made = degradations.apply_together([one, one, one, other, one], waves)
+    made = degradations.apply_together([one, one, one, other, one], waves, last)
     assert Scaled.batches == batches
     for step, wave, result in zip([one, one, one, other, one], waves, made, strict=True):
         np.testing.assert_array_equal(result, 0.5 * wave + step.offset)
@@ -81,7 +84,7 @@ def test_on_a_gpu_equal_steps_share_a_batch_of_equal_lengths(
 def test_a_wave_that_fails_fails_alone(factor: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(degradations, "_device", lambda: "cuda")
     waves = [np.ones(3, np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)]
-    first, silent, last = degradations.apply_together([Scaled(*factor, 0.0)] * 3, waves)
+    first, silent, last = degradations.apply_together([Scaled(*factor, 0.0)] * 3, waves, [True] * 3)
     assert isinstance(silent, ArithmeticError)
     np.testing.assert_array_equal([first, last], np.full((2, 3), 0.5))
 
@@ -135,7 +138,7 @@ def two_passes(encodec: Asset) -> Recipe:
 def test_pools_make_what_the_plan_says_in_its_order(clips: str, encodec: Asset) -> None:
     recipe = two_passes(encodec)
     assert plan.network_passes(recipe) == 2
-    degrade = samples.Degrade(clips, recipe, 0, "pcm16", True, samples.libraries())
+    degrade = samples.Degrade(clips, recipe, 0, "pcm16", True, samples.libraries(recipe))
     enhance = samples.Enhance(recipe)
     rows: list[dict[str, Any]] = [{"id": i} for i in range(40)]
     visits = []
@@ -180,10 +183,58 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     for stored, sample in zip(rows, plans, strict=True):
         assert stored["audio"] == samples.make_sample(sample)[0].tobytes()  # this holds on a CPU
     run = table.read_json(f"{tmp_path}/run/run.json")
-    assert run["configuration"]["recipe"]["assets"] == {"encodec": encodec.sha256}
-    with pytest.raises(RunError, match=r"recipe\.assets\.encodec"):
+    assert run["configuration"]["recipe"]["assets"] == {"encodec": encodec._asdict()}
+    with pytest.raises(RunError, match=r"(?s)recipe\.assets\.encodec\.sha256.*recipe\.assets\.encodec\.source"):
         other = small_models.encodec(tmp_path / "other", seed=1)
         pseudolabel.run(replace(config, assets={"encodec": other}))
+
+
+def test_options_may_be_repeated(clips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And are not taken in another way: of `--without a b` the second would be taken for something else."""
+    command = ["recipe", "listen", "paper", "--clips", clips, "--out", f"{tmp_path}/x.wav"]
+    given = ["--without", "codecs.encodec", "--without", "denoisers.demucs", "--assets", "nsnet2", "/a"]
+    assert cli.main([*command, *given, "--assets", "deepfilternet3", "/b"]) == 1
+    error = capsys.readouterr().err
+    assert "/a is not there" in error and "/b is not there" in error
+    assert "codecs.encodec" not in error and "denoisers.demucs" not in error
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--without", "codecs.encodec", "denoisers.demucs"])
+
+
+@pytest.mark.parametrize("lpcnet", [False, True])
+@pytest.mark.parametrize("cpus", [2, 8, 96])
+@pytest.mark.parametrize(("gpus", "actors"), [(0, None), (1, None), (1, 2), (2, 3), (8, None)])
+def test_the_pools_of_networks_fit_any_machine(lpcnet: bool, cpus: int, gpus: int, actors: int | None) -> None:
+    config = Pseudolabel("clips.parquet", "out", "paper", network_actors=actors)
+    recipe = plan.paper(lpcnet)
+    stages = pseudolabel._stages(config, recipe, list, "0", cpus, gpus)
+    flow.check_pools(stages, cpus, gpus)
+    names = ["degrade", "network 1", "degrade 2", *(["network 2", "degrade 3"] if lpcnet else []), "teach"]
+    assert [stage.name for stage in stages] == names
+    shares = [stage.num_gpus for stage in stages if not stage.name.startswith("degrade")]
+    assert len(set(shares)) == 1 and (shares[0] > 0) == bool(gpus)
+    heavy = sum(stage.actors for stage in stages if stage.num_gpus)
+    assert not gpus or gpus * int(1 / shares[0] + 1e-3) >= heavy, "some have room on no GPU"
+
+
+def test_gpus_are_shared_equally_with_networks() -> None:
+    with pytest.raises(RunError, match="--teach-gpus cannot be given"):
+        pseudolabel._stages(Pseudolabel("c", "o", teach_gpus=0.5), plan.paper(), list, "0", 8, 1)
+
+
+def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
+    (tmp_path / "en.txt").write_text("One sentence.\n")
+    recipe = plan.with_assets(plan.chosen("weights_free", (), {"texts": str(tmp_path)}))
+    samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
+    (tmp_path / "en.txt").write_text("Another one.\n")
+    generated._sentences.cache_clear()
+    with pytest.raises(ValueError, match="is not what the run began with"):
+        samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
+    (tmp_path / "en.txt").write_text("12 34\n")
+    recipe = plan.with_assets(plan.chosen("weights_free", (), {"texts": str(tmp_path)}))
+    with pytest.raises(ValueError, match="hardly a word"):
+        Plans(recipe, Clips.read(clips), 0)
 
 
 def test_missing_weights_stop_the_job_before_any_work(
@@ -193,5 +244,6 @@ def test_missing_weights_stop_the_job_before_any_work(
     assert cli.main([*command, "--assets", "encodec", f"{tmp_path}/none"]) == 1
     error = capsys.readouterr().err
     assert f"codecs.encodec: {tmp_path}/none is not there" in error and "denoisers.nsnet2: " in error
+    assert "generated.text_to_speech: no Coqui TTS" in error and "--assets texts PATH" in error
     assert "recipe 'weights_free' works without them; --without" in error
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,8 @@ class MissingError(ValueError):
 class Need:
     """An asset of a component: one file, or the `files` (glob patterns) of a folder, `every` one of them or any.
 
-    `where` says how to get it. `hub` is the model hub's id that is taken where the user gives nothing.
+    `where` says how to get it. `hub` is the model hub's id that is taken where the user gives nothing (another model of
+    the hub has the address hf://OWNER/NAME).
     """
 
     name: str
@@ -43,14 +44,17 @@ class Need:
 
 
 class Asset(NamedTuple):
-    """Where an asset is, a path, an fsspec URL or a hub id, and the sha256 of its contents ("" while not looked at)."""
+    """Where an asset is, a path, an fsspec URL or its need's hub id, and the sha256 of its contents.
+
+    That is "" while nobody has looked.
+    """
 
     source: str
     sha256: str = ""
 
 
 def local(need: Need, asset: Asset) -> Path:
-    """The asset as a local file or folder, checked against its sha256; from a URL it is fetched once a node.
+    """The asset as a local file or folder, checked against its sha256; from a URL it is fetched and kept on the node.
 
     Raises `MissingError` where it is not there and `ValueError` where it is another than it was.
     """
@@ -61,12 +65,16 @@ def local(need: Need, asset: Asset) -> Path:
 
 
 def looked_up(need: Need, source: str | None) -> Asset:
-    """The asset with its sha256; raises `MissingError`."""
+    """The asset with its sha256; raises `MissingError`, and `ValueError` for an address with credentials in it."""
     given = source or need.hub
     if not given:
         raise MissingError(_text(need))
-    if "://" not in given and Path(given).exists():
+    if given != need.hub:
         given = table.absolute(given)
+    if "://" in given and ("?" in given or "@" in given.split("/")[2]):
+        raise ValueError(
+            f"--assets {need.name}: the address is kept with every sample; give one without credentials and query"
+        )
     return Asset(given, _found(need, Asset(given))[1])
 
 
@@ -78,39 +86,55 @@ def _found(need: Need, asset: Asset) -> tuple[Path, str]:
     """Where it is on this machine, and its sha256."""
     if "://" in asset.source:
         return _downloaded(need, asset)
-    path = Path(asset.source)
-    if need.hub and not path.exists():
-        path = _from_hub(need, asset.source)
+    path = _from_hub(need) if asset.source == need.hub else Path(asset.source)
     return path, _sha256(need, path, asset.source)
 
 
 def _downloaded(need: Need, asset: Asset) -> tuple[Path, str]:
-    """Under its sha256 in a folder of the node's, where its other processes find it."""
-    kept = Path(tempfile.gettempdir(), f"speechdistill-assets-{os.getuid()}")
-    name = asset.source.rstrip("/").rsplit("/", 1)[-1]
-    if asset.sha256 and (there := kept / asset.sha256 / name).exists():
-        return there, _sha256(need, there, asset.source)
-    kept.mkdir(mode=0o700, exist_ok=True)
+    """Under its sha256 in a folder of the node's, where its other processes find it; spoilt, it is fetched again."""
+    kept = table.private_folder(f"speechdistill-assets-{os.getuid()}")
+    if asset.sha256 and _is_kept(need, kept / asset.sha256, asset.sha256):
+        return kept / asset.sha256 / "asset", asset.sha256
     with table.storage(asset.source, MissingError), tempfile.TemporaryDirectory(dir=kept) as folder:
-        fs, path = fsspec.url_to_fs(asset.source)
+        new = Path(folder, "new")
+        _fetch(need, asset.source, new / "asset")
+        sha256 = _sha256(need, new / "asset", asset.source)
+        if not _is_kept(need, kept / sha256, sha256):
+            with suppress(FileNotFoundError):
+                (kept / sha256).rename(f"{folder}/spoilt")
+            with suppress(FileExistsError):  # another process was faster
+                new.rename(kept / sha256)
+    return kept / sha256 / "asset", sha256
+
+
+def _is_kept(need: Need, folder: Path, sha256: str) -> bool:
+    try:
+        return _sha256(need, folder / "asset", "") == sha256
+    except MissingError:
+        return False
+
+
+def _fetch(need: Need, url: str, target: Path) -> None:
+    fs, path = fsspec.url_to_fs(url)
+    files = [file for pattern in need.files for file in fs.glob(f"{path.rstrip('/')}/{pattern}")] or [path]
+    for file in files:
+        place = target / file.removeprefix(path).lstrip("/") if need.files else target
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fs.get(path, f"{folder}/new/{name}", recursive=bool(need.files))
-        except FileNotFoundError as error:
-            raise MissingError(f"{asset.source} does not exist; wanted: {_text(need)}") from error
-        sha256 = _sha256(need, Path(folder, "new", name), asset.source)
-        with suppress(OSError):  # another process was faster
-            Path(folder, "new").rename(kept / sha256)
-    return kept / sha256 / name, sha256
+            fs.get_file(file, str(place))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise MissingError(f"{url} does not exist; wanted: {_text(need)}") from error
 
 
-def _from_hub(need: Need, source: str) -> Path:
+def _from_hub(need: Need) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(need.files)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise MissingError(f"{source} is not there, and no model that the hub gives; wanted: {_text(need)}") from error
+        return Path(snapshot_download(str(need.hub), allow_patterns=list(need.files)))
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"{need.hub} is not on this machine, and the hub gives no answer"
+        raise MissingError(f"{reason}; wanted: {_text(need)}") from error
 
 
 def _sha256(need: Need, path: Path, source: str) -> str:

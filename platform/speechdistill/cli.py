@@ -55,9 +55,9 @@ class Chosen:
     name: Annotated[RecipeName, tyro.conf.Positional]
     """The recipe."""
     without: tuple[str, ...] = ()
-    """Components to leave out; their probability goes to 'none'."""
+    """A component to leave out; its probability goes to 'none'. May be repeated."""
     assets: dict[str, str] = field(default_factory=dict)
-    """Weights and texts of its components, by name: a path, a URL or a hub id."""
+    """Weights or texts of its components, NAME and a path or URL (hf://OWNER/MODEL too). May be repeated."""
     lpcnet: bool = False
     """Recipe paper: half of the vocoders are libcodec2's LPCNet codec."""
 
@@ -158,7 +158,7 @@ def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
     return _guarded(action, "the same command goes on where it stopped")
 
 
-def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
+def _pseudolabel(config: Annotated[tyro.conf.UseAppendAction[Pseudolabel], tyro.conf.arg(name="")]) -> int:
     def action() -> int:
         from speechdistill import pseudolabel
 
@@ -173,7 +173,8 @@ def _pseudolabel(config: Annotated[Pseudolabel, tyro.conf.arg(name="")]) -> int:
 
 def _recipe(
     command: Annotated[
-        Annotated[Show, tyro.conf.subcommand("show")] | Annotated[Listen, tyro.conf.subcommand("listen")],
+        Annotated[tyro.conf.UseAppendAction[Show], tyro.conf.subcommand("show")]
+        | Annotated[tyro.conf.UseAppendAction[Listen], tyro.conf.subcommand("listen")],
         tyro.conf.arg(name=""),
     ],
 ) -> int:

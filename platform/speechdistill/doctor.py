@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from speechdistill import __version__, audio, degradations, table, trials
+from speechdistill import __version__, audio, degradations, plan, table, trials
 from speechdistill.isolate import ChildDied, Isolated, Row
 from speechdistill.shards import RunError
 from speechdistill.trials import Missing, Places
@@ -82,10 +82,14 @@ class Node(NamedTuple):
 
 
 def run(config: Doctor) -> list[Result]:
-    """Try everything, with a progress bar on stderr; raises `ValueError` for an unknown name in `require`."""
+    """Try everything, with a progress bar on stderr; raises `ValueError` for an unknown name in `require` or
+    `assets`."""
     required(config.require)
     out, clips = (place and table.absolute(place) for place in (config.out, config.clips))
-    places = Places(out, clips, tuple(config.assets.items()))
+    known = sorted({need.name for component in plan.COMPONENTS for need in degradations.needs(component)})
+    if unknown := sorted(set(config.assets) - set(known)):
+        raise ValueError(f"--assets {' '.join(unknown)} is unknown; choose from {', '.join(known)}")
+    places = Places(out, clips, tuple((name, table.absolute(place)) for name, place in config.assets.items()))
     local = Isolated(partial(_Trials, places), timeout_s=_TIMEOUT_S)
     results = []
     with tqdm(total=len(names()), unit="trial", dynamic_ncols=True, leave=False) as bar:
@@ -275,4 +279,4 @@ def _node(places: Places, wanted: list[str]) -> Node:
 def _versions() -> dict[str, str]:
     """What must be equal everywhere: Python and Ray to talk at all, the rest because labels depend on it."""
     ours = {"python": platform.python_version(), "ray": version("ray"), "speechdistill": __version__}
-    return {**ours, **audio.codec_versions(), **degradations.library_versions()}
+    return {**ours, **audio.codec_versions(), **degradations.library_versions(plan.COMPONENTS)}

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import fsspec
 
-from speechdistill import audio_files, tar_files
+from speechdistill import audio_files, table, tar_files
 from speechdistill.audio_files import AudioError
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def read(uri: str, reader: Callable[[str], T]) -> T:
 
 
 def _copy(uri: str) -> Path | None:
-    folder_bytes = _most_bytes() // _FOLDERS
+    folder_bytes = bound_bytes() // _FOLDERS
     if "://" not in uri or "::" in uri or _LOCAL.match(uri) or folder_bytes <= 0:
         return None
     try:
@@ -62,7 +62,8 @@ def _copy(uri: str) -> Path | None:
         return None
 
 
-def _most_bytes() -> int:
+def bound_bytes() -> int:
+    """`SPEECHDISTILL_CACHE_GIB` in bytes; raises `ValueError` where it is no number."""
     given = os.environ.get("SPEECHDISTILL_CACHE_GIB", "4")
     try:
         return int(float(given) * 2**30)
@@ -82,11 +83,7 @@ def _version(uri: str) -> tuple[int, str]:
 def _root() -> Path:
     if given := os.environ.get("SPEECHDISTILL_CACHE"):
         return Path(given)
-    root = Path(tempfile.gettempdir()) / f"speechdistill-cache-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():  # anyone may make a folder of that name there, and put files into it
-        raise PermissionError(root)
-    return root
+    return table.private_folder(f"speechdistill-cache-{os.getuid()}")  # else anyone could put files into it
 
 
 def _is_there(path: Path, size: int) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from speechdistill import assets, degradations
 from speechdistill.assets import Asset, MissingError
 from speechdistill.audio import SAMPLE_RATE
-from speechdistill.clips import Clips
+from speechdistill.clips import Clip, Clips
 from speechdistill.degradations import Scene, Step
 
 SEGMENT_S = 7.68
@@ -62,6 +62,11 @@ class Recipe:
     snr_sigma_db: float = 10.0
     whole_files: bool = False
     assets: Mapping[str, Asset] = field(default_factory=dict)
+
+    @property
+    def components(self) -> list[str]:
+        """The names of all components, in order."""
+        return [name for stage in self.stages for name in stage.odds]
 
     @property
     def segment_samples(self) -> int:
@@ -132,6 +137,14 @@ def voip() -> Recipe:
 
 
 RECIPES = {"paper": paper, "weights_free": weights_free, "voip": voip, "as_is": as_is}
+COMPONENTS = tuple(
+    dict.fromkeys(
+        name
+        for recipe in (*(make() for make in RECIPES.values()), paper(lpcnet=True), weights_free(texts=True))
+        for name in recipe.components
+    )
+)
+"""All that recipes have."""
 RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
 
 
@@ -148,13 +161,15 @@ def chosen(
     sources = sources or {}
     if name == "weights_free" and "texts" in sources:
         recipe = weights_free(texts=True)
-    known = [component for stage in recipe.stages for component in stage.odds]
+    known = recipe.components
     if unknown := sorted(set(without) - set(known)):
         raise ValueError(f"--without {' '.join(unknown)}: recipe {name} has {', '.join(known) or 'no components'}")
     stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
-    wanted = [need.name for component in known for need in degradations.needs(component)]
-    if unknown := sorted(set(sources) - set(wanted)):
-        raise ValueError(f"--assets {' '.join(unknown)}: recipe {name} has use for {', '.join(wanted) or 'none'}")
+    wanted = {need.name for component in known for need in degradations.needs(component)}
+    wanted |= {"texts"} if name == "weights_free" else set()
+    if unknown := sorted(set(sources) - wanted):
+        use = ", ".join(sorted(wanted)) or "none"
+        raise ValueError(f"--assets {' '.join(unknown)}: recipe {name} has use for {use}")
     given = {name: Asset(source) for name, source in sources.items()}
     return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
 
@@ -166,21 +181,25 @@ def with_assets(recipe: Recipe) -> Recipe:
     """
     found: dict[str, Asset] = {}
     lacks: dict[str, list[str]] = {}
-    for component in (component for stage in recipe.stages for component in stage.odds):
+    for component in recipe.components:
         try:
             degradations.check(component)
-            for need in degradations.needs(component):
+        except ImportError as error:
+            lacks.setdefault(str(error), []).append(component)
+        for need in degradations.needs(component):
+            try:
                 if need.name not in found:
                     given = recipe.assets.get(need.name)
                     found[need.name] = assets.looked_up(need, given.source if given else None)
-        except (MissingError, ImportError) as error:
-            lacks.setdefault(str(error), []).append(component)
+            except MissingError as error:
+                lacks.setdefault(str(error), []).append(component)
     if lacks:
         lines = "".join(f"\n  {', '.join(components)}: {reason}" for reason, components in lacks.items())
-        components = tuple(component for of_reason in lacks.values() for component in of_reason)
+        components = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
+        left_out = " ".join(f"--without {name}" for name in components)
         raise MissingError(
             f"recipe {recipe.name!r} has components that lack what they need:{lines}\n"
-            f"recipe 'weights_free' works without them; --without {' '.join(components)} leaves out just these",
+            f"recipe 'weights_free' works without them; {left_out} leaves out just these",
             components,
         )
     return replace(recipe, assets=found)
@@ -246,6 +265,9 @@ class Plans:
         if not len(clips.speech):
             raise ValueError("the manifest has no speech clips; ingest some with --speech DIR")
         self._recipe, self._clips, self._seed = recipe, clips, seed
+        scene = self._scene(clips.speech[0], recipe.segment_samples)
+        for name in recipe.components:  # what cannot be drawn, for want of texts, is told now
+            degradations.component(name)(np.random.default_rng(0), scene)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._recipe.whole_files else len(self._clips.speech)
@@ -278,9 +300,11 @@ class Plans:
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, sample_id)))
         length = min(self._recipe.segment_samples, clip.num_samples)
         start = int(rng.integers(0, clip.num_samples - length, endpoint=True))
+        return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, self._scene(clip, length)))
+
+    def _scene(self, clip: Clip, length: int) -> Scene:
         numbers = self._recipe.snr_mean_db, self._recipe.snr_sigma_db
-        scene = Scene(clip.clip_id, clip.speaker, length, self._clips, *numbers, self._recipe.assets)
-        return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, scene))
+        return Scene(clip.clip_id, clip.speaker, length, self._clips, *numbers, self._recipe.assets)
 
     def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
         return Plan(

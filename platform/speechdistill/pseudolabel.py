@@ -1,6 +1,7 @@
 """The main job: plan -> degrade (CPU actors) -> teach (teacher actors) -> label shards, on the engine."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,10 +41,10 @@ class Pseudolabel:
     levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments. paper: the paper's
     degradations, whose networks need their weights: `speechdistill recipe show paper` lists them."""
     assets: dict[str, str] = field(default_factory=dict)
-    """Weights and texts of the recipe's components, by name: a path, a URL or a hub id, such as nsnet2 FILE encodec
-    DIR. With texts, 15% of the samples of weights_free are spoken by espeak-ng."""
+    """Weights or texts of the recipe's components, NAME and a path or URL (hf://OWNER/MODEL too), such as nsnet2 FILE;
+    may be repeated. With texts, espeak-ng speaks 15% of the samples of weights_free."""
     without: tuple[str, ...] = ()
-    """Components to leave out, such as denoisers.demucs; their probability goes to 'none'."""
+    """A component to leave out, such as denoisers.demucs; its probability goes to 'none'. May be repeated."""
     lpcnet: bool = False
     """Recipe paper: half of the vocoders are libcodec2's LPCNet codec, harsher than the LPCNet of the paper."""
     num_samples: int | None = None
@@ -73,12 +74,12 @@ class Pseudolabel:
     degrade_actors: int | None = None
     """CPU actors that degrade. Default: what fits the cluster."""
     network_actors: int | None = None
-    """Actors that run the recipe's networks. Default: one per GPU, or per CPU where there is none."""
+    """Actors that run the recipe's networks, each all of them. Default: one per GPU, or per CPU where there is none."""
     teach_actors: int | None = None
     """Actors that run the teacher. Default: one per GPU, or per CPU where there is none."""
     teach_gpus: float | None = None
-    """GPUs per teacher actor, such as 0.5; those of the networks share the rest of it. Default: 1 where the cluster has
-    a GPU, shared equally with a recipe's networks, else 0."""
+    """GPUs per teacher actor, such as 0.5. Default: 1 where the cluster has a GPU, shared equally with a recipe's
+    networks, else 0."""
     batch_s: float | None = None
     """Seconds of audio that a teacher actor takes at once. Default: 8 segments, on a GPU 64."""
     grow_to: str | None = None
@@ -238,14 +239,15 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
     teacher = teachers.load(config.teacher, weights=config.weights, device="cpu", dtype=config.dtype).teacher
     return {
         "job": "pseudolabel",
-        "recipe": {**asdict(recipe), "assets": {name: asset.sha256 for name, asset in recipe.assets.items()}},
+        # With the places of its assets, which stand in the plans.
+        "recipe": {**asdict(recipe), "assets": {name: asset._asdict() for name, asset in recipe.assets.items()}},
         "seed": config.seed,
         "clips_sha256": table.file_hash(config.clips),
         "teacher": {"name": teacher.name, "sha256": teacher.weights_hash, "dtype": config.dtype},
         "audio_format": config.audio_format,
         "reference": config.reference,
         "rows_per_part": config.rows_per_part,
-        "libraries": libraries(),
+        "libraries": libraries(recipe),
     }
 
 
@@ -255,17 +257,20 @@ def _stages(
     """The pools for a cluster; whatever its size, one CPU stays free for Ray Data's own tasks."""
     passes = plan.network_passes(recipe)
     free = max(0.5, cpus - 1)
-    # Down to Ray's precision, so that the actors of a GPU never add up to more than it.
-    share = int(1e4 / (1 + passes)) / 1e4
-    teach_gpus = (share if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
-    network_gpus = int(1e4 * max(0.0, 1 - teach_gpus) / max(1, passes)) / 1e4 if gpus else 0.0
-    if teach_gpus:
+    teach_gpus = (1.0 if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
+    if gpus and passes and config.teach_gpus is not None:
+        raise RunError(
+            "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally"
+        )
+    if gpus and teach_gpus:
         teach_actors = config.teach_actors or max(1, int(gpus if passes else gpus / teach_gpus))
         network_actors = config.network_actors or max(1, int(gpus))
         heavy = teach_actors + passes * network_actors
+        if passes:  # equal shares, so that every GPU has room for as many: none is left over in crumbs
+            teach_gpus = int(1e4 / math.ceil(heavy / max(1.0, gpus))) / 1e4
         heavy_cpus = min(0.25, 0.25 * free / heavy)
         rest = free - heavy * heavy_cpus
-        later_actors = max(1, int(rest) // 4)  # what comes after the networks is a codec at most
+        later_actors = config.degrade_actors or max(1, int(rest) // 4)  # most have nothing left to do but to be stored
         degrade_actors = config.degrade_actors or max(1, int(rest) - passes * later_actors)
         # Not a whole CPU, or they could fill a GPU's node to the brim before its teacher comes.
         degrade_cpus = min(0.9, rest / (degrade_actors + passes * later_actors))
@@ -286,7 +291,7 @@ def _stages(
     stages = [flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, 0, 16, True, 4)]
     for number in range(1, passes + 1):
         stages += [
-            flow.Stage(f"network {number}", enhance, _NOTHING, network_actors, heavy_cpus, network_gpus, 16, True),
+            flow.Stage(f"network {number}", enhance, _NOTHING, network_actors, heavy_cpus, teach_gpus, 16, True),
             flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, later_actors, degrade_cpus, 0, 16, True, 4),
         ]
     return (*stages, flow.Stage("teach", teach, TAUGHT, teach_actors, heavy_cpus, teach_gpus, rows, isolated=True))

@@ -2,13 +2,14 @@
 
 import os
 import socket
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import __version__, audio, degradations, table, teachers
+from speechdistill import __version__, audio, degradations, file_cache, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradations import Neural, Step
 from speechdistill.isolate import CannotWork, Row
@@ -25,9 +26,10 @@ TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
 _OTHERS, _ANSWERS_WITHIN_S = 3, 60.0
 
 
-def libraries() -> dict[str, str]:
-    """Versions that decide the bits of a sample; part of a run's fingerprint."""
-    return {"speechdistill": __version__, **audio.codec_versions(), **degradations.library_versions()}
+def libraries(recipe: Recipe) -> dict[str, str]:
+    """Versions that decide the bits of a recipe's samples; part of a run's fingerprint."""
+    names = degradations.library_versions(recipe.components)
+    return {"speechdistill": __version__, **audio.codec_versions(), **names}
 
 
 def make_sample(sample: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -53,8 +55,11 @@ def _source(sample: Plan) -> np.ndarray:
 def check_step(step: Step, before: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """What a step made of `before`; raises `ArithmeticError` where it is not finite or not as long as it must be."""
     fits = 0 < len(wave) <= len(before) if degradations.generates(step) else wave.shape == before.shape
-    if not fits or not np.isfinite(wave).all():
-        raise ArithmeticError(f"{step} gave {wave.shape} samples, not all finite; report it with this plan")
+    if not fits:
+        shapes = f"{wave.shape} samples of {before.shape}"
+        raise ArithmeticError(f"{type(step).__name__} gave {shapes}; report it with the plan")
+    if not np.isfinite(wave).all():
+        raise ArithmeticError(f"{type(step).__name__} gave samples that are not finite; report it with the plan")
     return wave
 
 
@@ -62,7 +67,8 @@ class Degrade:
     """Worker of the CPU stages: sample ids, or samples on their way, to their next network step or their end.
 
     A finished sample has its `audio`, one on its way the `wave` (float32) that `done` steps have made. Raises
-    `ValueError` where this node has other versions of the deciding `libraries` than the driver.
+    `ValueError` where this node has other versions of the deciding `libraries` than the driver, or lacks texts, and
+    `ImportError` where it lacks a library.
     """
 
     def __init__(
@@ -70,13 +76,17 @@ class Degrade:
     ) -> None:
         import torch
 
-        if different := table.differences(dict(expected), libraries()):
+        if different := table.differences(dict(expected), libraries(recipe)):
             raise ValueError(
                 f"this node makes other audio than the driver (driver -> {socket.gethostname()}): "
                 f"{', '.join(different)}; install requirements.lock on every node"
             )
 
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
+        file_cache.bound_bytes()  # what all samples would fail for is told now
+        for name in recipe.components:
+            if degradations.network(name) is None:
+                degradations.check(name)
         self._clips = Clips.read(clips)
         self._plans = Plans(recipe, self._clips, seed)
         self._format, self._reference = audio_format, reference
@@ -165,10 +175,12 @@ class Enhance:
 
         torch.set_num_threads(1)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which transformers heeds too: one bar an actor
-        for kind in filter(None, (degradations.network(name) for stage in recipe.stages for name in stage.odds)):
+        for kind in filter(None, map(degradations.network, recipe.components)):
             degradations.loaded(kind, recipe.assets[kind.need.name])
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        import torch
+
         steps = [Plan.from_json(row["plan"]).steps for row in rows]
         on_way = {i: row for i, row in enumerate(rows) if row["wave"] is not None}
         results: list[Row | Exception] = [{} for _ in rows]
@@ -176,12 +188,19 @@ class Enhance:
             turn = {i: step for i, row in on_way.items() if isinstance(step := _next(steps[i], row), Neural)}
             on_way = {i: on_way[i] for i in turn}
             waves = [_wave(row) for row in on_way.values()]
-            made = degradations.apply_together(list(turn.values()), waves)
+            last = [row["done"] + 1 == len(steps[i]) for i, row in on_way.items()]
+            try:
+                made = degradations.apply_together(list(turn.values()), waves, last)
+            except Exception as error:  # the weights: no row's fault
+                raise CannotWork(f"{type(error).__name__}: {error}") from error
             for (i, step), before, wave in zip(turn.items(), waves, made, strict=True):
                 try:
                     if isinstance(wave, Exception):
                         raise wave
                     on_way[i] = results[i] = _on_its_way(check_step(step, before, wave), on_way[i]["done"] + 1)
+                except torch.AcceleratorError:  # after which a GPU's process is of no use: `Isolated` starts another
+                    traceback.print_exc()
+                    os._exit(1)
                 except Exception as error:
                     results[i] = error
                     del on_way[i]

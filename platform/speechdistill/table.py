@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -223,6 +224,16 @@ def absolute(uri: str) -> str:
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this user's in the system's temporary one; raises `PermissionError` where somebody else made it."""
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not a folder that only this user may write to; delete it")
+    return folder
 
 
 def fingerprint(value: Any) -> str:

@@ -57,11 +57,10 @@ class Places(NamedTuple):
 
 def names() -> list[str]:
     """Everything that can be tried, in the order of the report."""
-    components = dict.fromkeys(name for make in plan.RECIPES.values() for stage in make().stages for name in stage.odds)
     return [
         "machine",
         *(f"teacher:{name}" for name in teachers.names()),
-        *(f"degradation:{name}" for name in components),
+        *(f"degradation:{name}" for name in plan.COMPONENTS),
         *(f"recipe:{name}" for name in plan.RECIPES),
         *(f"format:{name}" for name in (*_SOUNDFILE, *_AV)),
         *("gpu", "storage:s3", "storage:out", "clips", "tracking", "demo", "torchaudio"),

@@ -249,7 +249,9 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
     store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    work = samples.Degrade(f"{recordings}/clips.parquet", plan.as_is(), 0, "flac", False, samples.libraries())
+    work = samples.Degrade(
+        f"{recordings}/clips.parquet", plan.as_is(), 0, "flac", False, samples.libraries(plan.as_is())
+    )
     rows = [{"id": i} for i in range(3)]
     assert all(isinstance(result, dict) for result in work(rows))
     for kind in ("500 InternalError", "reset"):

@@ -5,18 +5,18 @@ the same length and alignment out as in. A **component** is a function `(rng, sc
 parameters and opens no audio. Both are found by name, `family.name` (`codecs.Opus`, `codecs.opus`): a new one is
 a new file or function, with nothing to register. What a component needs beside the code, trained weights or texts,
 stands in its family's `NEEDS`, by the component's name; `OPTIONAL` has functions that raise `ImportError` where a
-library of a component is missing that not every installation has.
+library of a component is missing that not every installation has, and `LIBRARIES` those that decide its bits.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Protocol, get_type_hints
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import numpy as np
 
@@ -80,15 +80,19 @@ class Neural(ABC):
         return ()
 
 
-def apply_together(steps: Sequence[Neural], waves: Sequence[np.ndarray]) -> list[np.ndarray | Exception]:
+def apply_together(
+    steps: Sequence[Neural], waves: Sequence[np.ndarray], last: Sequence[bool]
+) -> list[np.ndarray | Exception]:
     """`steps[i].apply(waves[i])`; on a GPU in batches, and where one fails, each of its waves alone.
 
-    On a CPU a batch is not faster, and one by one a sample is the same bit for bit whatever it came with: a codec that
-    follows would make more of a difference of 1e-7.
+    Only a step that is its plan's `last` shares a batch: a codec that followed would make more of a difference of
+    1e-7. On a CPU a batch is not faster, and one by one every sample is the same bit for bit whatever it came with.
+    Raises what `loaded` does.
     """
     groups: dict[tuple[Neural, int, int], list[int]] = {}
     for i, (step, wave) in enumerate(zip(steps, waves, strict=True)):
-        groups.setdefault((step, len(wave), 0 if _device() == "cuda" else i), []).append(i)
+        alone = not last[i] or _device() != "cuda"
+        groups.setdefault((step, len(wave), i if alone else -1), []).append(i)
     results: list[np.ndarray | Exception] = [np.empty(0)] * len(waves)
     for (step, *_), members in groups.items():
         loaded(type(step), Asset(step.weights, step.sha256))  # a fault of the weights is no wave's
@@ -96,7 +100,7 @@ def apply_together(steps: Sequence[Neural], waves: Sequence[np.ndarray]) -> list
             batch = apply_batch(step, np.stack([waves[i] for i in members]))
         except Exception as error:
             for i in members:
-                results[i] = error if len(members) == 1 else apply_together([step], [waves[i]])[0]
+                results[i] = error if len(members) == 1 else apply_together([step], [waves[i]], [False])[0]
         else:
             for i, wave in zip(members, batch, strict=True):
                 results[i] = wave
@@ -146,8 +150,11 @@ def component(name: str) -> Component:
 
 def network(name: str) -> type[Neural] | None:
     """The kind of step that component `name` draws, where a network does it: its return type says so."""
-    kind = get_type_hints(component(name)).get("return")
-    return kind if isinstance(kind, type) and issubclass(kind, Neural) else None
+    declared = get_type_hints(component(name)).get("return")
+    kinds = [kind for kind in get_args(declared) or (declared,) if isinstance(kind, type) and issubclass(kind, Neural)]
+    if kinds and kinds != [declared]:
+        raise TypeError(f"component {name} draws {declared}; one with a network draws nothing else")
+    return kinds[0] if kinds else None
 
 
 def needs(name: str) -> tuple[Need, ...]:
@@ -181,17 +188,23 @@ def from_json(value: dict[str, Any]) -> Step:
     Raises `ValueError` for a step or parameter that this version does not know.
     """
     parameters = {key: _tuples(v) for key, v in value.items() if key != "step"}
+    kind = _find(value["step"])
     try:
-        step: Step = _find(value["step"])(**parameters)
+        if not is_dataclass(kind) or not hasattr(kind, "apply"):
+            raise TypeError(f"{value['step']} is no step")
+        step: Step = kind(**parameters)  # type: ignore[assignment, operator]
     except TypeError as error:
         raise ValueError(f"{value} was written by another version of speechdistill: {error}") from error
     return step
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose change would change degraded audio; "" for one that is not installed."""
-    always = ("numpy", "scipy", "torch", "noisereduce", "pyroomacoustics", "transformers", "onnxruntime")
-    return {name: _version(name) for name in (*always, "espeakng-loader", "coqui-tts")}
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the libraries whose change would change what components `names` make; "" where one is missing."""
+    wanted = {"numpy", "scipy", "torch", "noisereduce", "pyroomacoustics"}
+    for name in names:
+        module = import_module(component(name).__module__)
+        wanted |= set(getattr(module, "LIBRARIES", {}).get(name.partition(".")[2], ()))
+    return {name: _version(name) for name in sorted(wanted)}
 
 
 def _version(name: str) -> str:

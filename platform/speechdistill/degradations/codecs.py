@@ -27,8 +27,10 @@ _ENCODEC = Need(
     "MIT for the code; the model card names none",
     ("config.json", "model.safetensors"),
     hub="facebook/encodec_24khz",
+    every=True,
 )
 NEEDS = {"encodec": (_ENCODEC,)}
+LIBRARIES = {"encodec": ("transformers",)}
 _ENCODEC_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)
 _AMR_BITRATES_BPS = (4_750, 5_150, 5_900, 6_700, 7_400, 7_950, 10_200, 12_200)
 

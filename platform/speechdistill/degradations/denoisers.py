@@ -162,6 +162,7 @@ def _demucs() -> Any:
 
 NEEDS = {"nsnet2": (NSNet2.need,), "deepfilternet3": (DeepFilterNet3.need,), "demucs": (Demucs.need,)}
 OPTIONAL = {"demucs": _demucs}
+LIBRARIES = {"nsnet2": ("onnxruntime",), "deepfilternet3": ("onnxruntime",), "demucs": ("denoiser",)}
 
 
 def _gate(stationary: bool, strength: float) -> "torch.nn.Module":

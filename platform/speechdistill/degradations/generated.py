@@ -23,7 +23,7 @@ _VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1
 _PITCHES, _RATES = (30, 70), (140, 200)
 _CHARACTERS_PER_S = 18  # of fast speech (average: 14), so that most texts last as long as the scene
 _MODEL_FILES = ("model_file.pth", "model_file.pth.tar", "model.pth", "checkpoint.pth")  # as Coqui TTS looks for it
-_LOADED = 17  # models kept at a time, of 0.1 to 0.5 GB: each takes seconds to load
+_LOADED = 8  # models kept at a time, of 0.1 to 0.5 GB
 
 MODELS: Mapping[str, str | None] = {
     "tts_models/en/ljspeech/tacotron2-DDC": "vocoder_models/en/ljspeech/hifigan_v2",
@@ -105,7 +105,10 @@ class EspeakNg:
 
 @dataclass(frozen=True)
 class CoquiTts(Neural):
-    """A text by one of `MODELS`, by its name; `speaker` is one of `SPEAKERS` or None. `seed` is that of its noise."""
+    """A text by one of `MODELS`, by its name; `speaker` is one of `SPEAKERS` or None.
+
+    `seed` is that of its noise, which PyTorch draws differently on a GPU and on a CPU.
+    """
 
     need: ClassVar[Need] = Need(
         "coqui",
@@ -150,9 +153,12 @@ class Models:
     """The models of a folder: each is loaded when it is first needed, and the few last used are kept."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Raises `ImportError` where Coqui TTS does not work."""
+        """Raises `ImportError` where Coqui TTS does not work, `ValueError` for a model without its files."""
         self._kind, self._folder, self._device = _coqui(), folder, device
         self.synthesizer = lru_cache(maxsize=_LOADED)(self._synthesizer)
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in filter(None, (*MODELS, *MODELS.values())):  # else the first samples of a model would tell
+                self._files(name, Path(scratch))
 
     def _synthesizer(self, model: str) -> Any:
         """Coqui's `Synthesizer`; raises `ValueError` for a model that the folder does not have, or not as it should."""
@@ -219,6 +225,7 @@ def _coqui() -> Any:
 
 NEEDS = {"espeak": (TEXTS,), "text_to_speech": (CoquiTts.need, TEXTS)}
 OPTIONAL = {"espeak": espeak_ng.installed, "text_to_speech": _coqui}
+LIBRARIES = {"espeak": ("espeakng-loader",), "text_to_speech": ("coqui-tts",)}
 
 
 def _finished(wave: np.ndarray, rate: int, num_samples: int) -> np.ndarray:

@@ -166,4 +166,5 @@ while block := sys.stdin.buffer.read(2 * frame):
 """
 
 NEEDS = {"hifigan": (HifiGan.need,)}
+LIBRARIES = {"hifigan": ("transformers",)}
 OPTIONAL = {"lpcnet_codec2": lpcnet_library}
