@@ -562,6 +562,14 @@ def test_encoding_is_bit_exact(audio_format: str) -> None:
         np.testing.assert_array_equal(audio.quantise(decoded), pcm)
 
 
+@pytest.mark.parametrize("audio_format", ["flac", "pcm16"])
+@pytest.mark.parametrize(("start", "num_samples"), [(0, 1), (4_096, 4_096), (12_345, 20_000), (49_000, 5_000)])
+def test_a_section_is_that_of_the_whole(audio_format: str, start: int, num_samples: int) -> None:
+    pcm = np.random.default_rng(0).integers(-32_768, 32_768, 50_001).astype(np.int16)
+    section = audio.decode(audio.encode(pcm, audio_format), audio_format, start, num_samples)
+    np.testing.assert_array_equal(audio.quantise(section), pcm[start : start + num_samples])
+
+
 def test_quantise_clips_and_rounds() -> None:
     wave = np.array([-1e9, -1.1, -1.0, -0.6 / 32_768, 0.4 / 32_768, 0.99999, 1.0, 3.0], np.float32)
     assert audio.quantise(wave).tolist() == [-32_768, -32_768, -32_768, -1, 0, 32_767, 32_767, 32_767]

@@ -112,17 +112,21 @@ def encode(pcm: np.ndarray, audio_format: str) -> bytes:
     raise ValueError(f"audio format {audio_format!r}: choose flac or pcm16")
 
 
-def decode(data: bytes, audio_format: str) -> np.ndarray:
-    """The inverse of `encode`: float32 in [-1, 1), shape (num_samples,); raises `AudioError` if corrupt."""
+def decode(data: bytes, audio_format: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:
+    """The inverse of `encode`: float32 in [-1, 1), shape (num_samples,); raises `AudioError` if corrupt.
+
+    With `start` and `num_samples` only that section is decoded; it ends where the samples do.
+    """
     if audio_format not in ("flac", "pcm16"):
         raise ValueError(f"audio format {audio_format!r}: choose flac or pcm16")
     try:
         if not data:  # a FLAC file of no samples is no bytes
             pcm = np.zeros(0, np.int16)
         elif audio_format == "flac":
-            pcm, _ = soundfile.read(BytesIO(data), dtype="int16")
+            frames = -1 if num_samples is None else num_samples
+            pcm, _ = soundfile.read(BytesIO(data), frames, start, dtype="int16")
         else:
-            pcm = np.frombuffer(data, dtype="<i2")
+            pcm = np.frombuffer(data, dtype="<i2")[start:][:num_samples]
     except (soundfile.LibsndfileError, ValueError) as error:
         raise AudioError("audio column", f"not {audio_format} ({error})", "make the shard again") from error
     return pcm.astype(np.float32) / np.float32(32768.0)

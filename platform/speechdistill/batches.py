@@ -109,7 +109,7 @@ class LabelRun:
 
     def read_group(self, group: int) -> pa.Table:
         path = f"{self.out}/{self.paths[self.file[group]]}"
-        columns = ["sample_id", "audio", "audio_format", "score"]
+        columns = ["sample_id", "audio", "audio_format", "num_samples", "score"]
         try:
             with table.open_parquet(path) as file:
                 rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
@@ -235,9 +235,9 @@ class Batches:
             return self._labeled.read(ref.row, ref.crop, self.mix.crop_samples)
         run = self.runs[ref.run]
         row = self._cache.get((ref.run, ref.group), run).slice(ref.row, 1).to_pylist()[0]
-        wave = audio.decode(row["audio"], row["audio_format"])
-        start = int(ref.crop * (max(0, len(wave) - self.mix.crop_samples) + 1))
-        return wave[start : start + self.mix.crop_samples], row["score"], f"{run.out}#{row['sample_id']}"
+        start = int(ref.crop * (max(0, row["num_samples"] - self.mix.crop_samples) + 1))
+        wave = audio.decode(row["audio"], row["audio_format"], start, self.mix.crop_samples)
+        return wave, row["score"], f"{run.out}#{row['sample_id']}"
 
 
 class _Cache:
