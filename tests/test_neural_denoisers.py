@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.signal import butter, sosfiltfilt
 
 from manifests import clips, voice
-from speechdistill import assets, audio, degradations
+from speechdistill import assets, audio, degradations, onnx_denoisers
 from speechdistill.assets import Asset
-from speechdistill.degradations import Neural, Scene, denoisers
+from speechdistill.degradations import Neural, Scene
 from speechdistill.degradations.denoisers import DeepFilterNet3, Demucs, NSNet2
 
 RATE = audio.SAMPLE_RATE
@@ -323,13 +323,13 @@ def deep_filter(tmp_path: Path) -> Any:
 
 
 def spectra(wave: np.ndarray, deep_filter: Any) -> np.ndarray:
-    return denoisers._stft(wave[None], deep_filter.window)[0] / len(deep_filter.window)
+    return onnx_denoisers._stft(wave[None], deep_filter.window)[0] / len(deep_filter.window)
 
 
 def test_deep_filter_features_are_normalised_by_running_means(deep_filter: Any) -> None:
     assert deep_filter.widths.tolist() == ERB_WIDTHS and deep_filter.alpha == 0.99
     spectrum = spectra(audio.resample(voice(1.0), RATE, 48_000), deep_filter)
-    levels, parts = denoisers._features(deep_filter, spectrum)
+    levels, parts = onnx_denoisers._features(deep_filter, spectrum)
     mean, magnitude = np.linspace(-60, -90, BANDS), np.linspace(0.001, 0.0001, LOW)
     edges = np.concatenate([[0], np.cumsum(ERB_WIDTHS)])
     for t, frame in enumerate(spectrum):
@@ -352,7 +352,7 @@ def test_deep_filter_features_are_those_of_libdf(deep_filter: Any) -> None:
     ours = spectra(wave, deep_filter)
     frames = theirs.shape[1]
     np.testing.assert_allclose(ours[:frames], theirs[0], atol=1e-6)
-    levels, parts = denoisers._features(deep_filter, ours)
+    levels, parts = onnx_denoisers._features(deep_filter, ours)
     their_levels = libdf.erb_norm(libdf.erb(theirs, state.erb_widths()), 0.99)
     unit = libdf.unit_norm(theirs[..., :LOW].copy(), 0.99)
     np.testing.assert_allclose(levels[0, : frames - 2], their_levels[0, 2:], atol=1e-4)
@@ -362,7 +362,7 @@ def test_deep_filter_features_are_those_of_libdf(deep_filter: Any) -> None:
 def test_long_silence_stays_finite(deep_filter: Any) -> None:
     spectrum = np.zeros((2_000, 481), np.complex64)
     forgetful = deep_filter._replace(alpha=0.5)  # its running means come to 0, as they would in a quarter of an hour
-    assert all(np.isfinite(feature).all() for feature in denoisers._features(forgetful, spectrum))
+    assert all(np.isfinite(feature).all() for feature in onnx_denoisers._features(forgetful, spectrum))
 
 
 @pytest.mark.parametrize(

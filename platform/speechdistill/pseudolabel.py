@@ -1,7 +1,6 @@
 """The main job: plan -> degrade (CPU actors) -> teach (teacher actors) -> label shards, on the engine."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, cluster, cost, flow, plan, shards, table, teachers
+from speechdistill import audio, cluster, cost, flow, plan, pools, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe, RecipeName
@@ -254,47 +253,27 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
 def _stages(
     config: Pseudolabel, recipe: Recipe, degrade: Callable[[], Worker], teacher_sha256: str, cpus: float, gpus: float
 ) -> tuple[flow.Stage, ...]:
-    """The pools for a cluster; whatever its size, one CPU stays free for Ray Data's own tasks."""
+    """The pools for a cluster."""
     passes = plan.network_passes(recipe)
-    free = max(0.5, cpus - 1)
-    teach_gpus = (1.0 if gpus else 0.0) if config.teach_gpus is None else config.teach_gpus
     if gpus and passes and config.teach_gpus is not None:
         raise RunError(
             "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally"
         )
-    if gpus and teach_gpus:
-        teach_actors = config.teach_actors or max(1, int(gpus if passes else gpus / teach_gpus))
-        network_actors = config.network_actors or max(1, int(gpus))
-        heavy = teach_actors + passes * network_actors
-        if passes:  # equal shares, so that every GPU has room for as many: none is left over in crumbs
-            teach_gpus = int(1e4 / math.ceil(heavy / max(1.0, gpus))) / 1e4
-        heavy_cpus = min(0.25, 0.25 * free / heavy)
-        rest = free - heavy * heavy_cpus
-        later_actors = config.degrade_actors or max(1, int(rest) // 4)  # most have nothing left to do but to be stored
-        degrade_actors = config.degrade_actors or max(1, int(rest) - passes * later_actors)
-        # Not a whole CPU, or they could fill a GPU's node to the brim before its teacher comes.
-        degrade_cpus = min(0.9, rest / (degrade_actors + passes * later_actors))
-    else:  # on CPUs the teacher takes nine tenths of the time (7.68 s: 0.16 s, degrading them: 0.015 s)
-        teach_actors = config.teach_actors or max(1, int(cpus))
-        network_actors = config.network_actors or max(1, int(cpus))
-        degrade_actors = later_actors = config.degrade_actors or max(1, int(cpus) // 4)
-        degraders = degrade_actors * (1 + passes)
-        # Small, so that one finds room beside the teachers when its node is lost.
-        degrade_cpus = min(0.25, 0.25 * free / degraders)
-        heavy_cpus = min(1.0, (free - degraders * degrade_cpus) / (teach_actors + passes * network_actors))
-    batch_s = config.batch_s or recipe.segment_s * (64 if teach_gpus else 8)
+    wanted = pools.Wanted(config.degrade_actors, config.network_actors, config.teach_actors, config.teach_gpus)
+    sizes = pools.sized(wanted, passes, cpus, gpus)
+    batch_s = config.batch_s or recipe.segment_s * (64 if sizes.heavy_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
-    model = (config.teacher, config.weights, config.dtype, batch_s if teach_gpus else None)
-    teach = partial(Teach, *model, teacher_sha256)
-    enhance = partial(Enhance, recipe)
-    stages = [flow.Stage("degrade", degrade, DEGRADED, degrade_actors, degrade_cpus, 0, 16, True, 4)]
+    model = (config.teacher, config.weights, config.dtype, batch_s if sizes.heavy_gpus else None)
+    heavy = sizes.heavy_cpus, sizes.heavy_gpus
+    first, later = ((actors, sizes.degrade_cpus, 0, 16, True, 4) for actors in (sizes.degrade, sizes.later))
+    stages = [flow.Stage("degrade", degrade, DEGRADED, *first)]
     for number in range(1, passes + 1):
-        stages += [
-            flow.Stage(f"network {number}", enhance, _NOTHING, network_actors, heavy_cpus, teach_gpus, 16, True),
-            flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, later_actors, degrade_cpus, 0, 16, True, 4),
-        ]
-    return (*stages, flow.Stage("teach", teach, TAUGHT, teach_actors, heavy_cpus, teach_gpus, rows, isolated=True))
+        enhance = partial(Enhance, recipe)
+        stages.append(flow.Stage(f"network {number}", enhance, _NOTHING, sizes.network, *heavy, 16, True))
+        stages.append(flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, *later))
+    teach = partial(Teach, *model, teacher_sha256)
+    return (*stages, flow.Stage("teach", teach, TAUGHT, sizes.teach, *heavy, rows, isolated=True))
 
 
 def _totals(rows: pa.Table) -> dict[str, Any]:
