@@ -164,17 +164,17 @@ def spreadsheet(file: Path, rows: list[list[str | float]]) -> None:
 
 
 def test_tcd_voip_is_read_from_its_spreadsheet(tmp_path: Path) -> None:
-    sheet = tmp_path / "Subjective Test Scores.xlsx"
-    touch(
-        tmp_path, "Test Set/chop/C_01_CHOP_FA.wav", "Test Set/chop/R_01_CHOP_FA.wav", "Test Set/echo/C_20_ECHO_ML.wav"
-    )
+    sheet = tmp_path / "TCD VOIP - Test Set Conditions and MOS Results.xlsx"
+    folder = "Test Set/chop"
+    touch(tmp_path, f"{folder}/C_01_CHOP_FA.wav", f"{folder}/ref/R_01_CHOP_FA.wav", "Test Set/echo/C_20_ECHO_ML.wav")
+    spreadsheet(tmp_path / "A list of conditions.xlsx", [["Condition", "what it is"]])
     header: list[str | float] = ["Filename", "ConditionID", "sample MOS", 1]
     spreadsheet(sheet, [header, ["C_01_CHOP_FA.wav", 1, 4.541666667, 5], ["C_20_ECHO_ML.wav", 20, 1.125, 1]])
     chop, echo = scored.rows("tcd_voip", str(tmp_path))
     assert (chop["system"], chop["speaker"], chop["mos"], chop["votes"]) == ("CHOP-01", "FA", 4.541666667, 24)
     assert echo["uri"] == str(tmp_path / "Test Set/echo/C_20_ECHO_ML.wav") and echo["system"] == "ECHO-20"
     spreadsheet(sheet, [["Something", "else"]])
-    with pytest.raises(table.TableError, match="no sheet has columns"):
+    with pytest.raises(table.TableError, match="no spreadsheet with columns"):
         scored.rows("tcd_voip", str(tmp_path))
     sheet.write_bytes(b"no zip")
     with pytest.raises(table.TableError, match="cannot be read as a spreadsheet"):
@@ -184,7 +184,7 @@ def test_tcd_voip_is_read_from_its_spreadsheet(tmp_path: Path) -> None:
     with pytest.raises(table.TableError, match=r"1 recordings lie in more than one folder \(C_01_CHOP_FA.wav\)"):
         scored.rows("tcd_voip", str(tmp_path))
     sheet.unlink()
-    with pytest.raises(table.TableError, match=r"has no 'Subjective Test Scores.xlsx'"):
+    with pytest.raises(table.TableError, match="no spreadsheet with columns"):
         scored.rows("tcd_voip", str(tmp_path))
 
 

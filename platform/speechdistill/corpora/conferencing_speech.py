@@ -3,8 +3,8 @@
 PSTN: `train.zip` unpacks to `pstn_train/`, with `pstn_train.csv` (`filename, MOS, std, 95%CI, votes`) beside the
 recordings. Tencent: `TencentCorups.zip` unpacks to two lists (`deg_wav, mos`) and a folder for each. Both confirmed by
 lcn-kul/conferencing-speech-2022 (`src/constants.py`) and unilight/sheet (`egs/pstn`, `egs/tencent`); Tencent's lists
-are in ConferencingSpeech/ConferencingSpeech2022 (`datasets/TencentCorpus`). These name folders that end in `MOS`, while
-code reads folders that do not: both are taken.
+are in ConferencingSpeech/ConferencingSpeech2022 (`datasets/TencentCorpus`). The one with reverberation names a folder
+that ends in `MOS`, while code reads one that does not: both are taken.
 
 The test clips went to the participants by mail, without their labels, and how the labels were given out later could not
 be confirmed. So it is ours that `test.csv` in the corpus' folder lists them: `deg_wav` (relative to it) and `mos`.

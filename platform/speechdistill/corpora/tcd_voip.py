@@ -1,9 +1,10 @@
 """TCD-VoIP (Harte, Gillen and Hines, QoMEX 2015): echo, chops, clipping, competing speakers and noise.
 
-The archive has the sheet `Subjective Test Scores` of `Subjective Test Scores.xlsx` (`Filename, ConditionID, sample MOS`
-and the votes of 24 listeners) and a folder of recordings per degradation, as `chop/C_01_CHOP_FA.wav`. Names and columns
-are confirmed by public code that reads the sheet, names and folders by unilight/sheet (`egs/tcd-voip`). How deep
-these folders lie in the archive could not be confirmed: recordings are found by their names, anywhere below the root.
+Recordings are `Test Set/chop/C_01_CHOP_FA.wav` (condition, degradation, speaker), references beside them in `ref/`.
+`TCD VOIP - Test Set Conditions and MOS Results.xlsx` has a sheet `Subjective Test Scores`, with `Filename, ConditionID,
+sample MOS` and a column for each of 24 listeners. Folders are confirmed by ViSQOL's script for this corpus, the names
+of the file and of the sheet by google/zimtohrli (`tcd_voip`), scored recordings by unilight/sheet (`egs/tcd-voip`),
+`sample MOS` by public code that reads the sheet. Others call the file differently: any spreadsheet will do.
 The paper has 384 clips in its table (this sheet's), and 240 in its text.
 """
 
@@ -19,20 +20,20 @@ import fsspec
 from speechdistill import corpora, table
 
 _SPREADSHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-_SCORES = "Subjective Test Scores.xlsx"
 _NUM_LISTENERS = 24
 
 
 def rows(root: str) -> Iterator[dict[str, Any]]:
-    """`root` is any folder above the sheet and the recordings; degraded ones are in the manifest, references not."""
+    """`root` is any folder above the spreadsheet and the recordings; references are not in the manifest."""
     fs, path = fsspec.url_to_fs(root)
     with table.storage(root):
         found = [fs.unstrip_protocol(file).removeprefix("file://") for file in fs.find(path)]
     files = {file.rsplit("/", 1)[-1]: file for file in found}
     counts = Counter(file.rsplit("/", 1)[-1] for file in found)
-    if _SCORES not in files:
-        raise table.TableError(f"{root} has no {_SCORES!r}; --root names the folder of the corpus as it is unpacked")
-    lines = _sheet(files[_SCORES])
+    sheets = (_sheet(file) for file in found if file.lower().endswith(".xlsx"))
+    lines = next(filter(None, sheets), None)
+    if lines is None:
+        raise table.TableError(f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'")
     if twice := [line["Filename"] for line in lines if counts[line["Filename"]] > 1]:
         raise table.TableError(f"{root}: {corpora.some(twice, 'recordings lie in more than one folder')}")
     for line in lines:
@@ -51,7 +52,7 @@ def rows(root: str) -> Iterator[dict[str, Any]]:
 
 
 def _sheet(file: str) -> list[dict[str, str]]:
-    """The lines of the first sheet; a spreadsheet is a zip of XML, and this saves a library for one file."""
+    """The lines of its sheet with scores, if it has one; a spreadsheet is a zip of XML: no library is needed."""
     try:
         with fsspec.open(file, "rb") as data, ZipFile(data) as archive:
             names = archive.namelist()
@@ -68,7 +69,7 @@ def _sheet(file: str) -> list[dict[str, str]]:
                     return [{"sample MOS": "", **line} for line in named if line.get("Filename")]
     except (BadZipFile, ET.ParseError, LookupError, ValueError) as error:
         raise table.TableError(f"{file} cannot be read as a spreadsheet ({error})") from error
-    raise table.TableError(f"{file}: no sheet has columns 'Filename' and 'sample MOS'")
+    return []
 
 
 def _cells(row: ET.Element, texts: list[str]) -> dict[str, str]:

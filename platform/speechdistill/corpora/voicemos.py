@@ -3,8 +3,8 @@
 `main.tar.gz` and `ood.tar.gz` (zenodo.org/records/6572573) make `DATA/wav/*.wav` and lists without a header,
 `DATA/sets/{train,val,test}_mos_list.txt`, of lines `sys64e2f-utt9c183cd.wav,3.5`. The out-of-domain track's
 `unlabeled_mos_list.txt` is without scores; they came later, as `unlabeled_mos_list_LABELS.txt`, and the paper (section
-III-A) trains on them. Confirmed by the README of the out-of-domain track; that the list of labels is written as the
-others are is an assumption. Many recordings are to be fetched by the scripts that come with the lists.
+III-A) trains on them. Confirmed by the READMEs of both tracks, lines by public code that reads them; that the list of
+labels is written as the others are is an assumption. Scripts that come with the lists fetch the recordings.
 """
 
 from collections.abc import Iterator
