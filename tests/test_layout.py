@@ -24,7 +24,7 @@ TIERS = (
     {"student_files"},
     {"registry"},
     {"corpora", "degradations", "teachers", "scorer", "mlflow_model", "plan", "score", "cluster", "parts"},
-    {"monitor", "samples", "labeled"},
+    {"monitor", "samples", "labeled", "scored"},
     {"flow", "trials", "batches"},
     {"cost", "loop", "pools"},
     {"recipes"},

@@ -1,4 +1,4 @@
-"""Folders, lists and tars of audio files -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
+"""Folders, lists, tars and scored corpora -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
 
 Work is committed in parts, so a killed run goes on where it stopped, and a run with new files adds just those.
 `clips.parquet`, all good parts as one file, is replaced at the end.
@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from speechdistill import audio, audio_files, cluster, table, tar_files
+from speechdistill import audio, audio_files, cluster, scored, table, tar_files
 from speechdistill.clips import clip_id
-from speechdistill.corpora import folder, listing, webdataset
+from speechdistill.corpora import HeldOut, folder, listing, webdataset
+from speechdistill.scored import CorpusName
 from speechdistill.shards import RunError
 from speechdistill.teachers import MIN_DURATION_S
 
@@ -53,25 +54,43 @@ class Ingest:
     """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and WebDataset
     tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
     and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
+    corpus: CorpusName | None = None
+    """A corpus that listeners scored, read from --root as it is distributed, with its scores, systems and splits. Here
+    csv is a folder with a labels.csv (wav_path, score, and where known system_id, input_id, dataset, split)."""
+    root: str | None = None
+    """Folder of the corpus as it is unpacked, a local path or URL."""
+    held_out: HeldOut = "both"
+    """Which clips of dns_2, plc_2022 and sig_2023 validate: both, those whose system and input are held out (the mixed
+    ones are left out), or either, those with one of them, too. For another choice take another OUT."""
 
 
 def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
-    if not (config.speech or config.noise or config.rir or config.list):
-        raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR or --list FILE")
+    if not (config.speech or config.noise or config.rir or config.list or config.corpus):
+        raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR, --list FILE or --corpus NAME")
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
+    labeled = scored_rows(config)
     config = replace(config, out=table.absolute(config.out), list=tuple(files))
     cluster.connect()
     ignored: Counter[str] = Counter()
     whole: set[tuple[str, str]] = set()
-    ingest_rows(_rows(config, ignored, whole), config.out)
+    ingest_rows(chain(labeled, _rows(config, ignored, whole)), config.out)
     _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
     summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
     table.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError(f"no usable audio file was found; the reasons are in {config.out}/rejects.parquet")
     return summary
+
+
+def scored_rows(config: Ingest) -> Iterator[Row]:
+    """The rows of the corpus that `config` names, if it names one; raises `RunError` for half of a choice."""
+    if (config.corpus is None) != (config.root is None):
+        raise RunError("--corpus NAME and --root DIR, the folder of that corpus, are given together")
+    if config.corpus is None or config.root is None:
+        return iter(())
+    return iter(scored.rows(config.corpus, config.root, config.held_out))
 
 
 def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:

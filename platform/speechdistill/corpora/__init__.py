@@ -1,16 +1,44 @@
 """Corpora: one file each. `rows(root, ...)` yields manifest rows: dictionaries of `clip.v1` columns that start from
 `uri` and `kind`; what the file's header says (duration, rate, channels, size) the ingest job reads itself. A row with
 `error`, an exception, is rejected with it.
+
+Corpora that listeners scored give `READERS`: a reader for each of their datasets, by its name on the command line.
 """
 
-from collections.abc import Mapping
+import csv
+import hashlib
+import logging
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
 
 from speechdistill import table
 
+_LOG = logging.getLogger(__name__)
 _FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
 _NUMBERS = {"mos", "votes"}
+_SHOWN = 10  # of everything that is wrong
+_THREADS = 32  # to ask a storage whether files exist
+SPLITS = ("train", "validation", "test")
+Row = dict[str, Any]
+HeldOut = Literal["both", "either"]
+
+
+class Reader(NamedTuple):
+    """How a scored dataset is read, and how many clips of it Distill-MOS (section III-A, Table I) had in each split."""
+
+    rows: Callable[[str], Iterable[Row]]
+    """Rows of what lies in a folder, a path or URL; `mos` may be the text that the corpus gives."""
+    paper: tuple[int, int, int] | None = None
+    """Clips to train, validate and test on; none where the paper has no such dataset."""
+    challenge: bool = False
+    """The reader names no splits: those with systems and inputs set aside are made of its rows."""
 
 
 @cache
@@ -19,7 +47,148 @@ def columns() -> frozenset[str]:
     return frozenset(table.schema("clip.v1").names) - _FROM_HEADER - {"uri"}
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
+def given(values: Mapping[str, Any]) -> Row:
     """The known ones of `values` that are not empty, numbers as they were given and the others as text."""
     known = {key: value for key, value in values.items() if key in columns() and value not in ("", None)}
     return {key: value if key in _NUMBERS else str(value) for key, value in known.items()}
+
+
+def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[str, str]]:
+    """The lines of a CSV with at least the columns `needed`, or of one without a header that has just these.
+
+    Raises `TableError` for a file that is missing or lacks a column, and for lines that are too short.
+    """
+    if not all(exist([file])):
+        raise table.TableError(f"{file} is missing; --root names the folder of the corpus as it is unpacked")
+    wrong = (UnicodeDecodeError, csv.Error)
+    try:
+        with table.storage(file, *wrong), fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text, None if header else needed)
+            names, found = list(reader.fieldnames or ()), list(reader)
+    except wrong as error:
+        raise table.TableError(f"{file} is no CSV in UTF-8 ({error})") from error
+    if absent := [name for name in needed if name not in names]:
+        raise table.TableError(f"{file}: columns {absent} are missing; it has {names}")
+    if short := [str(number + 1) for number, line in enumerate(found) if None in map(line.get, needed)]:
+        raise table.TableError(f"{file}: {some(short, 'rows lack fields')}")
+    return found
+
+
+def under(root: str, path: str) -> str:
+    """The address of a path that a corpus gives relative to its folder, however it writes it."""
+    path = path.strip().replace("\\", "/")
+    return path if "://" in path or path.startswith("/") else f"{root}/{posixpath.normpath(path)}"
+
+
+def exist(uris: Sequence[str]) -> list[bool]:
+    """Which of some files there are; raises `StorageError` where a storage does not say."""
+
+    def there(uri: str) -> bool:
+        if "://" not in uri:
+            return Path(uri).is_file()
+        fs, path = fsspec.url_to_fs(uri)
+        with table.storage(uri):
+            try:
+                return bool(fs.info(path)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(there, uris))
+
+
+def some(found: Sequence[str], what: str) -> str:
+    """`3 files are missing (a, b, c)`, or nothing."""
+    more = ", ..." if len(found) > _SHOWN else ""
+    return f"{len(found):,} {what} ({', '.join(found[:_SHOWN])}{more})" if found else ""
+
+
+def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") -> list[Row]:
+    """The rows of a scored dataset below `root`, of kind speech, with splits and `mos` as numbers.
+
+    Raises `TableError` with counts and the first ten for missing files, scores that are not from 1 to 5, files named
+    twice and unknown splits. Other clip counts than the paper's are a warning.
+    """
+    rows = [{"kind": "speech", "dataset": name, **row} for row in reader.rows(table.absolute(root))]
+    uris = [row["uri"] for row in rows]
+    files = Counter(uris)
+    problems = [
+        some([uri for uri, there in zip(files, exist(list(files)), strict=True) if not there], "files are missing"),
+        some([uri for uri, count in files.items() if count > 1], "files are named more than once"),
+        some([f"{row['uri']}: {row['mos']!r}" for row in rows if _score(row["mos"]) is None], "scores are not 1 to 5"),
+        some(
+            [f"{row['uri']}: {row['split']!r}" for row in rows if row.get("split", "train") not in SPLITS],
+            f"splits are none of {', '.join(SPLITS)}",
+        ),
+        some(
+            [row["uri"] for row in rows if reader.challenge and not (row["system"] and row["input_id"])],
+            "clips have no system_id or input_id",
+        ),
+    ]
+    if any(problems) or not rows:
+        raise table.TableError(f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}")
+    rows = [{**row, "mos": _score(row["mos"])} for row in rows]
+    if reader.challenge:
+        rows = held_out_rows(name, rows, held_out, reader.paper)
+    _compare(name, rows, reader.paper)
+    return rows
+
+
+def held_out_rows(
+    name: str, rows: list[Row], held_out: HeldOut = "both", paper: tuple[int, int, int] | None = None
+) -> list[Row]:
+    """Rows with `split`, where 1/4 of the systems and 1/4 of the inputs are set aside, in an order by hashes.
+
+    They train where neither is set aside, and validate where both are, or with `held_out="either"` where one is, too.
+    The paper (section III-A) does not say which; its 9 : 1 speaks for `both`, which leaves the mixed rows out.
+    """
+    systems = _quarter(name, [row["system"] for row in rows])
+    inputs = _quarter(name, [row["input_id"] for row in rows])
+    aside = [(row["system"] in systems) + (row["input_id"] in inputs) for row in rows]
+    counts = Counter(aside)
+    _LOG.warning(
+        "%s: %d of the clips train; %d validate with both the system and the input held out, %d with either%s",
+        name,
+        counts[0],
+        counts[2],
+        counts[1] + counts[2],
+        f" (the paper: {paper[0]} and {paper[1]})" if paper else "",
+    )
+    names = {0: "train", 1: "validation" if held_out == "either" else None, 2: "validation"}
+    return [{**row, "split": names[n]} for row, n in zip(rows, aside, strict=True) if names[n]]
+
+
+def with_validation(rows: Iterable[Row], num_clips: int = 1_000) -> list[Row]:
+    """Rows whose `split` is validation for `num_clips` of them (a tenth of a small corpus), drawn by file names."""
+    rows = list(rows)
+    ranked = sorted(rows, key=lambda row: _hash(row["uri"].rsplit("/", 2)[-2:]))
+    chosen = {row["uri"] for row in ranked[: min(num_clips, len(rows) // 10)]}
+    return [{**row, "split": "validation" if row["uri"] in chosen else "train"} for row in rows]
+
+
+def _quarter(name: str, values: Sequence[str]) -> set[str]:
+    ranked = sorted(set(values), key=lambda value: _hash([name, value]))
+    return set(ranked[: max(1, round(len(ranked) / 4))])
+
+
+def _hash(words: Sequence[str]) -> str:
+    return hashlib.sha256("/".join(words).encode()).hexdigest()
+
+
+def _score(text: Any) -> float | None:
+    try:
+        return float(text) if 1 <= float(text) <= 5 else None  # not a number compares with nothing
+    except (ValueError, TypeError):
+        return None
+
+
+def _compare(name: str, rows: Sequence[Row], paper: tuple[int, int, int] | None) -> None:
+    counts = Counter(row.get("split", "train") for row in rows)
+    found = tuple(counts[split] for split in SPLITS)
+    if paper and found != paper:
+        _LOG.warning(
+            "%s has %d, %d and %d clips to train, validate and test on; the paper has %d, %d and %d",
+            name,
+            *found,
+            *paper,
+        )

@@ -1,0 +1,37 @@
+"""Blizzard Challenge 2023 (Perrotin et al., 2023), French: text to speech (NEB) and speaker adaptation (AD).
+
+As track 1 of the VoiceMOS Challenge 2023 gave it out: `VoiceMOS2023Track1.zip` unpacks to
+`VoiceMOS2023Track1/VoiceMOS2023Track1-A-AD_test_0026.wav`, where A is the system and AD the task, and an answer file
+without a header has lines of that name without `.wav` and the mean score. Confirmed by unilight/sheet (`egs/bc23`); it
+calls the answers `answer.csv`, which the archive does not hold: put it into the same folder.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from speechdistill import corpora
+
+
+def rows(root: str, task: str) -> Iterator[dict[str, Any]]:
+    """Rows of one task, `NEB` or `AD`; `root` has the recordings, or their folder `wavs`, and `answer.csv`."""
+    lines = corpora.lines(f"{root}/answer.csv", ["name", "mos"], header=False)
+    uris = [f"{root}/{line['name']}.wav" for line in lines]
+    for line, uri, there in zip(lines, uris, corpora.exist(uris), strict=True):
+        system = line["name"].split("_")[0].removeprefix("VoiceMOS2023Track1-")
+        if not system.endswith(f"-{task}"):
+            continue
+        yield {
+            "uri": uri if there else f"{root}/wavs/{line['name']}.wav",
+            "corpus": "blizzard2023",
+            "split": "test",
+            "system": system,
+            "mos": line["mos"],
+            "language": "fr",
+        }
+
+
+READERS = {
+    "blizzard2023_tts": corpora.Reader(partial(rows, task="NEB"), (0, 0, 840)),
+    "blizzard2023_sa": corpora.Reader(partial(rows, task="AD"), (0, 0, 578)),
+}

@@ -1,0 +1,65 @@
+"""ConferencingSpeech 2022 (Yi et al., Interspeech 2022): the PSTN, Tencent and TUB corpora.
+
+PSTN: `train.zip` unpacks to `pstn_train/`, with `pstn_train.csv` (`filename, MOS, std, 95%CI, votes`) beside the
+recordings. Tencent: `TencentCorups.zip` unpacks to two lists (`deg_wav, mos`) and a folder for each. Both confirmed by
+lcn-kul/conferencing-speech-2022 (`src/constants.py`) and unilight/sheet (`egs/pstn`, `egs/tencent`); Tencent's lists
+are in ConferencingSpeech/ConferencingSpeech2022 (`datasets/TencentCorpus`). The one with reverberation names a folder
+that ends in `MOS`, while code reads one that does not: both are taken.
+
+The test clips went to the participants by mail, without their labels, and how the labels were given out later could not
+be confirmed. So it is ours that `test.csv` in the corpus' folder lists them: `deg_wav` (relative to it) and `mos`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from speechdistill import corpora
+
+_TENCENT = ("withReverberationTrainDev", "withoutReverberationTrainDev")
+
+
+def pstn(root: str) -> Iterator[dict[str, Any]]:
+    """`root` holds `pstn_train/`, and `test.csv` where there is one."""
+    lines = corpora.lines(f"{root}/pstn_train/pstn_train.csv", ["filename", "MOS", "votes"])
+    found = [
+        {
+            **corpora.given({"votes": line["votes"]}),
+            "uri": corpora.under(f"{root}/pstn_train", line["filename"]),
+            "mos": line["MOS"],
+        }
+        for line in lines
+    ]
+    for row in [*corpora.with_validation(found), *_test(root, needed=False)]:
+        yield {**row, "corpus": "pstn", "language": "en"}
+
+
+def tencent(root: str) -> Iterator[dict[str, Any]]:
+    """`root` is the folder `TencentCorups`; its test clips are listed in `test.csv` where there is one."""
+    found = []
+    for part in _TENCENT:
+        lines = corpora.lines(f"{root}/{part}MOS.csv", ["deg_wav", "mos"])
+        uris = [corpora.under(root, line["deg_wav"]) for line in lines]
+        for line, uri, there in zip(lines, uris, corpora.exist(uris), strict=True):
+            uri = uri if there else uri.replace(f"/{part}MOS/", f"/{part}/")
+            found.append({"uri": uri, "mos": line["mos"]})
+    for row in [*corpora.with_validation(found), *_test(root, needed=False)]:
+        yield {**row, "corpus": "tencent", "language": "zh"}
+
+
+def tub(root: str) -> Iterator[dict[str, Any]]:
+    """`root` is the folder `TUB_IS22_DB1`, with a `test.csv`."""
+    for row in _test(root, needed=True):
+        yield {**row, "corpus": "tub"}
+
+
+def _test(root: str, needed: bool) -> Iterator[dict[str, Any]]:
+    file = f"{root}/test.csv"
+    for line in corpora.lines(file, ["deg_wav", "mos"]) if needed or all(corpora.exist([file])) else ():
+        yield {"uri": corpora.under(root, line["deg_wav"]), "mos": line["mos"], "split": "test"}
+
+
+READERS = {
+    "pstn": corpora.Reader(pstn, (57_709, 1_000, 1_040)),
+    "tencent": corpora.Reader(tencent, (10_563, 1_000, 2_898)),
+    "tub": corpora.Reader(tub, (0, 0, 434)),
+}

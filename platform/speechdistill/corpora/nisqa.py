@@ -1,0 +1,43 @@
+"""NISQA Corpus (Mittag et al., Interspeech 2021): simulated, live, FOR, LiveTalk and P.501.
+
+`NISQA_Corpus.zip` (zenodo.org/record/4728081) unpacks to `NISQA_corpus_file.csv` and a folder per database, as
+`NISQA_TRAIN_SIM/deg/*.wav`. The list has, among others, `db, con, filename_ref, lang, votes, mos, filepath_deg`, the
+last relative to the corpus. Confirmed by the corpus' authors' evaluation script (gabrielmittag/NISQA,
+`run_evaluate.py`: file name, `con`, `filepath_deg`, `mos`) and by lcn-kul/conferencing-speech-2022 (all columns).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from speechdistill import corpora
+
+
+def rows(root: str, splits: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of the databases that are keys of `splits`. A condition number counts within its database."""
+    needed = ["db", "con", "filename_ref", "lang", "votes", "mos", "filepath_deg"]
+    for line in corpora.lines(f"{root}/NISQA_corpus_file.csv", needed):
+        if line["db"] not in splits:
+            continue
+        columns = {"system": f"{line['db']}-{line['con']}", "input_id": line["filename_ref"], "language": line["lang"]}
+        yield {
+            **corpora.given({**columns, "votes": line["votes"]}),
+            "uri": corpora.under(root, line["filepath_deg"]),
+            "corpus": "nisqa",
+            "split": splits[line["db"]],
+            "mos": line["mos"],
+        }
+
+
+def _reader(splits: dict[str, str], *paper: int) -> corpora.Reader:
+    train, validation, test = paper
+    return corpora.Reader(partial(rows, splits=splits), (train, validation, test))
+
+
+READERS = {
+    "nisqa_sim": _reader({"NISQA_TRAIN_SIM": "train", "NISQA_VAL_SIM": "validation"}, 10_000, 2_500, 0),
+    "nisqa_live": _reader({"NISQA_TRAIN_LIVE": "train", "NISQA_VAL_LIVE": "validation"}, 1_020, 200, 0),
+    "nisqa_for": _reader({"NISQA_TEST_FOR": "test"}, 0, 0, 240),
+    "nisqa_livetalk": _reader({"NISQA_TEST_LIVETALK": "test"}, 0, 0, 232),
+    "nisqa_p501": _reader({"NISQA_TEST_P501": "test"}, 0, 0, 240),
+}

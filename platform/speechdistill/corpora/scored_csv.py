@@ -1,0 +1,24 @@
+"""A folder with `labels.csv`: the plain layout for scores of one's own, and for corpora that are not public.
+
+Columns `wav_path` (relative to the list) and `score` (1 to 5), and where known `system_id`, `input_id`, `dataset`,
+`split` (train, validation or test) and further columns of `clip.v1`, such as `votes` or `language`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from speechdistill import corpora
+
+_RENAMED = {"score": "mos", "system_id": "system"}
+
+
+def rows(root: str) -> Iterator[dict[str, Any]]:
+    """A row per line; `root` is the folder, or the CSV itself under another name."""
+    is_file = root.lower().endswith(".csv")
+    file = root if is_file else f"{root}/labels.csv"
+    for line in corpora.lines(file, ["wav_path", "score"]):
+        columns = corpora.given({_RENAMED.get(key, key): value for key, value in line.items() if key})
+        yield {"mos": None, **columns, "uri": corpora.under(file.rsplit("/", 1)[0], line["wav_path"])}
+
+
+READERS = {"csv": corpora.Reader(rows)}

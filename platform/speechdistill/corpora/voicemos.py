@@ -1,0 +1,37 @@
+"""VoiceMOS Challenge 2022 (Huang et al., Interspeech 2022): the English main track and the Chinese out-of-domain track.
+
+`main.tar.gz` and `ood.tar.gz` (zenodo.org/records/6572573) make `DATA/wav/*.wav` and lists without a header,
+`DATA/sets/{train,val,test}_mos_list.txt`, of lines `sys64e2f-utt9c183cd.wav,3.5`. The out-of-domain track's
+`unlabeled_mos_list.txt` is without scores; they came later, as `unlabeled_mos_list_LABELS.txt`, and the paper (section
+III-A) trains on them. Confirmed by the READMEs of both tracks, lines by public code that reads them; that the list of
+labels is written as the others are is an assumption. Scripts that come with the lists fetch the recordings.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from speechdistill import corpora
+
+_MAIN = {"train_mos_list": "train", "val_mos_list": "validation", "test_mos_list": "test"}
+_OOD = {**_MAIN, "unlabeled_mos_list_LABELS": "train"}
+
+
+def rows(root: str, splits: dict[str, str], language: str) -> Iterator[dict[str, Any]]:
+    """`root` is the folder that holds `DATA`; `splits` says what each of its lists is for."""
+    for name, split in splits.items():
+        for line in corpora.lines(f"{root}/DATA/sets/{name}.txt", ["wav", "mos"], header=False):
+            yield {
+                "uri": corpora.under(f"{root}/DATA/wav", line["wav"]),
+                "corpus": "voicemos2022",
+                "split": split,
+                "system": line["wav"].split("-")[0],
+                "mos": line["mos"],
+                "language": language,
+            }
+
+
+READERS = {
+    "voicemos2022_en": corpora.Reader(partial(rows, splits=_MAIN, language="en"), (4_973, 1_065, 1_065)),
+    "voicemos2022_cn": corpora.Reader(partial(rows, splits=_OOD, language="zh"), (674, 136, 539)),
+}

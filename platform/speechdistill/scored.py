@@ -1,0 +1,57 @@
+"""Corpora that listeners scored, by the names they have on the command line."""
+
+from typing import Any, Literal
+
+from speechdistill import corpora, table
+from speechdistill.corpora import (
+    blizzard2023,
+    challenges,
+    conferencing_speech,
+    genspeech,
+    nisqa,
+    scored_csv,
+    tcd_voip,
+    voicemos,
+)
+
+CorpusName = Literal[
+    "blizzard2023_sa",
+    "blizzard2023_tts",
+    "csv",
+    "dns_2",
+    "dns_3",
+    "dns_3_fb",
+    "genspeech",
+    "nisqa_for",
+    "nisqa_live",
+    "nisqa_livetalk",
+    "nisqa_p501",
+    "nisqa_sim",
+    "plc_2022",
+    "plc_2024",
+    "pstn",
+    "sig_2023",
+    "sig_2024",
+    "tcd_voip",
+    "tencent",
+    "tub",
+    "voicemos2022_cn",
+    "voicemos2022_en",
+]
+READERS: dict[str, corpora.Reader] = {
+    **blizzard2023.READERS,
+    **challenges.READERS,
+    **conferencing_speech.READERS,
+    **genspeech.READERS,
+    **nisqa.READERS,
+    **scored_csv.READERS,
+    **tcd_voip.READERS,
+    **voicemos.READERS,
+}
+
+
+def rows(name: str, root: str, held_out: corpora.HeldOut = "both") -> list[dict[str, Any]]:
+    """The checked rows of a corpus in folder `root`; raises `TableError` for what does not fit, and unknown names."""
+    if name not in READERS:
+        raise table.TableError(f"no corpus {name!r}; there are {', '.join(sorted(READERS))}")
+    return corpora.checked(name, READERS[name], root, held_out)
