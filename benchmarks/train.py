@@ -1,5 +1,6 @@
 """What the training job costs beside the training: steps per second against a bare loop over tensors in memory."""
 
+import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,8 +34,8 @@ class Options:
     """Steps of each, after five to warm up."""
     crop_s: float = 1.92
     """Seconds of each sample."""
-    cpus: int = 2
-    """Threads."""
+    cpus: int = max(1, (os.cpu_count() or 1) - 1)
+    """Threads. Default: all cores but one, which Ray's own processes need."""
 
 
 def main(options: Options) -> None:
