@@ -13,3 +13,25 @@ def encodec(folder: Path, seed: int = 0) -> str:
         config = EncodecConfig(num_filters=4, hidden_size=16, codebook_size=32, codebook_dim=16)
         EncodecModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def xlsr(folder: Path, seed: int = 0, **sizes: int) -> str:
+    """An encoder of the XLS-R family, of 4 blocks where `sizes` does not say otherwise."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    family = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True, "conv_dim": [8] * 7}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Wav2Vec2Config(**family | small | {"num_conv_pos_embedding_groups": 16} | sizes)
+        Wav2Vec2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+def xlsr_head(file: Path, dim_input: int = 16, seed: int = 0) -> str:
+    from speechdistill.students.conv_transformer import QualityHead
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.save(QualityHead(dim_input, 32, 4, 4).state_dict(), file)
+    return str(file)

@@ -23,7 +23,7 @@ TIERS = (
     {"students"},
     {"student_files"},
     {"registry"},
-    {"corpora", "degradations", "teachers", "scorer", "mlflow_model", "plan", "score", "cluster", "parts"},
+    {"corpora", "degradations", "teachers", "scorer", "dnsmos", "mlflow_model", "plan", "score", "cluster", "parts"},
     {"monitor", "samples", "labeled", "scored"},
     {"flow", "trials", "batches"},
     {"cost", "loop", "pools"},
@@ -39,6 +39,8 @@ WITHIN_TIER = {
     ("score", "teachers"),
     ("scorer", "teachers"),  # the family's contract
     ("teachers", "scorer"),  # what members share
+    ("teachers", "dnsmos"),
+    ("dnsmos", "scorer"),
     ("mlflow_model", "scorer"),
     ("mlflow_model", "teachers"),
 }
@@ -60,6 +62,7 @@ HEAVY = {
 NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
+    "teachers.xlsr",
     "global_norm",
     "scorer",
     "student_files",

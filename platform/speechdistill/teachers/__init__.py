@@ -12,6 +12,7 @@ A new teacher is one new file: `load` finds it by name. `student` is any student
 """
 
 import importlib
+import inspect
 import math
 import pkgutil
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ def load(
     dtype: str = "float32",
     batch_s: float | None = None,
     hop_s: float = 1.0,
+    head: str | None = None,
+    compile: bool = False,
 ) -> Model:
     """The teacher called `name` as a `Model`; `.teacher` is the teacher itself.
 
@@ -99,7 +102,8 @@ def load(
     or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file (default: the released
     ones), `device` a torch device (default: CUDA where there is one), `dtype` float32 or bfloat16, `batch_s` the
     seconds of audio that go through the network at once, `hop_s` the most seconds from one window of long audio to
-    the next: above 1 it is faster and not exact.
+    the next: above 1 it is faster and not exact. `head` and `compile` are for teachers that have them (xlsr): the file
+    of the head above the encoder, and whether `torch.compile` makes the network faster.
     Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
     """
     if name not in (*names(), _STUDENT):
@@ -110,7 +114,10 @@ def load(
             )
         name, weights = _STUDENT, name
     module = importlib.import_module(f"{__name__}.{name}")
-    return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s))
+    extra = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
+    if unknown := extra.keys() - inspect.signature(module.Teacher).parameters.keys():
+        raise ValueError(f"teacher {name!r} takes no {' and no '.join(sorted(unknown))}")
+    return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s, **extra))
 
 
 def names() -> list[str]:

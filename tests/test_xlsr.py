@@ -1,0 +1,231 @@
+"""XLS-R as a teacher: the blocks that are wanted and no more, the original head, batches as each wave alone."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from small_models import xlsr as small_xlsr
+from small_models import xlsr_head
+from speechdistill import audio, teachers
+from speechdistill.students.conv_transformer import QualityHead
+from speechdistill.teachers import Label, xlsr
+from speechdistill.teachers.xlsr import Teacher
+
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_xlsr(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return xlsr_head(tmp_path_factory.mktemp("head") / "head.pt")
+
+
+@pytest.fixture(scope="module")
+def teacher(encoder: str, head: str) -> Teacher:
+    return Teacher(encoder, "cpu", head=head, blocks=3)
+
+
+def noise(duration_s: float, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(round(duration_s * RATE))).astype(np.float32)
+
+
+def scores(teacher: teachers.Teacher, waves: list[np.ndarray]) -> list[float]:
+    return [label.score for label in teacher.label(waves) if isinstance(label, Label)]
+
+
+def original(encoder: str, head: str, wave: np.ndarray, hidden_state: int) -> float:
+    """The score as the `xls-r-sqa` package computes it, by transformers' whole model and its own preparation."""
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    model = Wav2Vec2Model.from_pretrained(encoder, local_files_only=True).eval()
+    inputs = Wav2Vec2FeatureExtractor(do_normalize=True)(wave, sampling_rate=RATE, return_tensors="pt")
+    top = QualityHead(model.config.hidden_size, 32, 4, 4).eval()
+    top.load_state_dict(torch.load(head, weights_only=True))
+    with torch.no_grad():
+        frames = model(inputs["input_values"], output_hidden_states=True).hidden_states[hidden_state][0]
+        start = max(0, int(len(frames) / 2 - 192))
+        frames = frames[start : start + 384]
+        frames = torch.nn.functional.pad(frames, (0, 0, 0, 384 - len(frames)))
+        return float(1 + 4 * torch.sigmoid(top(frames[None])))
+
+
+@pytest.mark.parametrize("duration_s", [0.1, 2.0, 7.68, 7.73, 11.3, 15.0])
+def test_it_scores_as_the_whole_model_does(teacher: Teacher, encoder: str, head: str, duration_s: float) -> None:
+    wave = noise(duration_s) * np.linspace(0.1, 1, round(duration_s * RATE), dtype=np.float32) + np.float32(0.01)
+    assert scores(teacher, [wave]) == pytest.approx([original(encoder, head, wave, 3)], abs=1e-4)
+
+
+def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher, encoder: str, head: str) -> None:
+    waves = [noise(s, seed) * np.float32(1 + seed) for seed, s in enumerate((1.0, 9.0, 7.68, 0.1, 17.3, 14.9, 7.7))]
+    batched = Teacher(encoder, "cpu", batch_s=4 * 7.68, head=head, blocks=3)
+    alone = [score for wave in waves for score in scores(teacher, [wave])]
+    assert scores(batched, waves) == pytest.approx(alone, abs=1e-3)
+    assert np.ptp(alone) > 0.01  # they differ by more than that
+
+
+def test_long_audio_is_judged_in_windows(teacher: Teacher) -> None:
+    wave = np.concatenate([noise(9), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
+    windows = [wave[start : start + 122_880] for start in xlsr.segment_starts(len(wave))]
+    assert scores(teacher, [wave]) == pytest.approx([np.mean(scores(teacher, windows))], abs=1e-5)
+    assert len(teacher.timeline(wave)) == 17
+    assert len(teacher.timeline(noise(2.5))) == 3
+
+
+def test_bad_waves_are_reported_in_place(teacher: Teacher) -> None:
+    results = teacher.label([noise(1), np.zeros(RATE, np.float32), noise(2)])
+    assert [isinstance(result, Label) for result in results] == [True, False, True]
+    assert teacher.label([]) == []
+
+
+def test_bfloat16_is_near_and_is_used(teacher: Teacher, encoder: str, head: str) -> None:
+    low = Teacher(encoder, "cpu", "bfloat16", head=head, blocks=3)
+    waves = [noise(s, seed) for seed, s in enumerate((1.0, 3.0))]
+    assert scores(low, waves) == pytest.approx(scores(teacher, waves), abs=0.1)
+    assert scores(low, waves) != pytest.approx(scores(teacher, waves), abs=1e-7)
+
+
+def test_attention_is_torchs_own(teacher: Teacher) -> None:
+    assert teacher.network.encoder.config._attn_implementation == "sdpa"
+
+
+def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Model
+
+    model = Wav2Vec2Model.from_pretrained(encoder, local_files_only=True)
+    sharded = tmp_path / "sharded"
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    old = tmp_path / "old"  # as the hub has XLS-R: pretraining's names, weight norm before torch 2.0
+    model.config.save_pretrained(old)
+    state = load_file(Path(encoder, "model.safetensors"))
+    places = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    renamed = {"project_q.weight": torch.ones(3)}
+    for name, tensor in state.items():
+        for new, before in places.items():
+            name = name.replace(new, before)
+        renamed[f"wav2vec2.{name}"] = tensor
+    assert any(name.endswith("weight_g") for name in renamed)
+    torch.save(renamed, old / "pytorch_model.bin")
+    wave = noise(1)
+    for folder in (sharded, old):
+        other = Teacher(str(folder), "cpu", head=head, blocks=3)
+        assert scores(other, [wave]) == scores(teacher, [wave])
+        assert other.weights_hash == teacher.weights_hash
+
+
+def test_provenance_is_of_all_that_was_read(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
+    assert teacher.name == "xlsr"
+    others = [
+        Teacher(encoder, "cpu", head=head, blocks=2),
+        Teacher(encoder, "cpu", head=xlsr_head(tmp_path / "head.pt", seed=1), blocks=3),
+        Teacher(small_xlsr(tmp_path / "encoder", seed=1), "cpu", head=head, blocks=3),
+    ]
+    assert len({teacher.weights_hash, *(other.weights_hash for other in others)}) == 4
+
+
+def test_the_2b_encoder_has_the_published_size_to_layer_10() -> None:
+    from transformers import Wav2Vec2Config
+
+    sizes = {"hidden_size": 1920, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 7680}
+    norms = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+    model = xlsr.build(Wav2Vec2Config(**sizes, **norms), xlsr.BLOCKS)
+    parameters = list(model.parameters())
+    assert all(parameter.is_meta for parameter in parameters)
+    assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == 477.3
+    head = QualityHead(1920, 32, 4, 4)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 105_602
+
+
+PEAK_OF_LOADING = """
+import sys
+from pathlib import Path
+import torch, transformers
+from transformers import Wav2Vec2Model
+from speechdistill.teachers import xlsr
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+before = peak()
+if sys.argv[2] == "all":
+    model = Wav2Vec2Model.from_pretrained(sys.argv[1], local_files_only=True)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())  # reads what was only mapped
+else:
+    xlsr.Teacher(sys.argv[1], "cpu", head=sys.argv[3], blocks=int(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_only_the_wanted_blocks_are_read(format: str, tmp_path: Path) -> None:
+    folder = Path(small_xlsr(tmp_path / "wide", hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
+    head = xlsr_head(tmp_path / "head.pt", 768)
+    if format == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    peaks = {}
+    for blocks in ("all", "4"):
+        command = [sys.executable, "-c", PEAK_OF_LOADING, str(folder), blocks, head]
+        peaks[blocks] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert peaks["4"] <= 0.45 * peaks["all"], peaks
+
+
+@pytest.mark.skipif(not Path(xlsr._released_head()).is_file(), reason="needs the wheel xls-r-sqa")
+def test_the_head_is_the_original_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = (importlib.import_module(f"xls_r_sqa.{name}") for name in ("sqa_model", "config"))
+    theirs = model.SingleLayerModel(config.XLSR_2B_TRANSFORMER_32DEEP_CONFIG).eval()
+    theirs.load_state_dict(torch.load(xlsr._released_head(), weights_only=True))
+    ours = xlsr._head(xlsr._released_head(), xlsr.hashlib.sha256())
+    features = torch.randn(3, 384, 1920, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.sigmoid(ours(features)), theirs(features), rtol=0, atol=1e-5)
+
+
+def test_what_is_missing_says_where_it_is(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no XLS-R encoder.*xls-r-2b \(8\.6 GB, Apache 2\.0\)"):
+        Teacher(str(tmp_path / "nowhere"), "cpu", head=xlsr_head(tmp_path / "head.pt"))
+    with pytest.raises(FileNotFoundError, match=r"hub gives no answer.*8\.6 GB"):
+        Teacher("hf://nobody/none-such", "cpu", head=xlsr_head(tmp_path / "head.pt"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps xls-r-sqa==0\.1\.0"):
+        Teacher(encoder, "cpu")
+
+
+def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> None:
+    other = small_xlsr(tmp_path / "other", do_stable_layer_norm=False)
+    wide = small_xlsr(tmp_path / "wide", hidden_size=32)
+    torn = Path(small_xlsr(tmp_path / "torn"), "model.safetensors")
+    torch.save({"norm_input.weight": torch.ones(16)}, tmp_path / "part.pt")
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"blocks": 13}, "blocks 13; the encoder has 4"),
+        ({"weights": other}, "not of the XLS-R family"),
+        ({"weights": wide}, "takes features of 16, the encoder gives 32"),
+        ({"weights": str(torn.parent)}, "not the weights of an XLS-R encoder"),
+        ({"head": str(tmp_path / "part.pt")}, "not a head of XLS-R"),
+        ({"head": str(torn)}, "not a head of XLS-R"),
+        ({"dtype": "float16"}, "choose from"),
+        ({"hop_s": 8}, "up to 7.68"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            Teacher(**{"weights": encoder, "device": "cpu", "head": head, "blocks": 3} | options)
+
+
+def test_load_passes_the_head_on(encoder: str, tmp_path: Path) -> None:
+    encoder = small_xlsr(tmp_path / "deep", num_hidden_layers=11)
+    model = teachers.load("xlsr", encoder, "cpu", head=xlsr_head(tmp_path / "head.pt"))
+    assert 1 <= model(noise(1), RATE) <= 5
+    with pytest.raises(ValueError, match="teacher 'distillmos' takes no head"):
+        teachers.load("distillmos", head="head.pt")
