@@ -47,12 +47,12 @@ _WEIGHT_NORM = {
 class Teacher(Windowed):
     """Waves of up to 15 s go through the encoder whole; the head hears the 7.68 s in the middle, as in the original.
 
-    Longer ones are judged in windows of 7.68 s at most `hop_s` apart. Waves of any lengths make a batch of `batch_s` in
+    Longer ones are judged in windows of 7.68 s at most `hop_s` apart. Waves of any lengths make a batch, `batch_s` in
     windows of 7.68 s; each scores as if alone. In bfloat16 the convolutions over samples and the head stay float32.
 
     `weights` is the encoder's folder or hf://OWNER/NAME (default: XLS-R 2B), `head` the head's file (default: from the
-    installed wheel), `blocks` how many of the encoder's the head wants; no others are read. `compile` takes a minute
-    at the first batches. Raises `FileNotFoundError` where weights are missing, and `ValueError` for wrong ones or a
+    installed wheel), `blocks` how many of the encoder's the head wants; no others are read. `compile` has torch compile
+    a block, at the first batch. Raises `FileNotFoundError` where weights are missing, and `ValueError` for wrong ones, or a
     wrong device, dtype, batch or hop.
     """
 
@@ -82,7 +82,9 @@ class Teacher(Windowed):
         if wants != encoder.config.hidden_size:
             raise ValueError(f"the head takes features of {wants}, the encoder gives {encoder.config.hidden_size}")
         self.network = Network(encoder, top, DTYPES[dtype]).to(self._device).eval()
-        self._call = torch.compile(self.network, dynamic=True) if compile else self.network
+        if compile:
+            for block in encoder.encoder.layers:  # one by one: they are alike, so it is done once
+                block.compile(dynamic=True)
 
     def _starts(self, wave: np.ndarray) -> list[int]:
         return [0] if _is_whole(wave) else segment_starts(len(wave), self._hop)
@@ -95,8 +97,9 @@ class Teacher(Windowed):
         batch = np.zeros((len(windows), max(lengths)), np.float32)
         for row, window in zip(batch, windows, strict=True):
             row[: len(window)] = (window - window.mean()) / np.sqrt(window.var() + 1e-7)  # transformers' `do_normalize`
+        padded = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=self._device)
         with torch.inference_mode():
-            logits = self._call(torch.from_numpy(batch).to(self._device), torch.tensor(lengths, device=self._device))
+            logits = self.network(torch.from_numpy(batch).to(self._device), padded)
         return np.asarray(logits.cpu().numpy(), np.float64)
 
 
@@ -111,17 +114,23 @@ class Network(nn.Module):
         for part in (self.encoder.feature_projection, self.encoder.encoder):
             part.to(dtype)
 
-    def forward(self, waves: Tensor, lengths: Tensor) -> Tensor:
-        """(batch, num_samples), zeros after the `lengths` (batch,), to logits (batch,) float32."""
+    def forward(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to logits (batch,) float32."""
         features = self.encoder.feature_extractor(waves).transpose(1, 2).to(self._dtype)  # (batch, frames, 512)
         hidden, _ = self.encoder.feature_projection(features)
-        counts = lengths
-        for kernel, stride in zip(self.encoder.config.conv_kernel, self.encoder.config.conv_stride, strict=True):
-            counts = (counts - kernel) // stride + 1
-        mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
+        counts = torch.full((len(hidden),), hidden.shape[1], device=waves.device)
+        mask: Tensor | None = None
+        if lengths is not None:
+            counts = self._num_frames(lengths)
+            mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
         hidden = self.encoder.encoder(hidden, attention_mask=mask).last_hidden_state.float()
         logits: Tensor = self.head(centre(hidden, counts))
         return logits
+
+    def _num_frames(self, lengths: Tensor) -> Tensor:
+        for kernel, stride in zip(self.encoder.config.conv_kernel, self.encoder.config.conv_stride, strict=True):
+            lengths = (lengths - kernel) // stride + 1
+        return lengths
 
 
 def centre(frames: Tensor, counts: Tensor) -> Tensor:
