@@ -1,6 +1,8 @@
 """XLS-R as a teacher: the blocks that are wanted and no more, the original head, batches as each wave alone."""
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
-from speechdistill import audio, teachers
+from speechdistill import audio, cli, teachers
+from speechdistill.samples import Teach
 from speechdistill.students.conv_transformer import QualityHead
 from speechdistill.teachers import Label, xlsr
 from speechdistill.teachers.xlsr import Teacher
@@ -193,10 +197,13 @@ def test_the_head_is_the_original_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_missing_says_where_it_is(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no XLS-R encoder.*xls-r-2b \(8\.6 GB, Apache 2\.0\)"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no XLS-R encoder there; .*xls-r-2b, .*8\.7 GB, Apache 2\.0"):
         Teacher(str(tmp_path / "nowhere"), "cpu", head=xlsr_head(tmp_path / "head.pt"))
-    with pytest.raises(FileNotFoundError, match=r"hub gives no answer.*8\.6 GB"):
+    with pytest.raises(FileNotFoundError, match=r"none-such is not in .*hub gives no answer; .*8\.7 GB"):
         Teacher("hf://nobody/none-such", "cpu", head=xlsr_head(tmp_path / "head.pt"))
+    monkeypatch.setattr(xlsr, "HUB", "hf://nobody/none-such")  # the default is never downloaded
+    with pytest.raises(FileNotFoundError, match=r"none-such is not in this machine's cache of the hub; give a folder"):
+        Teacher(device="cpu", head=xlsr_head(tmp_path / "head.pt"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps xls-r-sqa==0\.1\.0"):
         Teacher(encoder, "cpu")
@@ -223,9 +230,26 @@ def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> N
             Teacher(**{"weights": encoder, "device": "cpu", "head": head, "blocks": 3} | options)
 
 
-def test_load_passes_the_head_on(encoder: str, tmp_path: Path) -> None:
-    encoder = small_xlsr(tmp_path / "deep", num_hidden_layers=11)
-    model = teachers.load("xlsr", encoder, "cpu", head=xlsr_head(tmp_path / "head.pt"))
-    assert 1 <= model(noise(1), RATE) <= 5
-    with pytest.raises(ValueError, match="teacher 'distillmos' takes no head"):
-        teachers.load("distillmos", head="head.pt")
+def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
+    deep, head = small_xlsr(tmp_path / "deep", num_hidden_layers=11), xlsr_head(tmp_path / "head.pt")
+    wave = audio.quantise(noise(1))
+    soundfile.write(tmp_path / "a.wav", wave, RATE)
+    model = teachers.load("xlsr", deep, "cpu", head=head)
+    expected = pytest.approx(model(wave, RATE), abs=1e-5)
+    weights = ["--weights", deep, "--head", head]
+    assert cli.main(["score", f"{tmp_path}/a.wav", "--out", f"{tmp_path}/out.json", "--model", "xlsr", *weights]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())[0]["mos"] == expected
+    teach = Teach("xlsr", deep, head, "float32", None, model.teacher.weights_hash)
+    (row,) = teach([{"audio": audio.encode(wave, "flac"), "audio_format": "flac"}])
+    assert isinstance(row, dict)
+    assert (row["score"], row["teacher"], row["teacher_hash"]) == (expected, "xlsr", model.teacher.weights_hash)
+    with pytest.raises(ValueError, match="teacher 'distillmos' takes no compile and no head"):
+        teachers.load("distillmos", head=head, compile=True)
+
+
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_score_the_same(teacher: Teacher, encoder: str, head: str) -> None:
+    compiled = Teacher(encoder, "cpu", batch_s=16, head=head, blocks=3, compile=True)
+    waves = [noise(s, seed) for seed, s in enumerate((1.0, 2.0, 2.0))]
+    assert scores(compiled, waves) == pytest.approx(scores(teacher, waves), abs=1e-3)

@@ -34,10 +34,12 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores: distillmos, or a student: the folder or URL of its checkpoint, models:/NAME@champion,
-    models:/NAME/VERSION or runs:/RUN_ID/student."""
+    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student: the folder or URL of its
+    checkpoint, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student."""
     weights: str | None = None
-    """The weights file of distillmos. Default: the released weights from the installed wheel."""
+    """The model's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""
+    head: str | None = None
+    """Of model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     tracking: str | None = None
     """Output folder whose mlflow.db has the student, where MLFLOW_TRACKING_URI is not set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -237,7 +239,9 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
         paths = score.expand(config.paths)
         score.writer(config.out)  # a wrong extension is told before the work
         with _local(config.model, config.tracking) as model:
-            teacher = teachers.load(model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s).teacher
+            teacher = teachers.load(
+                model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
+            ).teacher
         scored = _Scored(len(paths))
         score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
         if scored.stopped:

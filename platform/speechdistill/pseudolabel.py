@@ -55,9 +55,11 @@ class Pseudolabel:
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
     teacher: str = "distillmos"
-    """Which teacher labels."""
+    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student (models:/NAME@champion)."""
     weights: str | None = None
-    """The teacher's weights file. Default: the released weights from the installed wheel."""
+    """The teacher's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""
+    head: str | None = None
+    """Of teacher xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teacher's network."""
     audio_format: Literal["flac", "pcm16"] = "flac"
@@ -164,8 +166,9 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     """The configuration with absolute paths, its recipe, number of samples and identity: all checked, none written."""
     _validate(config)
     cluster.be_patient()
-    weights = config.weights and table.absolute(config.weights)
-    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out), weights=weights)
+    weights, head = (path and table.absolute(path) for path in (config.weights, config.head))
+    config = replace(config, weights=weights, head=head)
+    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out))
     recipe = resolved(config)
     plans = Plans(recipe, Clips.read(config.clips), config.seed)
     num_samples = len(plans) if config.num_samples is None else config.num_samples
@@ -235,7 +238,7 @@ def _manifest(config: Pseudolabel) -> str:
 
 def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
     # On the CPU: the driver only wants its name and hash, and must not hold a GPU for the run.
-    teacher = teachers.load(config.teacher, weights=config.weights, device="cpu", dtype=config.dtype).teacher
+    teacher = teachers.load(config.teacher, config.weights, "cpu", config.dtype, head=config.head).teacher
     return {
         "job": "pseudolabel",
         # With the places of its assets, which stand in the plans.
@@ -264,7 +267,7 @@ def _stages(
     batch_s = config.batch_s or recipe.segment_s * (64 if sizes.heavy_gpus else 8)
     rows = max(1, int(batch_s / recipe.segment_s + 1e-6))
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU wants the whole batch.
-    model = (config.teacher, config.weights, config.dtype, batch_s if sizes.heavy_gpus else None)
+    model = (config.teacher, config.weights, config.head, config.dtype, batch_s if sizes.heavy_gpus else None)
     heavy = sizes.heavy_cpus, sizes.heavy_gpus
     first, later = ((actors, sizes.degrade_cpus, 0, 16, True, 4) for actors in (sizes.degrade, sizes.later))
     stages = [flow.Stage("degrade", degrade, DEGRADED, *first)]

@@ -222,11 +222,13 @@ def _wave(row: Row) -> np.ndarray:
 class Teach:
     """Worker of the second stage: the teacher scores exactly the stored int16 samples."""
 
-    def __init__(self, teacher: str, weights: str | None, dtype: str, batch_s: float | None, sha256: str) -> None:
+    def __init__(
+        self, teacher: str, weights: str | None, head: str | None, dtype: str, batch_s: float | None, sha256: str
+    ) -> None:
         import torch
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
-        self._teacher = teachers.load(teacher, weights=weights, dtype=dtype, batch_s=batch_s).teacher
+        self._teacher = teachers.load(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
         if self._teacher.weights_hash != sha256:
             raise ValueError(
                 f"{teacher} has other weights on this node than on the driver; install the same everywhere"

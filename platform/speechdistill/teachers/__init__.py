@@ -2,13 +2,14 @@
 
 A teacher module holds a class `Teacher(weights=None, device=None, dtype="float32", batch_s=None, hop_s=1.0)` with
 
-- `name: str` and `weights_hash: str`, the sha256 of the weights file, for provenance;
+- `name: str` and `weights_hash: str`, the sha256 of the weights file, or of what was read of it, for provenance;
 - the verb `label(waves) -> list[Label | Unscorable]`: mono float32 waves at 16 kHz of any lengths, one result
   per wave in their order. A wave that cannot be judged (`problem`) is reported, not raised, so that it does not
   lose the batch;
 - `timeline(wave) -> list[tuple[float, float | None]]`: start in seconds and score for each second of audio.
 
-A new teacher is one new file: `load` finds it by name. `student` is any student of ours, by the address of its weights.
+A new teacher is one new file: `load` finds it by name, and passes `head` and `compile` on where its class takes them.
+`student` is any student of ours, by the address of its weights.
 """
 
 import importlib
@@ -99,7 +100,7 @@ def load(
     """The teacher called `name` as a `Model`; `.teacher` is the teacher itself.
 
     `name` may be a student's address: the folder of a checkpoint, a URL, `models:/NAME@champion`, `models:/NAME/3`
-    or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file (default: the released
+    or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file or folder (default: the released
     ones), `device` a torch device (default: CUDA where there is one), `dtype` float32 or bfloat16, `batch_s` the
     seconds of audio that go through the network at once, `hop_s` the most seconds from one window of long audio to
     the next: above 1 it is faster and not exact. `head` and `compile` are for teachers that have them (xlsr): the file

@@ -32,9 +32,9 @@ _FRAMES = 384  # of the head: those of the middle, or zeros after the last
 _HEAD = (32, 4, 4)  # width, attention heads, layers
 _BATCH_S = {"cpu": SEGMENT_SAMPLES / SAMPLE_RATE, "cuda": 32 * SEGMENT_SAMPLES / SAMPLE_RATE}
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
-_NO_ENCODER = (
-    "{}: no XLS-R encoder there; its weights are a folder with config.json and model.safetensors or pytorch_model.bin, "
-    "or hf://OWNER/NAME; the default is https://huggingface.co/facebook/wav2vec2-xls-r-2b (8.6 GB, Apache 2.0)"
+_ENCODER = (
+    "give a folder with config.json and model.safetensors or pytorch_model.bin, or hf://facebook/wav2vec2-xls-r-2b, "
+    "which downloads it (8.7 GB, Apache 2.0)"
 )
 _NO_HEAD = "{}: no such head; `pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
 _BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -50,10 +50,10 @@ class Teacher(Windowed):
     Longer ones are judged in windows of 7.68 s at most `hop_s` apart. Waves of any lengths make a batch, `batch_s` in
     windows of 7.68 s; each scores as if alone. In bfloat16 the convolutions over samples and the head stay float32.
 
-    `weights` is the encoder's folder or hf://OWNER/NAME (default: XLS-R 2B), `head` the head's file (default: from the
-    installed wheel), `blocks` how many of the encoder's the head wants; no others are read. `compile` has torch compile
-    a block, at the first batch. Raises `FileNotFoundError` where weights are missing, and `ValueError` for wrong ones, or a
-    wrong device, dtype, batch or hop.
+    `weights` is the encoder's folder, or hf://OWNER/NAME to download (default: XLS-R 2B in the hub's cache), `head`
+    the head's file (default: from the installed wheel), `blocks` how many of the encoder's the head wants: no others
+    are read. `compile`: torch compiles them at the first batch. Raises `FileNotFoundError` where weights are missing,
+    and `ValueError` for wrong ones or a wrong device, dtype, batch or hop.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Teacher(Windowed):
         self._hop = max(1, round(hop_s * SAMPLE_RATE))
         digest = hashlib.sha256()
         top = _head(head or _released_head(), digest)
-        encoder = _encoder(_folder(weights or HUB), blocks, digest)
+        encoder = _encoder(_folder(weights), blocks, digest)
         self.weights_hash = digest.hexdigest()
         wants = top.norm_input.num_features
         if wants != encoder.config.hidden_size:
@@ -199,7 +199,7 @@ def _files(folder: Path) -> list[Path]:
             return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if (folder / name).is_file():
             return [folder / name]
-    raise FileNotFoundError(_NO_ENCODER.format(folder))
+    raise FileNotFoundError(f"{folder}: no weights of an XLS-R encoder there; {_ENCODER}")
 
 
 def _opened(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:
@@ -211,19 +211,21 @@ def _opened(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:
     return state, state.__getitem__
 
 
-def _folder(weights: str) -> Path:
-    if not weights.startswith("hf://"):
+def _folder(weights: str | None) -> Path:
+    """Where the encoder is; only an address that was given is downloaded, and not 8.7 GB because nothing was."""
+    if weights and not weights.startswith("hf://"):
         if not Path(weights, "config.json").is_file():
-            raise FileNotFoundError(_NO_ENCODER.format(weights))
+            raise FileNotFoundError(f"{weights}: no XLS-R encoder there; {_ENCODER}")
         return Path(weights)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    owner_name, only_here = (weights or HUB).removeprefix("hf://"), not weights
     try:
-        return Path(snapshot_download(weights.removeprefix("hf://"), allow_patterns=list(_ENCODER_FILES)))
+        return Path(snapshot_download(owner_name, allow_patterns=list(_ENCODER_FILES), local_files_only=only_here))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = f"{weights} is not on this machine, and the hub gives no answer"
-        raise FileNotFoundError(_NO_ENCODER.format(reason)) from error
+        why = "" if only_here else ", and the hub gives no answer"
+        raise FileNotFoundError(f"{owner_name} is not in this machine's cache of the hub{why}; {_ENCODER}") from error
 
 
 def _released_head() -> str:
