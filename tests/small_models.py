@@ -28,6 +28,20 @@ def xlsr(folder: Path, seed: int = 0, **sizes: int) -> str:
     return str(folder)
 
 
+def speech_encoder(folder: Path, kind: str, large: bool, seed: int = 0) -> str:
+    """A `wav2vec2`, `hubert` or `wavlm` of 4 blocks; `large`: their larger ones' places of norms."""
+    import transformers
+
+    kinds = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    norms = {"do_stable_layer_norm": large, "feat_extract_norm": "layer" if large else "group", "conv_bias": large}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{kinds[kind]}Config")(**small, **norms, conv_dim=[8] * 7)
+        getattr(transformers, f"{kinds[kind]}Model")(config).save_pretrained(folder)
+    return str(folder)
+
+
 def xlsr_head(file: Path, dim_input: int = 16, seed: int = 0) -> str:
     from speechdistill.students.conv_transformer import QualityHead
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
-from speechdistill import audio, cli, teachers
+from speechdistill import audio, cli, speech_encoder, teachers
 from speechdistill.samples import Teach
+from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import QualityHead
 from speechdistill.teachers import Label, xlsr
 from speechdistill.teachers.xlsr import Teacher
@@ -37,7 +38,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(encoder: str, head: str) -> Teacher:
-    return Teacher(encoder, "cpu", head=head, blocks=3)
+    return Teacher(encoder, "cpu", head=head, layer=3)
 
 
 def noise(duration_s: float, seed: int = 0) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_it_scores_as_the_whole_model_does(teacher: Teacher, encoder: str, head:
 
 def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher, encoder: str, head: str) -> None:
     waves = [noise(s, seed) * np.float32(1 + seed) for seed, s in enumerate((1.0, 9.0, 7.68, 0.1, 17.3, 14.9, 7.7))]
-    batched = Teacher(encoder, "cpu", batch_s=4 * 7.68, head=head, blocks=3)
+    batched = Teacher(encoder, "cpu", batch_s=4 * 7.68, head=head, layer=3)
     alone = [score for wave in waves for score in scores(teacher, [wave])]
     assert scores(batched, waves) == pytest.approx(alone, abs=1e-3)
     assert np.ptp(alone) > 0.01  # they differ by more than that
@@ -80,7 +81,7 @@ def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher, encoder: s
 
 def test_long_audio_is_judged_in_windows(teacher: Teacher) -> None:
     wave = np.concatenate([noise(9), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
-    windows = [wave[start : start + 122_880] for start in xlsr.segment_starts(len(wave))]
+    windows = [wave[start : start + 122_880] for start in segment_starts(len(wave))]
     assert scores(teacher, [wave]) == pytest.approx([np.mean(scores(teacher, windows))], abs=1e-5)
     assert len(teacher.timeline(wave)) == 17
     assert len(teacher.timeline(noise(2.5))) == 3
@@ -93,14 +94,14 @@ def test_bad_waves_are_reported_in_place(teacher: Teacher) -> None:
 
 
 def test_bfloat16_is_near_and_is_used(teacher: Teacher, encoder: str, head: str) -> None:
-    low = Teacher(encoder, "cpu", "bfloat16", head=head, blocks=3)
+    low = Teacher(encoder, "cpu", "bfloat16", head=head, layer=3)
     waves = [noise(s, seed) for seed, s in enumerate((1.0, 3.0))]
     assert scores(low, waves) == pytest.approx(scores(teacher, waves), abs=0.1)
     assert scores(low, waves) != pytest.approx(scores(teacher, waves), abs=1e-7)
 
 
 def test_attention_is_torchs_own(teacher: Teacher) -> None:
-    assert teacher.network.encoder.config._attn_implementation == "sdpa"
+    assert teacher.network.encoder.model.config._attn_implementation == "sdpa"
 
 
 def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: 
     torch.save(renamed, old / "pytorch_model.bin")
     wave = noise(1)
     for folder in (sharded, old):
-        other = Teacher(str(folder), "cpu", head=head, blocks=3)
+        other = Teacher(str(folder), "cpu", head=head, layer=3)
         assert scores(other, [wave]) == scores(teacher, [wave])
         assert other.weights_hash == teacher.weights_hash
 
@@ -131,9 +132,9 @@ def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: 
 def test_provenance_is_of_all_that_was_read(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
     assert teacher.name == "xlsr"
     others = [
-        Teacher(encoder, "cpu", head=head, blocks=2),
-        Teacher(encoder, "cpu", head=xlsr_head(tmp_path / "head.pt", seed=1), blocks=3),
-        Teacher(small_xlsr(tmp_path / "encoder", seed=1), "cpu", head=head, blocks=3),
+        Teacher(encoder, "cpu", head=head, layer=2),
+        Teacher(encoder, "cpu", head=xlsr_head(tmp_path / "head.pt", seed=1), layer=3),
+        Teacher(small_xlsr(tmp_path / "encoder", seed=1), "cpu", head=head, layer=3),
     ]
     assert len({teacher.weights_hash, *(other.weights_hash for other in others)}) == 4
 
@@ -143,7 +144,7 @@ def test_the_2b_encoder_has_the_published_size_to_layer_10() -> None:
 
     sizes = {"hidden_size": 1920, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 7680}
     norms = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
-    model = xlsr.build(Wav2Vec2Config(**sizes, **norms), xlsr.BLOCKS)
+    model = speech_encoder.build(Wav2Vec2Config(**sizes, **norms), xlsr.LAYER)
     parameters = list(model.parameters())
     assert all(parameter.is_meta for parameter in parameters)
     assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == 477.3
@@ -165,7 +166,7 @@ if sys.argv[2] == "all":
     model = Wav2Vec2Model.from_pretrained(sys.argv[1], local_files_only=True)
     assert all(parameter.isfinite().all() for parameter in model.parameters())  # reads what was only mapped
 else:
-    xlsr.Teacher(sys.argv[1], "cpu", head=sys.argv[3], blocks=int(sys.argv[2]))
+    xlsr.Teacher(sys.argv[1], "cpu", head=sys.argv[3], layer=int(sys.argv[2]))
 print(peak() - before)
 """
 
@@ -190,18 +191,18 @@ def test_the_head_is_the_original_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = (importlib.import_module(f"xls_r_sqa.{name}") for name in ("sqa_model", "config"))
     theirs = model.SingleLayerModel(config.XLSR_2B_TRANSFORMER_32DEEP_CONFIG).eval()
     theirs.load_state_dict(torch.load(xlsr._released_head(), weights_only=True))
-    ours = xlsr._head(xlsr._released_head(), xlsr.hashlib.sha256())
+    ours = xlsr._head(xlsr._released_head())[0]
     features = torch.randn(3, 384, 1920, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(torch.sigmoid(ours(features)), theirs(features), rtol=0, atol=1e-5)
 
 
 def test_what_is_missing_says_where_it_is(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no XLS-R encoder there; .*xls-r-2b, .*8\.7 GB, Apache 2\.0"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no speech encoder there; .*xls-r-2b, .*8\.7 GB, Apache 2"):
         Teacher(str(tmp_path / "nowhere"), "cpu", head=xlsr_head(tmp_path / "head.pt"))
     with pytest.raises(FileNotFoundError, match=r"none-such is not in .*hub gives no answer; .*8\.7 GB"):
         Teacher("hf://nobody/none-such", "cpu", head=xlsr_head(tmp_path / "head.pt"))
-    monkeypatch.setattr(xlsr, "HUB", "hf://nobody/none-such")  # the default is never downloaded
+    monkeypatch.setattr(xlsr, "XLSR_2B", "hf://nobody/none-such")  # the default is never downloaded
     with pytest.raises(FileNotFoundError, match=r"none-such is not in this machine's cache of the hub; give a folder"):
         Teacher(device="cpu", head=xlsr_head(tmp_path / "head.pt"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -210,16 +211,14 @@ def test_what_is_missing_says_where_it_is(encoder: str, tmp_path: Path, monkeypa
 
 
 def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> None:
-    other = small_xlsr(tmp_path / "other", do_stable_layer_norm=False)
     wide = small_xlsr(tmp_path / "wide", hidden_size=32)
     torn = Path(small_xlsr(tmp_path / "torn"), "model.safetensors")
     torch.save({"norm_input.weight": torch.ones(16)}, tmp_path / "part.pt")
     torn.write_bytes(torn.read_bytes()[:-1000])
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"blocks": 13}, "blocks 13; the encoder has 4"),
-        ({"weights": other}, "not of the XLS-R family"),
+        ({"layer": 13}, "layer 13; the encoder has 4"),
         ({"weights": wide}, "takes features of 16, the encoder gives 32"),
-        ({"weights": str(torn.parent)}, "not the weights of an XLS-R encoder"),
+        ({"weights": str(torn.parent)}, "not the weights of a speech encoder"),
         ({"head": str(tmp_path / "part.pt")}, "not a head of XLS-R"),
         ({"head": str(torn)}, "not a head of XLS-R"),
         ({"dtype": "float16"}, "choose from"),
@@ -227,7 +226,7 @@ def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> N
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
-            Teacher(**{"weights": encoder, "device": "cpu", "head": head, "blocks": 3} | options)
+            Teacher(**{"weights": encoder, "device": "cpu", "head": head, "layer": 3} | options)
 
 
 def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
@@ -250,6 +249,6 @@ def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
 @pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
 def test_compiled_blocks_score_the_same(teacher: Teacher, encoder: str, head: str) -> None:
-    compiled = Teacher(encoder, "cpu", batch_s=16, head=head, blocks=3, compile=True)
+    compiled = Teacher(encoder, "cpu", batch_s=16, head=head, layer=3, compile=True)
     waves = [noise(s, seed) for seed, s in enumerate((1.0, 2.0, 2.0))]
     assert scores(compiled, waves) == pytest.approx(scores(teacher, waves), abs=1e-3)

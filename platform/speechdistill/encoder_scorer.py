@@ -1,0 +1,90 @@
+"""A quality head above a speech encoder as a scorer of waves: what the XLS-R teachers have in common."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speechdistill.audio import SAMPLE_RATE
+from speechdistill.labels import Scale
+from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
+from speechdistill.speech_encoder import Encoder, middle
+from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, QualityHead
+
+WHOLE_S = 15.0
+"""A longer wave is judged in windows, as the original advises from there on."""
+
+HEAD = (32, 4, 4)
+"""Width, attention heads and layers of the paper's head (section IV-A)."""
+
+_AS_IS = Scale()
+_BATCH_S = {"cpu": SEGMENT_SAMPLES / SAMPLE_RATE, "cuda": 32 * SEGMENT_SAMPLES / SAMPLE_RATE}
+
+
+class EncoderScorer(Windowed):
+    """Waves of up to 15 s go through the encoder whole; the head hears the 7.68 s in the middle, as in the original.
+
+    Longer ones are judged in windows of 7.68 s at most `hop_s` apart. Waves of any lengths make a batch, `batch_s` in
+    windows of 7.68 s; each scores as if alone. In bfloat16 the convolutions over samples and the head stay float32.
+    `scale` is applied to the head's logits; `compile`: torch compiles the encoder's blocks at the first batch. Raises
+    `ValueError` for a head that does not fit the encoder, and for a wrong device, dtype, batch or hop.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: QualityHead,
+        name: str,
+        weights_hash: str,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_s: float | None = None,
+        hop_s: float = HOP_S,
+        scale: Scale = _AS_IS,
+        compile: bool = False,
+    ) -> None:
+        check(dtype, batch_s, hop_s)
+        wants = head.norm_input.num_features
+        if wants != encoder.dim:
+            raise ValueError(f"the head takes features of {wants}, the encoder gives {encoder.dim}")
+        self.name, self.weights_hash = name, weights_hash
+        self._segment = SEGMENT_SAMPLES
+        self._device = torch_device(device)
+        at_once_s = batch_s or _BATCH_S.get(self._device.type, _BATCH_S["cpu"])
+        self._batch = max(1, int(at_once_s * SAMPLE_RATE / SEGMENT_SAMPLES + 1e-6))
+        self._batch = 1 if encoder.hears_padding else self._batch
+        self._hop = max(1, round(hop_s * SAMPLE_RATE))
+        self._scale = scale
+        self.network = Network(encoder.to_dtype(DTYPES[dtype]), head).to(self._device).eval()
+        if compile:
+            for block in encoder.model.encoder.layers:  # one by one: they are alike, so it is done once
+                block.compile(dynamic=True)
+
+    def _starts(self, wave: np.ndarray) -> list[int]:
+        return [0] if _is_whole(wave) else segment_starts(len(wave), self._hop)
+
+    def _window(self, wave: np.ndarray, start: int) -> np.ndarray:
+        return wave if _is_whole(wave) else super()._window(wave, start)
+
+    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            logits = self.network(*self.network.encoder.prepared(windows))
+        return np.asarray(logits.cpu().numpy(), np.float64) * self._scale.a + self._scale.b
+
+
+class Network(nn.Module):
+    """The arguments of `Encoder.forward` to logits (batch,) float32."""
+
+    def __init__(self, encoder: Encoder, head: QualityHead) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.head(middle(*self.encoder(waves, lengths)))
+        return logits
+
+
+def _is_whole(wave: np.ndarray) -> bool:
+    return len(wave) <= WHOLE_S * SAMPLE_RATE

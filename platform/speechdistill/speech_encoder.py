@@ -1,0 +1,219 @@
+"""Transformers' speech encoders to one of their layers: XLS-R, wav2vec 2.0, HuBERT and WavLM, of any size.
+
+Of a checkpoint no more is read than that layer needs, and what is read is hashed.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
+FRAMES = 384
+"""The middle frames, 7.68 s, are what a quality head hears."""
+
+BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What loaders raise for files that are not what they should be."""
+
+_CLASSES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}
+_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin*",
+)
+_FIX = (
+    "give a folder with config.json and model.safetensors or pytorch_model.bin, or hf://facebook/wav2vec2-xls-r-2b, "
+    "which downloads it (8.7 GB, Apache 2.0)"
+)
+_WEIGHT_NORM = {
+    "conv.weight_g": "conv.parametrizations.weight.original0",
+    "conv.weight_v": "conv.parametrizations.weight.original1",
+}
+
+
+class Loaded(NamedTuple):
+    """An encoder and the sha256 of the weights that were read."""
+
+    encoder: "Encoder"
+    digest: str
+
+
+class Encoder(nn.Module):
+    """Waves to hidden states. `model` is transformers', whose parts behind the convolutions go to `dtype`.
+
+    `normalises`: the model wants waves of zero mean and unit variance.
+    """
+
+    def __init__(self, model: nn.Module, normalises: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model: Any = model
+        self._normalises = normalises
+        self.to_dtype(dtype)
+
+    def to_dtype(self, dtype: torch.dtype) -> "Encoder":
+        """Compute in `dtype` behind the convolutions over samples, which stay float32."""
+        self._dtype = dtype
+        for part in (self.model.feature_projection, self.model.encoder):
+            part.to(dtype)
+        return self
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def hears_padding(self) -> bool:
+        """Its first convolution normalises over time, zeros behind a shorter wave included: no batches of several."""
+        return str(self.model.config.feat_extract_norm) == "group"
+
+    def prepared(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+        """Waves of any lengths as the arguments of `forward`, on the encoder's device."""
+        lengths = [len(wave) for wave in waves]
+        batch = np.zeros((len(waves), max(lengths)), np.float32)
+        for row, wave in zip(batch, waves, strict=True):
+            row[: len(wave)] = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7) if self._normalises else wave
+        device = next(self.parameters()).device
+        padded = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
+        return torch.from_numpy(batch).to(device), padded
+
+    def forward(self, waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to float32 hidden states
+        (batch, frames, dim) and how many of the frames are meant, (batch,).
+        """
+        features = self.model.feature_extractor(waves).transpose(1, 2).to(self._dtype)  # (batch, frames, 512)
+        projected = self.model.feature_projection(features)
+        hidden = projected[0] if isinstance(projected, tuple) else projected
+        counts = torch.full((len(hidden),), hidden.shape[1], device=waves.device)
+        mask: Tensor | None = None
+        if lengths is not None:
+            counts = self._num_frames(lengths)
+            mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
+        return self.model.encoder(hidden, attention_mask=mask).last_hidden_state.float(), counts
+
+    def _num_frames(self, lengths: Tensor) -> Tensor:
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+            lengths = (lengths - kernel) // stride + 1
+        return lengths
+
+
+def middle(frames: Tensor, counts: Tensor) -> Tensor:
+    """(batch, frames, dim), of which the first `counts` (batch,) are meant, to their middle 384; zeros after fewer."""
+    wanted = torch.arange(FRAMES, device=frames.device) + ((counts - FRAMES) // 2).clamp(min=0)[:, None]
+    there = wanted < counts[:, None]
+    return frames.take_along_dim(wanted.clamp(max=frames.shape[1] - 1)[..., None], 1) * there[..., None]
+
+
+def build(config: Any, layer: int) -> Any:
+    """Transformers' model of that configuration up to block `layer`, without weights (meta device).
+
+    What comes out is hidden state `layer`, before the norm that some kinds have after their last block. Nothing in it
+    is random, in training neither (LayerDrop, SpecAugment, dropout). Raises `ValueError` for another kind of model or
+    a layer that it lacks.
+    """
+    import transformers
+
+    if config.model_type not in _CLASSES:
+        raise ValueError(f"a model of type {config.model_type!r}; choose from {', '.join(_CLASSES)}")
+    if not 1 <= layer <= config.num_hidden_layers:
+        raise ValueError(f"layer {layer}; the encoder has {config.num_hidden_layers}")
+    kind = getattr(transformers, _CLASSES[config.model_type])
+    config.num_hidden_layers, config.add_adapter = layer, False
+    config.mask_time_prob = config.mask_feature_prob = config.layerdrop = 0.0
+    for name in ("hidden", "attention", "activation", "feat_proj"):
+        setattr(config, f"{name}_dropout", 0.0)
+    config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+    with torch.device("meta"):
+        model = kind(config)
+    if config.do_stable_layer_norm:
+        model.encoder.layer_norm = nn.Identity()
+    return model.eval().requires_grad_(False)
+
+
+def load(place: str, layer: int) -> Loaded:
+    """The encoder in a folder of transformers' format, or at hf://OWNER/NAME, to hidden state `layer`.
+
+    Raises `FileNotFoundError` where it is not there, `ValueError` for files that are no such encoder.
+    """
+    from transformers import AutoConfig
+
+    folder = located(place)
+    digest: Any = hashlib.sha256()
+    try:
+        model = build(AutoConfig.from_pretrained(folder, local_files_only=True), layer)
+        wanted = set(model.state_dict())
+        state = {name: tensor.float() for name, tensor in _read(folder, wanted, model.base_model_prefix)}
+        model.load_state_dict(state, assign=True)
+    except BROKEN as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise ValueError(f"{folder}: not the weights of a speech encoder ({reason})") from error
+    for name in sorted(state):
+        digest.update(f"{name}\0".encode())
+        digest.update(state[name].contiguous().numpy())
+    conv = getattr(model.encoder.pos_conv_embed, "conv", None)
+    if conv is not None and hasattr(conv, "parametrizations"):  # its weight once, and not anew for each batch
+        nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    model.requires_grad_(False)
+    return Loaded(Encoder(model, _normalises(folder, model.config)), digest.hexdigest())
+
+
+def located(place: str, only_here: bool = False) -> Path:
+    """The local folder of an encoder; one of the hub is downloaded, unless it may be `only_here`."""
+    if not place.startswith("hf://"):
+        if not Path(place, "config.json").is_file():
+            raise FileNotFoundError(f"{place}: no speech encoder there; {_FIX}")
+        return Path(place)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    owner_name = place.removeprefix("hf://")
+    try:
+        return Path(snapshot_download(owner_name, allow_patterns=list(_FILES), local_files_only=only_here))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        why = "" if only_here else ", and the hub gives no answer"
+        raise FileNotFoundError(f"{owner_name} is not in this machine's cache of the hub{why}; {_FIX}") from error
+
+
+def _normalises(folder: Path, config: Any) -> bool:
+    file = folder / "preprocessor_config.json"
+    told = json.loads(file.read_text()).get("do_normalize") if file.is_file() else None
+    return bool(told) if told is not None else config.feat_extract_norm == "layer"  # so with the published ones
+
+
+def _read(folder: Path, wanted: set[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The `wanted` tensors of a checkpoint by their names in transformers 5; of the others nothing is read."""
+    for file in _files(folder):
+        keys, tensor = _opened(file)
+        for key in keys:
+            name = key.removeprefix(f"{prefix}.")
+            for old, new in _WEIGHT_NORM.items():
+                name = name.replace(old, new)
+            if name in wanted:
+                yield name, tensor(key)
+
+
+def _files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise FileNotFoundError(f"{folder}: no weights of a speech encoder there; {_FIX}")
+
+
+def _opened(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:
+    """Its names and what reads one; both kinds of file are mapped into memory."""
+    if file.suffix == ".safetensors":
+        tensors: Any = safe_open(file, "pt")
+        return tensors.keys(), tensors.get_tensor
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return state, state.__getitem__
