@@ -14,7 +14,7 @@ import soundfile
 from manifests import row
 from milli import Degrade, Teach
 from speechdistill import audio, labeled, shards, table
-from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk
+from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk, share
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform, Scale
 from speechdistill.samples import DEGRADED, TAUGHT
@@ -118,20 +118,20 @@ def test_workers_share_a_batch_whatever_their_number(run: str, scored: Labeled, 
     whole = next(batches.stream(7, 8, 0, 1))
     parts = [next(batches.stream(7, 8, rank, world)) for rank in range(world)]
     assert [name for part in parts for name in part.ids] == whole.ids
-    np.testing.assert_array_equal(np.concatenate([part.waves for part in parts]), whole.waves)
+    np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), whole.inputs)
     np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), whole.targets)
 
 
 def test_more_workers_than_lanes_are_refused(run: str) -> None:
     with pytest.raises(ValueError, match="21 workers for batches of 20"):
-        Batches(Mix((run,), labeled_percent=0)).share(0, 21)
+        share(20, 0, 21)
 
 
 def test_what_is_read_is_what_the_shards_hold(run: str, scored: Labeled) -> None:
     batches = Batches(Mix((run,), crop_s=0.02), scored)  # longer than the waves: padded
     for batch in batches.stream(0, 3, 0, 1):
-        assert batch.waves.shape == (20, 320) and batch.waves.dtype == np.float32
-        for name, wave, target in list(zip(batch.ids, batch.waves, batch.targets, strict=True))[4:]:
+        assert batch.inputs.shape == (20, 320) and batch.inputs.dtype == np.float32
+        for name, wave, target in list(zip(batch.ids, batch.inputs, batch.targets, strict=True))[4:]:
             (known,) = Degrade()([{"id": int(name.removeprefix(f"{run}#"))}])
             np.testing.assert_array_equal(wave[:160], audio.decode(known["audio"], "pcm16"))
             assert not wave[160:].any() and target == pytest.approx(wave[:160].mean())
@@ -184,10 +184,10 @@ def test_datasets_are_drawn_by_their_capped_size() -> None:
     rows = [row(f"/{i}", mos=3.0, dataset="large" if i < 14_000 else "small") for i in range(14_700)]
     scored = Labeled(table.from_rows(rows, "clip.v1"), LabelTransform())
     rng = np.random.default_rng(0)
-    drawn = [scored.draw(rng) for _ in range(22_000)]
+    drawn = [scored.datasets.draw(rng) for _ in range(22_000)]
     small = sum(number >= 14_000 for number in drawn)
     assert small / len(drawn) == pytest.approx(700 / 7_700, abs=0.01)
-    assert scored.counts == {"large": 14_000, "small": 700}
+    assert scored.datasets.counts == {"large": 14_000, "small": 700}
 
 
 def test_a_clip_that_cannot_be_used_is_replaced_by_the_next_of_its_dataset(

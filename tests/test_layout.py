@@ -30,6 +30,7 @@ TIERS = (
         "teachers",
         "scorer",
         "encoder_scorer",
+        "trained",
         "dnsmos",
         "mlflow_model",
         "plan",
@@ -39,12 +40,14 @@ TIERS = (
     },
     {"monitor", "samples", "labeled", "scored"},
     {"flow", "trials", "batches"},
-    {"cost", "loop", "pools"},
+    {"cost", "loop", "pools", "feature_batches", "validation"},
+    {"features"},
     {"recipes"},
     {"report", "preview"},
     {"doctor", "ingest", "promote", "pseudolabel", "train"},
     {"side_by_side"},
-    {"train_students"},
+    {"launch"},
+    {"train_students", "train_teacher"},
     {"cli"},
 )
 WITHIN_TIER = {
@@ -54,13 +57,16 @@ WITHIN_TIER = {
     ("teachers", "scorer"),  # what members share
     ("teachers", "dnsmos"),
     ("teachers", "encoder_scorer"),
+    ("teachers", "trained"),
+    ("trained", "scorer"),
+    ("trained", "encoder_scorer"),
+    ("mlflow_model", "trained"),
     ("encoder_scorer", "scorer"),
     ("dnsmos", "scorer"),
-    ("mlflow_model", "scorer"),
     ("mlflow_model", "teachers"),
 }
 ONLY_IN = {
-    "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "side_by_side", "train_students"},
+    "ray": {"cluster", "monitor", "parts", "flow", "ingest", "train", "side_by_side", "launch"},
     "mlflow": {"mlflow_model", "mlflow_sender", "registry"},
     "tyro": {"cli"},
 }
@@ -80,13 +86,17 @@ NEURAL = {  # are nothing without torch
     "teachers.xlsr",
     "speech_encoder",
     "encoder_scorer",
+    "trained",
     "global_norm",
     "scorer",
     "student_files",
     "loop",
+    "validation",
     "recipes.distill",
+    "recipes.teacher",
     "train",
     "side_by_side",
+    "launch",
     "mlflow_model",
 }  # are nothing without torch, or MLflow
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manifests import row, voice
 from speechdistill import table
-from speechdistill.batches import Mix
+from speechdistill.batches import Mix, share
 from speechdistill.loop import Loop, NotFiniteError, Training
 from speechdistill.recipes.distill import Distill, tiny
 from test_batches import label_run
@@ -59,7 +59,7 @@ def worker(rank: int, workers: int, config: Distill, training: Training, stop: i
     loop = Loop(recipe, training, DistributedDataParallel)
     if phase:
         loop.load(torch.load(f"{folder}/state.pt", weights_only=True))
-    lanes = recipe.batches.share(rank, workers)
+    lanes = share(recipe.batches.batch_size, rank, workers)
     log = []
     for step, loss, _ in loop.run(stop):
         refs = recipe.batches.refs(step - 1)
@@ -119,7 +119,7 @@ def test_validation_is_the_labeled_set_by_clip_or_else_held_out_labels(config: D
     figures = Loop(recipe, FLOAT64).validate()
     assert recipe._validation is not None and not recipe.batches.mix.hold_out
     clips = list(recipe._validation.clips())
-    sums = [figures[f"mse/{name}"] * count for name, count in recipe._validation.counts.items()]
+    sums = [figures[f"mse/{name}"] * count for name, count in recipe._validation.datasets.counts.items()]
     assert figures["mse"] == pytest.approx(sum(sums) / len(clips))
     without = replace(config, labeled=None, mix=replace(config.mix, labeled_percent=0))
     recipe = without.make()

@@ -38,11 +38,11 @@ class _Stopped(Recipe):
         super().__init__(stopped.recipe)
         self._marks, self._left = Path(stopped.marks), stopped.step
 
-    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
         self._left -= 1
         if self._left == 0:
             self._stop()
-        return super().losses(network, waves, targets)
+        return super().losses(network, inputs, targets, datasets)
 
     def _stop(self) -> None:
         try:

@@ -8,7 +8,7 @@ needs. A lane of labelled shards walks over its own row groups; a lane of listen
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,12 +70,15 @@ class Ref(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Waves (samples, crop) float32 at 16 kHz, zero-padded at the end; targets (samples,) MOS; ids for messages."""
+    """What a network takes, (samples, ...): waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or
+    features; targets (samples,) MOS; ids for messages; per sample the number of its dataset, -1 for a teacher's label.
+    """
 
     step: int
-    waves: np.ndarray
+    inputs: np.ndarray
     targets: np.ndarray
     ids: list[str]
+    datasets: np.ndarray
 
 
 class LabelRun:
@@ -142,7 +145,7 @@ class Walk:
 
     def _new_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The order of the groups, and at which place each window of them starts."""
-        order = _rng(*self._key, epoch).permutation(len(self._groups))
+        order = rng(*self._key, epoch).permutation(len(self._groups))
         ends = np.cumsum(self._sizes[order])
         return order, [0, *ends[_WINDOW - 1 :: _WINDOW].tolist()]
 
@@ -150,7 +153,7 @@ class Walk:
         order, _ = self._order(epoch)
         chosen = order[window * _WINDOW : (window + 1) * _WINDOW]
         pairs = [(self._groups[i], row) for i in chosen for row in range(self._sizes[i])]
-        return _rng(*self._key, epoch, window).permutation(np.array(pairs))
+        return rng(*self._key, epoch, window).permutation(np.array(pairs))
 
 
 class Batches:
@@ -172,34 +175,29 @@ class Batches:
         """The samples of global batch t: listeners' clips first."""
         return [self._ref(t, lane) for lane in range(self.mix.batch_size)]
 
-    def share(self, rank: int, world: int) -> list[int]:
-        """The lanes of a worker; `ValueError` where there are more workers than lanes."""
-        if world > self.mix.batch_size:
-            raise ValueError(f"{world} workers for batches of {self.mix.batch_size}: give at most as many workers")
-        lanes: list[int] = np.array_split(np.arange(self.mix.batch_size), world)[rank].tolist()
-        return lanes
+    @property
+    def batch_size(self) -> int:
+        return self.mix.batch_size
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names behind the numbers of `Batch.datasets`."""
+        return self._labeled.datasets.names if self._labeled else []
 
     def stream(self, start: int, stop: int, rank: int, world: int, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
         """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
-        lanes = self.share(rank, world)
-        waiting: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for t in range(start, stop):
-                    waiting.append(pool.submit(self.read, t, [self._ref(t, lane) for lane in lanes]))
-                    if len(waiting) > ahead:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        lanes = share(self.batch_size, rank, world)
+        return read_ahead(
+            lambda t: self.read(t, [self._ref(t, lane) for lane in lanes]), range(start, stop), threads, ahead
+        )
 
     def read(self, t: int, refs: Sequence[Ref]) -> Batch:
         """The samples `refs` of batch t."""
         read = [self._read(ref) for ref in refs]
         waves = [audio.fit(wave, self.mix.crop_samples) for wave, _, _ in read]
-        return Batch(t, np.stack(waves), np.array([target for _, target, _ in read]), [name for _, _, name in read])
+        targets = np.array([target for _, target, _ in read])
+        of = [-1 if ref.run >= 0 or self._labeled is None else int(self._labeled.datasets.of[ref.row]) for ref in refs]
+        return Batch(t, np.stack(waves), targets, [name for _, _, name in read], np.array(of))
 
     @property
     def num_held_out(self) -> int:
@@ -217,10 +215,10 @@ class Batches:
         return zip(self.runs, self._held_out, strict=True)
 
     def _ref(self, t: int, lane: int) -> Ref:
-        crop = float(_rng(self.mix.seed, 1, t, lane).random())
+        crop = float(rng(self.mix.seed, 1, t, lane).random())
         if lane < self.mix.labeled_lanes:
             assert self._labeled is not None
-            return Ref(-1, 0, self._labeled.draw(_rng(self.mix.seed, 2, t, lane)), crop)
+            return Ref(-1, 0, self._labeled.datasets.draw(rng(self.mix.seed, 2, t, lane)), crop)
         period, place = divmod(t, len(self._pattern))
         run = int(self._pattern[place])
         of_run = period * int(self._before[-1, run]) + int(self._before[place, run])
@@ -238,6 +236,35 @@ class Batches:
         start = int(ref.crop * (max(0, row["num_samples"] - self.mix.crop_samples) + 1))
         wave = audio.decode(row["audio"], row["audio_format"], start, self.mix.crop_samples)
         return wave, row["score"], f"{run.out}#{row['sample_id']}"
+
+
+def share(batch_size: int, rank: int, world: int) -> list[int]:
+    """The lanes of a worker; `ValueError` where there are more workers than lanes."""
+    if world > batch_size:
+        raise ValueError(f"{world} workers for batches of {batch_size}: give at most as many workers")
+    lanes: list[int] = np.array_split(np.arange(batch_size), world)[rank].tolist()
+    return lanes
+
+
+def read_ahead(read: Callable[[int], Batch], steps: range, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
+    """`read` of each step in order, `ahead` of them begun on other threads before they are asked for."""
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for t in steps:
+                waiting.append(pool.submit(read, t))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def rng(seed: int, *key: int) -> np.random.Generator:
+    """A generator of its own for each key of a run's seed."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 class _Cache:
@@ -263,7 +290,7 @@ class _Cache:
 def _walks(run: LabelRun, held_out: np.ndarray, key: tuple[int, ...], lanes: int) -> list[Walk]:
     """A walk for each lane, over groups of its own; where that would be less than a window, one that all share."""
     groups = np.setdiff1d(np.arange(len(run.sizes)), held_out)
-    dealt = _rng(*key).permutation(groups)
+    dealt = rng(*key).permutation(groups)
     own = [dealt[lane::lanes] for lane in range(lanes)] if len(groups) >= lanes * _WINDOW else [dealt]
     return [Walk(mine, run.sizes[mine], (*key, lane)) for lane, mine in enumerate(own)]
 
@@ -275,7 +302,7 @@ def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarra
     else:
         exact = np.array(weights) / np.sum(weights) * _PATTERN
         ends = np.round(np.cumsum(exact)).astype(np.int64)
-        pattern = _rng(seed, 3).permutation(np.searchsorted(ends, np.arange(_PATTERN), side="right"))
+        pattern = rng(seed, 3).permutation(np.searchsorted(ends, np.arange(_PATTERN), side="right"))
     counts = np.cumsum(pattern[:, None] == np.arange(max(1, len(weights))), axis=0)
     return pattern, np.vstack([np.zeros_like(counts[:1]), counts])
 
@@ -291,7 +318,3 @@ def _weighted(place: str) -> tuple[str, float]:
     if not 0 < value < float("inf"):
         raise ValueError(f"--shards {place}: a weight is a number above 0")
     return table.absolute(out), value
-
-
-def _rng(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

@@ -18,6 +18,7 @@ from speechdistill.plan import RecipeName
 from speechdistill.promote import Promote
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
+from speechdistill.train_teacher import TrainTeacher
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pseudolabel": _pseudolabel,
             "recipe": _recipe,
             "train-students": _train_students,
+            "train-teacher": _train_teacher,
             "score": _score,
             "sync": _sync,
         },
@@ -205,6 +207,17 @@ def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) ->
         return 0 if all(row["state"] == "done" for row in rows) else 1
 
     return _guarded(action, "what is trained is kept, and the same command goes on from the last checkpoints")
+
+
+def _train_teacher(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import train_teacher
+
+        rows = train_teacher.run(config)
+        print(report.students(rows))
+        return 0 if all(row["state"] == "done" for row in rows) else 1
+
+    return _guarded(action, "what is computed and trained is kept, and the same command goes on from there")
 
 
 def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:

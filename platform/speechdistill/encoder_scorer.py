@@ -1,11 +1,14 @@
 """A quality head above a speech encoder as a scorer of waves: what the XLS-R teachers have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechdistill import speech_encoder, student_files
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.labels import Scale
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
@@ -17,6 +20,9 @@ WHOLE_S = 15.0
 
 HEAD = (32, 4, 4)
 """Width, attention heads and layers of the paper's head (section IV-A)."""
+
+HEAD_ABOVE_ENCODER = "head_above_encoder"
+"""The architecture in a checkpoint whose weights are a head's alone."""
 
 _AS_IS = Scale()
 _BATCH_S = {"cpu": SEGMENT_SAMPLES / SAMPLE_RATE, "cuda": 32 * SEGMENT_SAMPLES / SAMPLE_RATE}
@@ -84,6 +90,39 @@ class Network(nn.Module):
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
         logits: Tensor = self.head(middle(*self.encoder(waves, lengths)))
         return logits
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """What stands in the checkpoint of a head beside its weights; `encoder` is its address when it was trained."""
+
+    encoder: str
+    encoder_sha256: str
+    layer: int
+    scale: Scale
+
+    def save(self, head: QualityHead, folder: str, provenance: Mapping[str, Any]) -> None:
+        student_files.write(head, folder, HEAD_ABOVE_ENCODER, asdict(self), provenance)
+
+
+def from_files(files: student_files.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
+    """The scorer of a trained head; `encoder` is where its encoder is now, `options` are those of `EncoderScorer`.
+
+    Raises `TableError` for files of another network, `FileNotFoundError` where the encoder is not, and `ValueError`
+    where there is another one.
+    """
+    with student_files.fitting(folder):
+        config = {**files.config, "scale": Scale(**files.config["scale"])}
+        about = TrainedHead(**config)
+        head = QualityHead(len(files.weights["norm_input.weight"]), *HEAD)
+        head.load_state_dict(files.weights)
+    place = encoder or about.encoder
+    found, digest = speech_encoder.load(place, about.layer)
+    if digest != about.encoder_sha256:
+        raise ValueError(
+            f"{place}: not the encoder that the head in {folder} was trained on; give its place (--weights)"
+        )
+    return EncoderScorer(found, head.eval(), "quality_head", files.weights_hash, scale=about.scale, **options)
 
 
 def _is_whole(wave: np.ndarray) -> bool:

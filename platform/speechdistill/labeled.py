@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,38 +32,49 @@ class Clip(NamedTuple):
     target: float
 
 
+class Datasets:
+    """To which dataset each of some clips belongs, and drawing clips: a dataset with p in proportion to
+    min(clips, 7000), then one of its clips.
+
+    `names` are sorted, `of` is the number of each clip's dataset, (clips,), `members` are each one's clips.
+    """
+
+    def __init__(self, datasets: Sequence[str]) -> None:
+        names, self.of = np.unique(np.array(datasets, str), return_inverse=True)
+        self.names: list[str] = names.tolist()
+        self.counts = dict(zip(self.names, np.bincount(self.of).tolist(), strict=True))
+        self.members = [np.flatnonzero(self.of == i) for i in range(len(names))]
+        capped = np.minimum([len(members) for members in self.members], _CAP)
+        self._ends = np.cumsum(capped) / np.sum(capped)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The number of a clip."""
+        dataset = int(np.searchsorted(self._ends, rng.random(), side="right"))
+        members = self.members[min(dataset, len(self.members) - 1)]
+        return int(members[rng.integers(len(members))])
+
+
 class Labeled:
-    """Scored clips of one split, datasets drawn with p in proportion to min(clips, 7000), then their clips."""
+    """Scored clips of one split."""
 
     def __init__(self, rows: pa.Table, transform: LabelTransform) -> None:
         rows = rows.combine_chunks()
         datasets = pc.coalesce(rows["dataset"], rows["corpus"], pa.scalar("labeled")).to_pylist()
         self._rows = rows
-        self._datasets = np.array(datasets, object)
+        self.datasets = Datasets(datasets)
         self._targets = np.array([transform(*pair) for pair in zip(rows["mos"].to_pylist(), datasets, strict=True)])
         self._lengths = np.floor(rows["duration_s"].to_numpy() * audio.SAMPLE_RATE + 1e-6).astype(np.int64)
-        names, self._of = np.unique(self._datasets.astype(str), return_inverse=True)
-        self.counts = dict(zip(names.tolist(), np.bincount(self._of).tolist(), strict=True))
-        self._members = [np.flatnonzero(self._of == i) for i in range(len(names))]
-        capped = np.minimum([len(members) for members in self._members], _CAP)
-        self._ends = np.cumsum(capped) / np.sum(capped)
         self._warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def draw(self, rng: np.random.Generator) -> int:
-        """The number of a clip."""
-        dataset = int(np.searchsorted(self._ends, rng.random(), side="right"))
-        members = self._members[min(dataset, len(self._members) - 1)]
-        return int(members[rng.integers(len(members))])
 
     def read(self, number: int, crop: float, crop_samples: int) -> tuple[np.ndarray, float, str]:
         """At most `crop_samples` of a clip, its target and its address.
 
         For a clip that cannot be used its dataset's next one is taken, with a warning: also a pure function.
         """
-        members = self._members[self._of[number]]
+        members = self.datasets.members[self.datasets.of[number]]
         place = int(np.searchsorted(members, number))
         for other in np.take(members, range(place, place + min(_TRIES, len(members))), mode="wrap").tolist():
             uri, length = self._rows["uri"][other].as_py(), int(self._lengths[other])
@@ -77,12 +88,14 @@ class Labeled:
                 if other not in self._warned:
                     _LOG.warning("%s; the next clip of its dataset is taken instead", error)
                 self._warned.add(other)
-        raise table.TableError(f"{_TRIES} clips of dataset {self._datasets[number]} in a row cannot be used; see above")
+        name = self.datasets.names[self.datasets.of[number]]
+        raise table.TableError(f"{_TRIES} clips of dataset {name} in a row cannot be used; see above")
 
     def clips(self) -> Iterator[Clip]:
         """All of them, in order."""
         columns = (self._rows["clip_id"].to_pylist(), self._rows["uri"].to_pylist())
-        return map(Clip, *columns, self._lengths.tolist(), self._datasets.tolist(), self._targets.tolist())
+        names = [self.datasets.names[number] for number in self.datasets.of]
+        return map(Clip, *columns, self._lengths.tolist(), names, self._targets.tolist())
 
 
 def manifest(source: str) -> pa.Table:

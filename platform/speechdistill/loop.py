@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from speechdistill.batches import Batch, Batches
+from speechdistill.batches import Batch
 from speechdistill.global_norm import globalise
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -41,17 +41,29 @@ class Training:
             raise ValueError(f"{self}: steps and learning rate are above 0, weight decay at least 0")
 
 
+class Source(Protocol):
+    """Batches that are a pure function of their step, such as `batches.Batches`."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
+        """A worker's share of batches `start` to `stop - 1`."""
+        ...
+
+
 class Recipe(Protocol):
     """What is trained: a kind of network, on a kind of batches, with a loss for each sample."""
 
-    batches: Batches
+    @property
+    def batches(self) -> Source: ...
 
     def network(self) -> nn.Module:
         """A new network, the same in every process."""
         ...
 
-    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
-        """(samples,) from waves (samples, crop) and targets (samples,)."""
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+        """(samples,) from inputs (samples, ...), targets (samples,) and numbers of datasets (samples,)."""
         ...
 
     def validate(self, network: nn.Module, rank: int, world: int) -> Mapping[str, float]:
@@ -142,12 +154,13 @@ class Loop:
         self.step, self.best = state["step"], state["best"]
 
     def _update(self, batch: Batch, asks: Callable[[], bool]) -> Stepped:
-        waves = torch.from_numpy(batch.waves).to(self._device, self._width)
+        inputs = torch.from_numpy(batch.inputs).to(self._device, self._width)
         targets = torch.from_numpy(batch.targets).to(self._device, self._width)
+        datasets = torch.from_numpy(batch.datasets).to(self._device)
         low = self._dtype is torch.bfloat16
         with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
-            losses = self._recipe.losses(self._model, waves, targets)
-        total = losses.sum() / self._recipe.batches.mix.batch_size
+            losses = self._recipe.losses(self._model, inputs, targets, datasets)
+        total = losses.sum() / self._recipe.batches.batch_size
         asked = self._rank == 0 and asks()
         told = torch.stack([total.detach().double(), total.new_tensor(float(asked)).double()])
         if self._world > 1:

@@ -1,4 +1,4 @@
-"""A student as MLflow serves it (models from code): MLflow copies this file and a part of the package into the model.
+"""A trained network as MLflow serves it (models from code): MLflow copies this file and a part of the package into it.
 
 Imported by MLflow alone. A row of the input is a recording: `audio`, the bytes of a file (base64 in JSON), or
 `waveform`, its samples in [-1, 1], with their `sample_rate` in Hz. A row of the output has its `mos`, 1 to 5, or the
@@ -15,17 +15,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 
-from speechdistill import audio, student_files
-from speechdistill.scorer import Scorer
+from speechdistill import audio, trained
 from speechdistill.teachers import Model
 
 
-class StudentModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Scores as `speechdistill score` does: long recordings by their 7.68 s windows, at most 1 s apart."""
 
     def load_context(self, context: Any) -> None:
-        student = student_files.load(context.artifacts["student"])
-        self._score = Model(Scorer(student.network, "student", student.weights_hash))
+        encoder = (context.model_config or {}).get("encoder")  # load_model(uri, model_config={"encoder": FOLDER})
+        self._score = Model(trained.scorer(context.artifacts["student"], encoder))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
         """A row (mos, error) for each row (audio, waveform, sample_rate); raises only what is not the audio's fault."""
@@ -63,4 +62,4 @@ def _rate(row: Mapping[str, Any]) -> int:
     return int(rate)
 
 
-mlflow.models.set_model(StudentModel())
+mlflow.models.set_model(QualityModel())

@@ -20,8 +20,12 @@ CODE = (
     "table.py",
     "tar_files.py",
     "teachers/__init__.py",
+    "trained.py",
 )
-"""The part of this package that it needs."""
+"""The part of this package that a student needs."""
+
+ENCODER_CODE = ("encoder_scorer.py", "labels.py", "speech_encoder.py")
+"""What a head above a speech encoder needs beside."""
 
 REQUIREMENTS = (
     "av>=18,<19",
@@ -35,13 +39,15 @@ REQUIREMENTS = (
     "soxr>=1.1,<2",
     "torch>=2.11,<2.14",
 )
-"""What these import from elsewhere."""
+"""What a student's code imports from elsewhere."""
+
+ENCODER_REQUIREMENTS = ("transformers>=5,<6",)
 
 
-def stage(folder: str) -> str:
+def stage(folder: str, with_encoder: bool) -> str:
     """Copy the needed part of this package below a local folder; returns the path of the copy."""
     package = Path(folder, _PACKAGE.name)
-    for name in CODE:
+    for name in (*CODE, *(ENCODER_CODE if with_encoder else ())):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_PACKAGE / name, package / name)
     return str(package)

@@ -68,7 +68,7 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
     model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
     the folder holds no student and `RegistryError` where MLflow does not know the run or does not answer.
     """
-    student = student_files.load(folder)
+    student = student_files.read(folder)
     registry = Registry(uri)
     same = [model for model in registry.logged(run_id) if model.tags.get("weights_sha256") == student.weights_hash]
     return same[0] if same else registry.log(folder, run_id, student.provenance, student.weights_hash)
@@ -266,12 +266,14 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
         student_files.copy(folder, f"{staged}/{MODEL}")
+        has_encoder = student_files.read(folder).architecture != student_files.CONV_TRANSFORMER
+        requirements = (*model_code.REQUIREMENTS, *(model_code.ENCODER_REQUIREMENTS if has_encoder else ()))
         pyfunc.save_model(
             path,
             python_model=str(model_code.ENTRY),
-            code_paths=[model_code.stage(staged)],
+            code_paths=[model_code.stage(staged, has_encoder)],
             artifacts={MODEL: f"{staged}/{MODEL}"},
-            pip_requirements=list(model_code.REQUIREMENTS),
+            pip_requirements=list(requirements),
             signature=ModelSignature(Schema(inputs), Schema(outputs)),
             input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
             mlflow_model=Model(**identity),

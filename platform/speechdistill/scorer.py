@@ -33,6 +33,8 @@ class Windowed:
     `_segment` is the samples of a window, `_batch` how many go through the network at once.
     """
 
+    name: str
+    weights_hash: str
     _segment: int
     _batch: int
 

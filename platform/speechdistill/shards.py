@@ -39,7 +39,10 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a run are, and which ids each has. `totals` maps a part's rows to additive numbers."""
+    """Where the parts of a run are, and which ids each has. `totals` maps a part's rows to additive numbers.
+
+    `row_group` are the rows that a reader has at once.
+    """
 
     out: str
     schema: str
@@ -47,6 +50,7 @@ class Layout:
     num_ids: int
     rows_per_part: int
     totals: Callable[[pa.Table], dict[str, Any]]
+    row_group: int = ROW_GROUP
 
     @property
     def num_parts(self) -> int:
@@ -144,7 +148,7 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
         "totals": layout.totals(rows),
         "content_sha256": content_hash(rows),
     }
-    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, ROW_GROUP)
+    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, layout.row_group)
     if publish:
         table.publish(data, layout.path(k, len(block)))
     return json.dumps({**part, "size_bytes": len(data)})

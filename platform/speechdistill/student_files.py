@@ -1,17 +1,30 @@
-"""A trained student as two files in a folder: `model.safetensors` and `student.json`."""
+"""A trained network as two files in a folder: `model.safetensors`, and `student.json` with what is known of it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import fsspec
 import torch
+from torch import nn
 
 from speechdistill import table
 from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 
 WEIGHTS, ABOUT = "model.safetensors", "student.json"
+CONV_TRANSFORMER = "conv_transformer"
+
+
+class Files(NamedTuple):
+    """What the two files hold, and the sha256 of the weights file."""
+
+    architecture: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    weights_hash: str
 
 
 class Student(NamedTuple):
@@ -23,32 +36,58 @@ class Student(NamedTuple):
 
 
 def save(network: ConvTransformer, folder: str, provenance: Mapping[str, Any]) -> None:
-    """Write a student to a local folder or URL, its weights in float32; `student.json` is written last."""
-    from safetensors.torch import save as to_bytes
-
-    state = {key: _portable(value) for key, value in network.state_dict().items()}
-    table.publish(to_bytes(state), f"{folder}/{WEIGHTS}")
-    about = {"architecture": "conv_transformer", "config": asdict(network.config), "provenance": dict(provenance)}
-    table.publish_json(about, f"{folder}/{ABOUT}")
+    """Write a student to a local folder or URL."""
+    write(network, folder, CONV_TRANSFORMER, asdict(network.config), provenance)
 
 
 def load(folder: str) -> Student:
     """Read what `save` wrote. Raises `TableError` naming the file that is missing or does not fit."""
+    return student(read(folder), folder)
+
+
+def student(files: Files, folder: str) -> Student:
+    """The student in files of `folder`; raises `TableError` where they hold another network."""
+    with fitting(folder):
+        if files.architecture != CONV_TRANSFORMER:
+            raise ValueError(f"architecture {files.architecture!r}, where {CONV_TRANSFORMER!r} is meant")
+        network = ConvTransformer(ConvTransformerConfig(**files.config))
+        network.load_state_dict(files.weights)
+    return Student(network.eval(), files.provenance, files.weights_hash)
+
+
+def write(
+    network: nn.Module, folder: str, architecture: str, config: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
+    """Write any trained network's weights, in float32, and what is known of it; `student.json` is written last."""
+    from safetensors.torch import save as to_bytes
+
+    state = {key: _portable(value) for key, value in network.state_dict().items()}
+    table.publish(to_bytes(state), f"{folder}/{WEIGHTS}")
+    about = {"architecture": architecture, "config": dict(config), "provenance": dict(provenance)}
+    table.publish_json(about, f"{folder}/{ABOUT}")
+
+
+def read(folder: str) -> Files:
+    """What `write` wrote; raises `TableError` naming the file that is missing or damaged."""
     about = table.read_json(f"{folder}/{ABOUT}")
     if about is None:
         raise table.TableError(f"{folder} holds no student ({ABOUT} is missing); give the folder of a checkpoint")
-    try:
-        if about["architecture"] != "conv_transformer":
-            raise ValueError(f"architecture {about['architecture']!r} is unknown")
-        network = ConvTransformer(ConvTransformerConfig(**about["config"]))
+    with fitting(folder):
         data = _read(f"{folder}/{WEIGHTS}")
-        network.load_state_dict(_weights(data))
+        digest = hashlib.sha256(data).hexdigest()
+        return Files(about["architecture"], about["config"], about["provenance"], _weights(data), digest)
+
+
+@contextmanager
+def fitting(folder: str) -> Iterator[None]:
+    """Make `TableError` of what is raised where a folder's files do not fit the code."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise table.TableError(
             f"{folder} holds no student of this version ({type(error).__name__}: {reason})"
         ) from error
-    return Student(network.eval(), about["provenance"], hashlib.sha256(data).hexdigest())
 
 
 def copy(folder: str, target: str) -> None:

@@ -1,27 +1,18 @@
 """Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
 
-import logging
-import subprocess
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import ray
-
-from speechdistill import cluster, cost, labeled, table
+from speechdistill import cluster, table
 from speechdistill.batches import LabelRun, Mix
 from speechdistill.labels import LabelTransform
-from speechdistill.shards import RunError
-from speechdistill.tracking import Tracking, run_id, tracking_uri
+from speechdistill.tracking import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.distill import Distill
-    from speechdistill.side_by_side import Run
     from speechdistill.student_files import Student
     from speechdistill.train import Job
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,8 +75,9 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     One failure does not stop the others. Raises `RunError`, `TableError` or `ValueError` where nothing can be
     trained.
     """
-    from speechdistill import side_by_side
+    from speechdistill import launch
     from speechdistill.recipes import distill
+    from speechdistill.side_by_side import Run
 
     cluster.be_patient()
     config = _absolute(config)
@@ -94,10 +86,11 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
-    workers, gpus, at_once = _capacity(config, len(recipes))
+    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
+    workers, gpus, at_once = launch.capacity(*place, len(recipes))
     parent = Tracking(config.out, "train-students", "students", _plain(config))
     runs = [
-        side_by_side.Run(
+        Run(
             name,
             distill.parameters(recipe.student),
             _job(config, name, recipe, workers, gpus),
@@ -105,18 +98,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
         )
         for name, recipe in recipes.items()
     ]
-    try:
-        side_by_side.train(runs, at_once)
-    except BaseException as error:
-        for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
-            tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience_s=5)
-        raise
-    rows = [_row(run) for run in runs]
-    parent.document({"students": rows}, "students.json")
-    parent.end("FINISHED" if all(run.state == "done" for run in runs) else "FAILED")
-    for run in runs:
-        _log_model(run)
-    return rows
+    return launch.train(parent, "students", runs, at_once)
 
 
 def _absolute(config: TrainStudents) -> TrainStudents:
@@ -132,6 +114,7 @@ def _absolute(config: TrainStudents) -> TrainStudents:
 
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     """By name, checked: whatever is wrong with a source is told before the work."""
+    from speechdistill import launch
     from speechdistill.recipes import distill
     from speechdistill.students.conv_transformer import VARIANTS
 
@@ -142,11 +125,11 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     provenance: dict[str, Any] = {
         "shards": [_about(run) for run in runs],
         "label_transform": transform.to_json(),
-        "git_commit": _git_commit(),
+        "git_commit": launch.git_commit(),
     }
     scored = None
     if config.labeled:
-        scored, provenance["labeled"] = _scored(config.labeled, config.out)
+        scored, provenance["labeled"] = launch.scored(config.labeled, config.out)
     init = None
     if config.init:
         init, student = _initial(config.init, config.out)
@@ -176,15 +159,6 @@ def _initial(address: str, out: str) -> "tuple[str, Student]":
     copy = f"{out}/init-{student.weights_hash[:8]}"
     student_files.save(student.network, copy, student.provenance)
     return copy, student
-
-
-def _scored(source: str, out: str) -> tuple[str, str]:
-    """The labeled clips as a table beside the runs, which all workers read, and their fingerprint."""
-    clips = labeled.manifest(source)
-    fingerprint = table.fingerprint(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
-    path = f"{out}/labeled-{fingerprint[:8]}.parquet"
-    table.publish(table.parquet_bytes(clips), path)
-    return path, fingerprint
 
 
 def _about(run: LabelRun) -> dict[str, Any]:
@@ -223,78 +197,3 @@ def _size(recipe: "Distill") -> dict[str, Any]:
 
 def _plain(config: TrainStudents) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if value is not None}
-
-
-def _capacity(config: TrainStudents, runs: int) -> tuple[tuple[int, int], float, int]:
-    """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
-    fewest, most = _range(config.workers)
-    now, later = ray.cluster_resources(), cost.amounts("--grow-to", config.grow_to)
-    has_cpus, has_gpus = (max(now.get(unit.upper(), 0.0), later.get(unit, 0.0)) for unit in ("cpu", "gpu"))
-    gpus = config.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if has_gpus else 0.0
-    if 0 < gpus < 1 and most > 1:
-        raise RunError(f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each); give --workers 1")
-    fits = int(has_cpus / config.cpus_per_worker + 1e-6)
-    if gpus:
-        fits = min(fits, int(has_gpus / gpus + 1e-6))
-    if fits < fewest:
-        raise RunError(
-            f"a run of {fewest} workers with {config.cpus_per_worker:g} CPUs and {gpus:g} GPUs each does not fit the "
-            f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs); lower --workers or --cpus-per-worker, or say with "
-            "--grow-to what the cluster may grow to"
-        )
-    at_once = max(1, min(runs, fits // fewest))
-    # A run reserves its most, so with several at once each may have its share only.
-    return (fewest, max(fewest, min(most, fits // at_once) if at_once > 1 else most)), gpus, at_once
-
-
-def _range(text: str) -> tuple[int, int]:
-    fewest, _, most = text.partition(":")
-    try:
-        numbers = int(fewest), int(most or fewest)
-    except ValueError:
-        numbers = (0, 0)
-    if not 1 <= numbers[0] <= numbers[1]:
-        raise RunError(f"--workers {text!r}: a number from 1, or FEWEST:MOST such as 1:8")
-    return numbers
-
-
-def _log_model(run: "Run") -> None:
-    """The best student as a model of its MLflow run; without MLflow it is told, and the next call tries again."""
-    from speechdistill import registry
-
-    if run.state != "done":
-        return
-    in_mlflow = run_id(run.job.out)
-    try:
-        if in_mlflow is None:
-            raise registry.RegistryError("MLflow has not answered yet")
-        registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
-    except (registry.RegistryError, table.TableError, table.StorageError) as error:
-        _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
-
-
-def _row(run: "Run") -> dict[str, Any]:
-    best = run.summary.get("best", {})
-    return {
-        "variant": run.name,
-        "parameters": run.parameters,
-        "state": run.state,
-        "steps": run.summary.get("steps", run.told.step if run.told else 0),
-        "train_s": run.train_s,
-        "best_step": best.get("step"),
-        "mse": best.get("mse"),
-        "pcc": best.get("pcc"),
-        "folder": f"{run.job.out}/best" if run.state == "done" else None,
-        "run_id": run_id(run.job.out),
-        "error": run.error or None,
-    }
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # installed, or on a cluster
-        return None

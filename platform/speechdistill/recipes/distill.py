@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
-from speechdistill import audio, evaluate, labeled, student_files, table
+from speechdistill import audio, labeled, student_files, table, validation
 from speechdistill.batches import Batches, Mix
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform
@@ -89,24 +88,16 @@ class Recipe:
         torch.manual_seed(self._config.mix.seed)
         return ConvTransformer(self._student)
 
-    def losses(self, network: nn.Module, waves: Tensor, targets: Tensor) -> Tensor:
-        return (1 + 4 * torch.sigmoid(network(waves)) - targets).square()
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+        return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
 
     def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
-        """`mse` weighted by clips, and `pcc`; with several datasets those of each, too (as `pcc/DATASET`)."""
+        """`validation.figures`."""
         mine = [(dataset, target, _score(network, wave)) for dataset, target, wave in self._clips(rank, world)]
-        everyone: list[list[tuple[str, float, float]]] = [mine]
-        if world > 1:
-            everyone = [[] for _ in range(world)]
-            dist.all_gather_object(everyone, mine)
-        results = [result for of_worker in everyone for result in of_worker]
+        results = validation.gathered(mine, world)
         if not results:
             raise table.TableError("none of the clips to validate on can be used; see the warnings above")
-        datasets = sorted({dataset for dataset, _, _ in results})
-        figures = _figures([pair[1:] for pair in results], "")
-        for dataset in datasets if len(datasets) > 1 else []:
-            figures |= _figures([pair[1:] for pair in results if pair[0] == dataset], f"/{dataset}")
-        return figures
+        return validation.figures(results)
 
     def save(self, network: nn.Module, folder: str) -> None:
         assert isinstance(network, ConvTransformer)
@@ -141,10 +132,3 @@ def _score(network: nn.Module, wave: np.ndarray) -> float:
     parts = torch.split(torch.from_numpy(windows).to(like.device, like.dtype), _AT_ONCE // length)
     with torch.inference_mode():
         return 1 + 4 * float(torch.cat([network(part).sigmoid() for part in parts]).mean())
-
-
-def _figures(pairs: list[tuple[float, float]], suffix: str) -> dict[str, float]:
-    targets, scores = np.array(pairs, np.float64).T
-    figures = {f"mse{suffix}": float(np.mean((scores - targets) ** 2))}
-    correlation = evaluate.pcc(targets, scores)
-    return figures if correlation is None else {**figures, f"pcc{suffix}": correlation}

@@ -99,23 +99,24 @@ def load(
 ) -> Model:
     """The teacher called `name` as a `Model`; `.teacher` is the teacher itself.
 
-    `name` may be a student's address: the folder of a checkpoint, a URL, `models:/NAME@champion`, `models:/NAME/3`
-    or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file or folder (default: the released
-    ones), `device` a torch device (default: CUDA where there is one), `dtype` float32 or bfloat16, `batch_s` the
-    seconds of audio that go through the network at once, `hop_s` the most seconds from one window of long audio to
-    the next: above 1 it is faster and not exact. `head` and `compile` are for teachers that have them (xlsr): the file
-    of the head above the encoder, and whether `torch.compile` makes the network faster.
+    `name` may be the address of what was trained here: the folder of a checkpoint, a URL, `models:/NAME@champion`,
+    `models:/NAME/3` or `runs:/ID/student`, the latter three at MLFLOW_TRACKING_URI. `weights` is a file or folder
+    (default: the released ones; of a trained head its encoder, default: where it was in training), `device` a torch
+    device (default: CUDA where there is one), `dtype` float32 or bfloat16, `batch_s` the seconds of audio that go
+    through the network at once, `hop_s` the most seconds from one window of long audio to the next: above 1 it is
+    faster and not exact. `head` and `compile` are for teachers that have them (xlsr): the file of the head above the
+    encoder, and whether `torch.compile` makes the network faster.
     Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
     """
+    extra = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
     if name not in (*names(), _STUDENT):
-        if weights or not ("/" in name or Path(name).is_dir()):
+        if not ("/" in name or Path(name).is_dir()):
             raise ValueError(
                 f"teacher {name!r} is unknown; choose from {names()}, or give a student: the folder of its checkpoint "
                 "or models:/NAME@champion"
             )
-        name, weights = _STUDENT, name
+        name, weights, extra = _STUDENT, name, extra | ({"encoder": weights} if weights else {})
     module = importlib.import_module(f"{__name__}.{name}")
-    extra = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
     if unknown := extra.keys() - inspect.signature(module.Teacher).parameters.keys():
         raise ValueError(f"teacher {name!r} takes no {' and no '.join(sorted(unknown))}")
     return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s, **extra))

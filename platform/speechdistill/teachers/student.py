@@ -1,14 +1,20 @@
-"""A student of ours as a teacher: from the folder of a checkpoint, or from MLflow."""
+"""What was trained here as a teacher: from the folder of a checkpoint, or from MLflow."""
 
-from speechdistill import registry, student_files
-from speechdistill.scorer import HOP_S, Scorer
+from collections.abc import Sequence
+
+import numpy as np
+
+from speechdistill import registry, trained
+from speechdistill.scorer import HOP_S
+from speechdistill.teachers import Label, Unscorable
 
 
-class Teacher(Scorer):
-    """A trained student; its options are those of `Scorer`.
+class Teacher:
+    """A trained student or head.
 
-    `weights` is a checkpoint's folder or URL (`student_files`), or an address of `registry.student_folder`. Raises
-    `RegistryError` or `TableError` naming what is not there, and `ValueError` for a wrong device, dtype, batch or hop.
+    `weights` is a checkpoint's folder or URL (`student_files`), or an address of `registry.student_folder`; `encoder`
+    the place of a head's speech encoder, where that is another than in training. Raises `RegistryError` or
+    `TableError` naming what is not there, and what the scorers raise.
     """
 
     def __init__(
@@ -18,9 +24,17 @@ class Teacher(Scorer):
         dtype: str = "float32",
         batch_s: float | None = None,
         hop_s: float = HOP_S,
+        encoder: str | None = None,
     ) -> None:
         if weights is None:
             raise ValueError("teacher 'student' has no released weights; give a checkpoint's folder as its weights")
         with registry.student_folder(weights) as folder:
-            student = student_files.load(folder)
-        super().__init__(student.network, "student", student.weights_hash, device, dtype, batch_s, hop_s)
+            options = {"device": device, "dtype": dtype, "batch_s": batch_s, "hop_s": hop_s}
+            self._scorer = trained.scorer(folder, encoder, **options)
+        self.name, self.weights_hash = self._scorer.name, self._scorer.weights_hash
+
+    def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
+        return self._scorer.label(waves)
+
+    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
+        return self._scorer.timeline(wave)

@@ -1,0 +1,171 @@
+"""Hidden states of a frozen speech encoder for scored clips, computed once: a job on the engine, resumable.
+
+A clip of 7.68 s or more takes 384 frames of the encoder's width in float16: 1.5 MB with XLS-R 2B.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from speechdistill import audio, flow, pools, shards, table, teachers
+from speechdistill.isolate import Row
+from speechdistill.labeled import split
+from speechdistill.shards import Totals
+
+SCHEMA = "feature.v1"
+LONGEST_S = 15.0
+"""Of a longer clip the middle is taken: the encoder hears as much, and the head the middle 7.68 s of that."""
+
+_ABOUT = ("clip_id", "dataset", "split", "mos")
+_FIELDS = {field.name: field for field in table.schema(SCHEMA)}
+_LOADED = pa.schema([*(_FIELDS[name] for name in _ABOUT), pa.field("wave", pa.binary())])
+_ENCODED = pa.schema([field for name, field in _FIELDS.items() if name not in ("number", *_ABOUT)])
+_ROWS_PER_PART = 64
+_SEGMENT_S = 7.68
+
+
+@dataclass(frozen=True)
+class Features:
+    """What to compute. `clips` is a table that `scored_clips` made, `encoder` an address of `speech_encoder.load`.
+
+    Actors and GPUs are as in the labelling job; None is what fits the cluster.
+    """
+
+    clips: str
+    out: str
+    encoder: str
+    layer: int
+    sha256: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_reject_share: float = 0.05
+    retry_rejected: bool = False
+    load_actors: int | None = None
+    encode_actors: int | None = None
+    encode_gpus: float | None = None
+    grow_to: tuple[float, float] = (0.0, 0.0)
+
+
+def scored_clips(clips: pa.Table) -> pa.Table:
+    """Of scored clips those that train and validate, with split and dataset filled in."""
+    parts = []
+    for name, part in zip(("train", "validation"), split(clips), strict=True):
+        dataset = pc.coalesce(part["dataset"], part["corpus"], pa.scalar("labeled"))
+        for column, values in (("split", pa.array([name] * len(part), pa.string())), ("dataset", dataset)):
+            part = part.set_column(part.schema.get_field_index(column), part.schema.field(column), values)
+        parts.append(part)
+    return table.validate(pa.concat_tables(parts), "clip.v1")
+
+
+def compute(config: Features) -> Totals:
+    """Make, or go on making, the features; raises `RunError` as `flow.run` does."""
+    num_clips = len(table.read(config.clips, "clip.v1", columns=["clip_id"]))
+    layout = shards.Layout(config.out, SCHEMA, "number", num_clips, _ROWS_PER_PART, _totals, row_group=1)
+    identity = {
+        "job": "features",
+        "clips_sha256": table.file_hash(config.clips),
+        "encoder": {"sha256": config.sha256, "layer": config.layer, "dtype": config.dtype},
+        "libraries": audio.codec_versions(),
+    }
+    stages = partial(_stages, config)
+    job = flow.Flow(layout, identity, stages, config.max_reject_share, config.retry_rejected, grow_to=config.grow_to)
+    totals = flow.run(job)
+    if totals.complete:
+        table.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
+    return totals
+
+
+def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+    wanted = pools.Wanted(degrade=config.load_actors, teach=config.encode_actors, teach_gpus=config.encode_gpus)
+    sizes = pools.sized(wanted, 0, cpus, gpus)
+    rows = 64 if sizes.heavy_gpus else 8
+    encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
+    return (
+        flow.Stage("load", partial(Load, config.clips), _LOADED, sizes.degrade, sizes.degrade_cpus, 0, 16, True, 4),
+        flow.Stage("encode", encode, _ENCODED, sizes.teach, sizes.heavy_cpus, sizes.heavy_gpus, rows, isolated=True),
+    )
+
+
+class Load:
+    """Worker of the first stage: the middle 15 s of a clip at most."""
+
+    def __init__(self, clips: str) -> None:
+        self._clips = table.read(clips, "clip.v1", columns=["uri", "duration_s", *_ABOUT])
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        return [self._loaded(row["id"]) for row in rows]
+
+    def _loaded(self, number: int) -> Row | Exception:
+        (clip,) = self._clips.slice(number, 1).to_pylist()
+        try:
+            wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
+        except audio.AudioError as error:
+            return error
+        about = {name: clip[name] for name in _ABOUT}
+        return teachers.problem(wave) or {**about, "wave": wave.astype(np.float32).tobytes()}
+
+
+def _middle(uri: str, num_samples: int) -> np.ndarray:
+    most = round(LONGEST_S * audio.SAMPLE_RATE)
+    return audio.load(uri, max(0, num_samples - most) // 2, min(most, num_samples))
+
+
+class Encode:
+    """Worker of the second stage: the middle 384 hidden states of each wave. `batch_s` are seconds at once."""
+
+    def __init__(self, encoder: str, layer: int, dtype: str, sha256: str, batch_s: float) -> None:
+        import torch
+
+        from speechdistill import speech_encoder
+        from speechdistill.scorer import DTYPES, torch_device
+
+        torch.set_num_threads(1)  # actors, not threads, fill the CPUs
+        found, digest = speech_encoder.load(encoder, layer)
+        if digest != sha256:
+            raise ValueError(
+                f"{encoder} has other weights on this node than on the driver; install the same everywhere"
+            )
+        self._encoder = found.to_dtype(DTYPES[dtype]).to(torch_device(None)).eval()
+        self._most = 0 if found.hears_padding else round(batch_s * audio.SAMPLE_RATE)
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        waves = [np.frombuffer(row["wave"], np.float32) for row in rows]
+        results: dict[int, Row | Exception] = {}
+        for batch in _batches([len(wave) for wave in waves], self._most):
+            results.update(zip(batch, self._encoded([waves[i] for i in batch]), strict=True))
+        return [results[i] for i in range(len(rows))]
+
+    def _encoded(self, waves: list[np.ndarray]) -> Iterator[Row | Exception]:
+        import torch
+
+        from speechdistill.speech_encoder import FRAMES, middle
+
+        with torch.inference_mode():
+            frames, counts = self._encoder(*self._encoder.prepared(waves))
+            heard = middle(frames, counts).to(torch.float16).cpu().numpy()
+        for hidden, count in zip(heard, counts.clamp(max=FRAMES).tolist(), strict=True):
+            kept = hidden[:count]
+            if not np.isfinite(kept).all():
+                yield ArithmeticError("hidden states that float16 cannot hold (above 65504)")
+                continue
+            yield {"num_frames": count, "dim": kept.shape[1], "hidden": kept.astype("<f2").tobytes(), "wave": None}
+
+
+def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
+    """Numbers of waves of like length, together at most `most` samples with their padding; at least one."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[i] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _totals(rows: pa.Table) -> dict[str, Any]:
+    return {"frames": int(pc.sum(rows["num_frames"]).as_py() or 0)}

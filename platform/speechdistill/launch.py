@@ -1,0 +1,116 @@
+"""What commands that train have in common: their place in the cluster, their MLflow runs, the table at their end."""
+
+import logging
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from speechdistill import cost, labeled, registry, side_by_side, table
+from speechdistill.shards import RunError
+from speechdistill.side_by_side import Run
+from speechdistill.tracking import Tracking, run_id, tracking_uri
+
+_LOG = logging.getLogger(__name__)
+
+
+def train(parent: Tracking, title: str, runs: Sequence[Run], at_once: int) -> list[dict[str, Any]]:
+    """Train the runs below their parent's MLflow run; a row per run. One failure does not stop the others."""
+    try:
+        side_by_side.train(list(runs), at_once)
+    except BaseException as error:
+        for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
+            tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience_s=5)
+        raise
+    rows = [_row(run) for run in runs]
+    parent.document({title: rows}, f"{title}.json")
+    parent.end("FINISHED" if all(run.state == "done" for run in runs) else "FAILED")
+    for run in runs:
+        _log_model(run)
+    return rows
+
+
+def capacity(
+    workers: str, cpus: float, gpus_per_worker: float | None, grow_to: str | None, runs: int
+) -> tuple[tuple[int, int], float, int]:
+    """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
+    fewest, most = _range(workers)
+    now, later = ray.cluster_resources(), cost.amounts("--grow-to", grow_to)
+    has_cpus, has_gpus = (max(now.get(unit.upper(), 0.0), later.get(unit, 0.0)) for unit in ("cpu", "gpu"))
+    gpus = gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if has_gpus else 0.0
+    if 0 < gpus < 1 and most > 1:
+        raise RunError(f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each); give --workers 1")
+    fits = int(has_cpus / cpus + 1e-6)
+    if gpus:
+        fits = min(fits, int(has_gpus / gpus + 1e-6))
+    if fits < fewest:
+        raise RunError(
+            f"a run of {fewest} workers with {cpus:g} CPUs and {gpus:g} GPUs each does not fit the "
+            f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs); lower --workers or --cpus-per-worker, or say with "
+            "--grow-to what the cluster may grow to"
+        )
+    at_once = max(1, min(runs, fits // fewest))
+    # A run reserves its most, so with several at once each may have its share only.
+    return (fewest, max(fewest, min(most, fits // at_once) if at_once > 1 else most)), gpus, at_once
+
+
+def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: clips) -> tuple[str, str]:
+    """Clips that listeners scored as a table beside the runs, which all workers read, and its fingerprint."""
+    clips = prepare(labeled.manifest(source))
+    fingerprint = table.fingerprint(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
+    path = f"{out}/labeled-{fingerprint[:8]}.parquet"
+    table.publish(table.parquet_bytes(clips), path)
+    return path, fingerprint
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # installed, or on a cluster
+        return None
+
+
+def _range(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    try:
+        numbers = int(fewest), int(most or fewest)
+    except ValueError:
+        numbers = (0, 0)
+    if not 1 <= numbers[0] <= numbers[1]:
+        raise RunError(f"--workers {text!r}: a number from 1, or FEWEST:MOST such as 1:8")
+    return numbers
+
+
+def _log_model(run: Run) -> None:
+    """The best network as a model of its MLflow run; without MLflow it is told, and the next call tries again."""
+    if run.state != "done":
+        return
+    in_mlflow = run_id(run.job.out)
+    try:
+        if in_mlflow is None:
+            raise registry.RegistryError("MLflow has not answered yet")
+        registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
+    except (registry.RegistryError, table.TableError, table.StorageError) as error:
+        _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    best = run.summary.get("best", {})
+    return {
+        "variant": run.name,
+        "parameters": run.parameters,
+        "state": run.state,
+        "steps": run.summary.get("steps", run.told.step if run.told else 0),
+        "train_s": run.train_s,
+        "best_step": best.get("step"),
+        "mse": best.get("mse"),
+        "pcc": best.get("pcc"),
+        "folder": f"{run.job.out}/best" if run.state == "done" else None,
+        "run_id": run_id(run.job.out),
+        "error": run.error or None,
+    }

@@ -1,0 +1,162 @@
+"""Train a quality head above a frozen speech encoder on many listening tests (Distill-MOS, section IV-A).
+
+Bias-aware ("BA"): each test heard quality on a scale of its own, a_d * z + b_d of the head's logit z, learned beside
+the head. The head predicts on one universal scale, found by grid search.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speechdistill import table, validation
+from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.feature_batches import FeatureBatches
+from speechdistill.labels import SCHEMA, LabelTransform, Scale
+from speechdistill.students.conv_transformer import QualityHead
+
+TRANSFORM = "label_transform.v1.json"
+"""The file beside a checkpoint that maps scores of its listening tests to the universal scale."""
+
+_AT_ONCE = 32  # clips, in a validation
+_GRID = 41
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a head learns from: `features` is a folder of `features.compute`, of the encoder at `encoder`."""
+
+    features: str
+    encoder: str
+    encoder_sha256: str
+    layer: int
+    bias_aware: bool = True
+    batch_size: int = 12
+    seed: int = 0
+    provenance: Mapping[str, Any] | None = None
+
+    def make(self) -> "Recipe":
+        """Raises `TableError` for features that cannot be used."""
+        return Recipe(self)
+
+
+class BiasAware(nn.Module):
+    """A head and the scales of its listening tests: features (batch, 384, dim) to logits as each test heard them.
+
+    Scales are exp(log_a) and b. AdamW's weight decay draws them to 1 and 0, which is all that holds them: a head of
+    twice the logits with half the scales is the same.
+    """
+
+    def __init__(self, head: QualityHead, num_datasets: int) -> None:
+        super().__init__()
+        self.head = head
+        self.log_a = nn.Parameter(torch.zeros(num_datasets))
+        self.b = nn.Parameter(torch.zeros(num_datasets))
+
+    def forward(self, features: Tensor, datasets: Tensor) -> Tensor:
+        return self.heard(self.head(features), datasets)
+
+    def heard(self, logits: Tensor, datasets: Tensor) -> Tensor:
+        """Universal logits (batch,) as the listeners of these datasets heard them."""
+        return self.log_a[datasets].exp() * logits + self.b[datasets]
+
+
+class Plain(nn.Module):
+    """A head alone: all listening tests on one scale."""
+
+    def __init__(self, head: QualityHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, datasets: Tensor) -> Tensor:
+        logits: Tensor = self.head(features)
+        return logits
+
+
+class Recipe:
+    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the score as it was given."""
+
+    def __init__(self, config: Teacher) -> None:
+        self._config = config
+        self.batches = FeatureBatches(config.features, config.batch_size, config.seed)
+        self._universal = Scale()
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(self._config.seed)
+        head = QualityHead(self.batches.dim, *HEAD)
+        return BiasAware(head, len(self.batches.datasets.names)) if self._config.bias_aware else Plain(head)
+
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+        return (1 + 4 * torch.sigmoid(network(inputs, datasets)) - targets).square()
+
+    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+        """`mse` on the scales of the tests: the universal one is found after training in the paper, so that cannot be
+        what chose its checkpoint. `universal_mse` is on that one, and so is `pcc`.
+        """
+        results = validation.gathered(self._heads_logits(network, rank, world), world)
+        datasets, mos, logits = [list(column) for column in zip(*results, strict=True)]
+        scales = self._scales(network)
+        if scales:
+            self._universal = universal(np.array(logits), np.array(mos))
+        own = [_mos(scales.get(dataset, self._universal), z) for dataset, z in zip(datasets, logits, strict=True)]
+        figures = validation.figures(list(zip(datasets, mos, own, strict=True)))
+        scores = [_mos(self._universal, z) for z in logits]
+        on_universal = validation.figures(list(zip(datasets, mos, scores, strict=True)))
+        correlations = {key: value for key, value in on_universal.items() if key.startswith("pcc")}
+        return {**figures, **correlations, "universal_mse": on_universal["mse"]}
+
+    def save(self, network: nn.Module, folder: str) -> None:
+        config = self._config
+        about = TrainedHead(config.encoder, config.encoder_sha256, config.layer, self._universal)
+        transform = LabelTransform(self._scales(network), self._universal).to_json()
+        head: Any = network.head
+        about.save(head, folder, {**(config.provenance or {}), "label_transform": transform})
+        table.check_json(transform, SCHEMA, TRANSFORM)
+        table.publish_json(transform, f"{folder}/{TRANSFORM}")
+
+    def _heads_logits(self, network: nn.Module, rank: int, world: int) -> list[tuple[str, float, float]]:
+        """A worker's share of the validation set: dataset, score, the head's logit."""
+        like = next(network.parameters())
+        results: list[tuple[str, float, float]] = []
+        clips = list(self.batches.validation_numbers(rank, world))
+        for start in range(0, len(clips), _AT_ONCE):
+            some = [self.batches.clip(number) for number in clips[start : start + _AT_ONCE]]
+            features = torch.from_numpy(np.stack([clip.features for clip in some])).to(like.device, like.dtype)
+            head: Any = network.head
+            with torch.inference_mode():
+                logits = head(features).double().tolist()
+            results += [(clip.dataset, clip.mos, z) for clip, z in zip(some, logits, strict=True)]
+        return results
+
+    def _scales(self, network: nn.Module) -> dict[str, Scale]:
+        if not isinstance(network, BiasAware):
+            return {}
+        pairs = zip(network.log_a.exp().tolist(), network.b.tolist(), strict=True)
+        return {name: Scale(*pair) for name, pair in zip(self.batches.datasets.names, pairs, strict=True)}
+
+
+def universal(logits: np.ndarray, mos: np.ndarray) -> Scale:
+    """The scale of the least squared error of 1 + 4 * sigmoid(a * z + b) over all clips, by a grid that is refined.
+
+    Both arrays are (clips,). a is searched from 1/8 to 8 and b from -4 to 4.
+    """
+    centre, reach = np.zeros(2), np.array([np.log(8.0), 4.0])  # of log a and b
+    for _ in range(4):
+        log_a, b = (
+            np.linspace(middle - span, middle + span, _GRID) for middle, span in zip(centre, reach, strict=True)
+        )
+        errors = np.array([[_mse(Scale(np.exp(x), y), logits, mos) for y in b] for x in log_a])
+        best = np.unravel_index(errors.argmin(), errors.shape)
+        centre, reach = np.array([log_a[best[0]], b[best[1]]]), reach / 8
+    return Scale(float(np.exp(centre[0])), float(centre[1]))
+
+
+def _mse(scale: Scale, logits: np.ndarray, mos: np.ndarray) -> float:
+    return float(np.mean((1 + 4 / (1 + np.exp(-(scale.a * logits + scale.b))) - mos) ** 2))
+
+
+def _mos(scale: Scale, logit: float) -> float:
+    return float(1 + 4 / (1 + np.exp(-(scale.a * logit + scale.b))))

@@ -1,0 +1,155 @@
+"""Train a teacher: a quality head above a frozen speech encoder, on every listening test there is."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from speechdistill import cluster, cost, table
+from speechdistill.shards import RunError
+from speechdistill.tracking import Tracking, tracking_uri
+from speechdistill.watch import stop_on_sigterm
+
+if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.recipes.teacher import Teacher
+    from speechdistill.train import Job
+
+NAME = "teacher"
+
+
+@dataclass(frozen=True)
+class TrainTeacher:
+    """Train a quality head above a frozen speech encoder on clips that listeners scored.
+
+    The encoder's hidden states are computed once, into OUT/features; then the head is trained on them, with a scale
+    for each dataset (bias-aware). OUT/teacher/best has the best head and label_transform.v1.json, which maps each
+    dataset's scores to one scale for `train-students --label-transform`. The same command goes on where it stopped;
+    another configuration needs another --out. The defaults are the paper's.
+    """
+
+    out: str
+    """Folder of the features and the training run, a local path or URL."""
+    labeled: str
+    """Clips that listeners scored: a clips.parquet of `ingest --corpus` with column mos, or a CSV with path and mos.
+    Column split says which validate; without it one speaker, or clip, of twenty."""
+    encoder: str | None = None
+    """A speech encoder of transformers (XLS-R, wav2vec 2.0, HuBERT, WavLM): its folder, or hf://OWNER/NAME to
+    download. Default: XLS-R 2B in the hub's cache."""
+    layer: int = 10
+    """Whose hidden states the head hears; no later block is read."""
+    plain: bool = False
+    """One scale for all datasets, learned by the head alone."""
+    features_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the encoder."""
+    max_reject_share: float = 0.05
+    """Stop when more than this share of the clips cannot be used."""
+    retry_rejected: bool = False
+    """Try the clips again that could not be used, after their cause was mended."""
+    workers: str = "1"
+    """Workers that train: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
+    cpus_per_worker: float = 1.0
+    """CPUs, and threads, of each worker."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker. Default: 1 where the cluster has one, else 0."""
+    grow_to: str | None = None
+    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
+    steps: int = 72_000
+    """Updates."""
+    learning_rate: float = 1e-4
+    """AdamW's."""
+    batch_size: int = 12
+    """Clips in the global batch, whatever the number of workers."""
+    validate_every: int = 3_000
+    """Steps between validations."""
+    checkpoint_every_s: float = 300.0
+    """Seconds between checkpoints: what a killed worker costs at most."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the training; bfloat16: mixed precision."""
+    seed: int = 0
+    """Decides batches and initial weights."""
+
+
+def run(config: TrainTeacher) -> list[dict[str, Any]]:
+    """Compute what features are missing, train, and return the table's row with its figures and `state`.
+
+    Raises `RunError`, `TableError`, `ValueError` or `FileNotFoundError` where nothing can be trained; what was
+    computed is kept.
+    """
+    from speechdistill import features, launch, speech_encoder
+    from speechdistill.side_by_side import Run
+
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
+    sha256 = speech_encoder.load(str(config.encoder), config.layer).digest
+    cluster.connect()
+    stop_on_sigterm()
+    cluster.check_shared(config.out)
+    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
+    workers, gpus, _ = launch.capacity(*place, 1)  # what does not fit is told before the work
+    totals = features.compute(_features(config, clips, sha256))
+    if not totals.complete:
+        raise RunError("the features are not complete; run the same command again")
+    recipe = _recipe(config, sha256, fingerprint)
+    parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
+    job = _job(config, recipe, fingerprint, workers, gpus)
+    about = {key: value for key, value in asdict(config).items() if value is not None}
+    parent = Tracking(config.out, "train-teacher", NAME, about)
+    tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
+    return launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+
+
+def _absolute(config: TrainTeacher) -> TrainTeacher:
+    from speechdistill import speech_encoder
+
+    # What nobody asked for is not downloaded: 8.7 GB.
+    encoder = config.encoder or str(speech_encoder.located(speech_encoder.XLSR_2B, only_here=True))
+    return replace(
+        config, out=table.absolute(config.out), labeled=table.absolute(config.labeled), encoder=table.absolute(encoder)
+    )
+
+
+def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
+    from speechdistill.features import Features
+
+    grow_to = cost.amounts("--grow-to", config.grow_to)
+    return Features(
+        clips,
+        f"{config.out}/features",
+        str(config.encoder),
+        config.layer,
+        sha256,
+        config.features_dtype,
+        config.max_reject_share,
+        config.retry_rejected,
+        grow_to=(grow_to.get("cpu", 0.0), grow_to.get("gpu", 0.0)),
+    )
+
+
+def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
+    from speechdistill import launch
+    from speechdistill.recipes.teacher import Teacher
+
+    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
+    encoder = (str(config.encoder), sha256, config.layer)
+    sizes = (config.batch_size, config.seed)
+    return Teacher(f"{config.out}/features", *encoder, not config.plain, *sizes, provenance)
+
+
+def _job(config: TrainTeacher, recipe: "Teacher", fingerprint: str, workers: tuple[int, int], gpus: float) -> "Job":
+    from speechdistill.loop import Training
+    from speechdistill.train import Job
+
+    training = Training(
+        config.steps,
+        config.learning_rate,
+        validate_every=config.validate_every,
+        checkpoint_every_s=config.checkpoint_every_s,
+        dtype=config.dtype,
+    )
+    identity = {
+        "job": "train-teacher",
+        "recipe": {**asdict(recipe), "features": None, "encoder": None, "provenance": None},
+        "labeled": fingerprint,
+        "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
+    }
+    return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)

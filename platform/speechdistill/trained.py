@@ -1,0 +1,23 @@
+"""What was trained here as a scorer of waves, whatever it is: a student, or a head above a speech encoder."""
+
+from typing import Any
+
+from speechdistill import student_files
+from speechdistill.scorer import Scorer, Windowed
+
+
+def scorer(folder: str, encoder: str | None = None, **options: Any) -> Windowed:
+    """The scorer of the checkpoint in a folder; `options` are device, dtype, batch_s and hop_s.
+
+    `encoder` is the place of the speech encoder of a head, where that is another than in training. Raises `TableError`
+    for a folder without a checkpoint, and what the scorers raise.
+    """
+    files = student_files.read(folder)
+    if files.architecture == student_files.CONV_TRANSFORMER:
+        if encoder:
+            raise ValueError(f"{folder} holds a student, which takes no other weights")
+        student = student_files.student(files, folder)
+        return Scorer(student.network, "student", student.weights_hash, **options)
+    from speechdistill import encoder_scorer  # transformers is not needed for a student
+
+    return encoder_scorer.from_files(files, folder, encoder, **options)
