@@ -20,8 +20,13 @@ from packaging.requirements import Requirement
 import speechdistill
 from manifests import voice
 from mlflow_runs import PROVENANCE, Store, serving, student
+from small_models import speech_encoder
 from speechdistill import audio, cli, model_code, table
-from speechdistill.registry import Logged, Registry, RegistryError, log_student, student_folder
+from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.labels import Scale
+from speechdistill.registry import Logged, Registry, RegistryError, log_student, save_model, student_folder
+from speechdistill.speech_encoder import load as load_encoder
+from speechdistill.students.conv_transformer import QualityHead
 
 RATE = 44_100
 PACKAGE = model_code.ENTRY.parent
@@ -141,7 +146,7 @@ import importlib.util, sys
 sys.path[:] = [path for path in sys.path if path] + [sys.argv[2]]  # without the .pth file of an editable install
 assert importlib.util.find_spec("speechdistill") is None
 import mlflow.pyfunc, numpy, pandas
-model = mlflow.pyfunc.load_model(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[1], model_config={"encoder": sys.argv[4]} if sys.argv[4:] else None)
 import speechdistill
 data = open(sys.argv[3], "rb").read()
 (answer,) = model.predict(pandas.DataFrame({"audio": [data]})).to_dict("records")
@@ -156,13 +161,28 @@ def test_a_model_loads_where_this_package_is_not_installed(logged: Logged, check
 
     mlflow.artifacts.download_artifacts(artifact_uri=logged.location, dst_path=str(folder))
     (model,) = (path.parent for path in folder.rglob("MLmodel"))
-    arguments = [str(model), sysconfig.get_paths()["purelib"], str(tmp_path / "clip.wav")]
+    assert elsewhere(model, tmp_path / "clip.wav") == (expected, "None", "False")
+
+
+def elsewhere(model: Path, recording: Path, *more: str) -> tuple[float, str, str]:
+    arguments = [str(model), sysconfig.get_paths()["purelib"], str(recording), *more]
     run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", ELSEWHERE, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, check=True
+        [sys.executable, "-I", "-S", "-c", ELSEWHERE, *arguments], cwd=model, stdout=subprocess.PIPE, check=True
     )
     file, score, error, torchaudio = run.stdout.decode().split()
     assert file == f"{model}/code/speechdistill/__init__.py"
-    assert (float(score), error, torchaudio) == (expected, "None", "False")
+    return float(score), error, torchaudio
+
+
+def test_a_head_loads_there_too_and_its_encoder_may_have_moved(tmp_path: Path) -> None:
+    place = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    digest = load_encoder(place, 2).digest
+    about = TrainedHead(place, digest, 2, Scale(1.5, 0.2))
+    about.save(QualityHead(16, *HEAD), f"{tmp_path}/head", {})
+    expected = ours(f"{tmp_path}/head", wav(voice(3.0, RATE)), tmp_path)
+    save_model(f"{tmp_path}/head", f"{tmp_path}/model")
+    moved = (tmp_path / "encoder").rename(tmp_path / "moved")
+    assert elsewhere(tmp_path / "model", tmp_path / "clip.wav", str(moved)) == (expected, "None", "False")
 
 
 def ask(url: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import ray
 import soundfile
 
 from manifests import voice
-from speechdistill import cli, labeled, table, train_students
+from speechdistill import cli, labeled, launch, table, train_students
 from speechdistill.shards import RunError
 from speechdistill.train_students import TrainStudents
 from test_batches import clips, label_run
@@ -18,6 +18,11 @@ from test_batches import clips, label_run
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
     return label_run(tmp_path_factory.mktemp("labels"), 24 * 20)
+
+
+def capacity(options: dict[str, object], runs: int) -> object:
+    config = TrainStudents("out", **options)  # type: ignore[arg-type]
+    return launch.capacity(config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to, runs)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,7 @@ def test_runs_share_the_cluster(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     variants = options.pop("variants", 1) if "variants" in options else 1
-    assert train_students._capacity(TrainStudents("out", **options), variants) == expected  # type: ignore[arg-type]
+    assert capacity(options, variants) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_a_run_that_never_fits_is_refused(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(RunError, match=message):
-        train_students._capacity(TrainStudents("out", **options), 1)  # type: ignore[arg-type]
+        capacity(options, 1)
 
 
 def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None:

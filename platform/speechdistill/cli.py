@@ -35,10 +35,11 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student: the folder or URL of its
-    checkpoint, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student."""
+    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or one that was trained here: its checkpoint's
+    folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student."""
     weights: str | None = None
-    """The model's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""
+    """The model's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
+    hf://OWNER/NAME. Default: the released ones; of a head, where its encoder was in training."""
     head: str | None = None
     """Of model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     tracking: str | None = None
@@ -270,7 +271,7 @@ def _local(model: str, out: str | None) -> Iterator[str]:
     """A model's name; with a folder of runs, what an address in MLflow stands for there."""
     from speechdistill import registry, tracking
 
-    if out is None or not model.startswith(registry.ADDRESSES):
+    if out is None or not model.startswith(tracking.MODEL_ADDRESSES):
         yield model
         return
     with registry.student_folder(model, tracking.tracking_uri(out)) as folder:

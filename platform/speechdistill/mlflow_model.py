@@ -23,7 +23,8 @@ class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Scores as `speechdistill score` does: long recordings by their 7.68 s windows, at most 1 s apart."""
 
     def load_context(self, context: Any) -> None:
-        encoder = (context.model_config or {}).get("encoder")  # load_model(uri, model_config={"encoder": FOLDER})
+        # load_model(uri, model_config={"encoder": FOLDER}), or MLFLOW_PYFUNC_INFERENCE_CONFIG of a server
+        encoder = (context.model_config or {}).get("encoder") or None
         self._score = Model(trained.scorer(context.artifacts["student"], encoder))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe, RecipeName
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.shards import RunError, Totals
-from speechdistill.tracking import Tracking, tracking_uri
+from speechdistill.tracking import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 SCORE_EDGES = np.linspace(1.0, 5.0, 41)
@@ -55,9 +55,11 @@ class Pseudolabel:
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
     teacher: str = "distillmos"
-    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student (models:/NAME@champion)."""
+    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or one that was trained here: the folder of its
+    checkpoint or models:/NAME@champion."""
     weights: str | None = None
-    """The teacher's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""
+    """The teacher's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
+    hf://OWNER/NAME. Default: the released ones; of a head, where its encoder was in training."""
     head: str | None = None
     """Of teacher xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -103,6 +105,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     config, recipe, num_samples, identity = _prepared(config)
     shards.claim(config.out, identity)
     _keep_manifest(config, identity["clips_sha256"])
+    config = _keep_teacher(config)
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
     num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
@@ -230,6 +233,20 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now; run the same command again when its ingest has ended")
         table.publish(data, copy)
+
+
+def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
+    """Copy a teacher that is in MLflow into the run, where the workers read it: they may not know the MLflow, and its
+    alias may move meanwhile.
+    """
+    if not config.teacher.startswith(MODEL_ADDRESSES):
+        return config
+    from speechdistill import registry, student_files
+
+    copy = f"{config.out}/teacher"
+    with registry.student_folder(config.teacher) as folder:
+        student_files.copy(folder, copy)
+    return replace(config, teacher=copy)
 
 
 def _manifest(config: Pseudolabel) -> str:

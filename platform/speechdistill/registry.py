@@ -15,12 +15,10 @@ from typing import Any, NamedTuple, Self
 
 from speechdistill import model_code, student_files, table
 from speechdistill.mlflow_sender import failure, without_password
+from speechdistill.tracking import MODEL_ADDRESSES
 
 MODEL = "student"
 """The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
-
-ADDRESSES = ("models:", "runs:")
-"""How a student's address in MLflow begins."""
 
 _SQLITE = "sqlite:///"
 
@@ -82,7 +80,7 @@ def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
     MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL, and passed on. Raises
     `RegistryError`.
     """
-    if not address.startswith(ADDRESSES):
+    if not address.startswith(MODEL_ADDRESSES):
         yield table.absolute(address)
         return
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as folder:
@@ -275,6 +273,7 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
             artifacts={MODEL: f"{staged}/{MODEL}"},
             pip_requirements=list(requirements),
             signature=ModelSignature(Schema(inputs), Schema(outputs)),
+            model_config={"encoder": ""} if has_encoder else None,  # what is not named here cannot be set later
             input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
             mlflow_model=Model(**identity),
         )

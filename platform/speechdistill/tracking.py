@@ -27,6 +27,10 @@ _WRITE_S = 1.0  # at most one write a second, since each is a whole object on ob
 _SEND_S, _SEND_AT_MOST_S = 5.0, 60.0  # between two sends; doubled after each that failed
 
 
+MODEL_ADDRESSES = ("models:", "runs:")
+"""How the address of a model in MLflow begins."""
+
+
 @dataclass(frozen=True)
 class Synced:
     """What `sync` sent, what is left (artifacts that were not taken, events of a job that goes on), and the run."""
