@@ -41,6 +41,7 @@ WITHIN_TIER = {
     ("teachers", "scorer"),  # what members share
     ("teachers", "dnsmos"),
     ("dnsmos", "scorer"),
+    ("dnsmos", "teachers"),  # the family's contract
     ("mlflow_model", "scorer"),
     ("mlflow_model", "teachers"),
 }

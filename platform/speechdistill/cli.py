@@ -35,7 +35,8 @@ class Score:
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
     """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student: the folder or URL of its
-    checkpoint, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student."""
+    checkpoint, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student; ensemble:NAME=0.7,NAME=0.3 is
+    their weighted mean."""
     weights: str | None = None
     """The model's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""
     head: str | None = None
@@ -242,6 +243,8 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
             teacher = teachers.load(
                 model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
             ).teacher
+        if teacher.intrusive:
+            raise ValueError(f"model {config.model} compares with clean speech, which only the labelling job knows")
         scored = _Scored(len(paths))
         score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
         if scored.stopped:
