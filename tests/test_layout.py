@@ -63,6 +63,7 @@ HEAVY = {
 NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
+    "teachers.squim",
     "teachers.xlsr",
     "global_norm",
     "scorer",

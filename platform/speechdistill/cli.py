@@ -34,7 +34,7 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or a student: the folder or URL of its
+    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, or a student: the folder or URL of its
     checkpoint, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student; ensemble:NAME=0.7,NAME=0.3 is
     their weighted mean."""
     weights: str | None = None

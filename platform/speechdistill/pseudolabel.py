@@ -55,7 +55,7 @@ class Pseudolabel:
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
     teacher: str = "distillmos"
-    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, a student (models:/NAME@champion),
+    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, a student (models:/NAME@champion),
     pesq_oracle, which compares with the clean segment, or ensemble:NAME=0.7,NAME=0.3, their weighted mean."""
     weights: str | None = None
     """The teacher's weights: a file, of xlsr the encoder's folder or hf://OWNER/NAME. Default: the released ones."""

@@ -296,8 +296,8 @@ def _torchaudio(_: str, places: Places) -> str:
         import_module("torchaudio").functional.resample(import_module("torch").zeros(1, 160), 16_000, 8_000)
     except Exception as error:  # a build for another torch raises OSError
         reason = "not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-        raise Missing(reason, "not needed: nothing here uses it") from error
-    return f"torchaudio {version('torchaudio')}, which nothing here needs"
+        raise Missing(reason, "not needed: only teacher squim reads a file of it") from error
+    return f"torchaudio {version('torchaudio')}, of which teacher squim reads a file"
 
 
 @contextmanager
