@@ -63,6 +63,7 @@ WITHIN_TIER = {
     ("mlflow_model", "trained"),
     ("encoder_scorer", "scorer"),
     ("dnsmos", "scorer"),
+    ("dnsmos", "teachers"),  # the family's contract
     ("mlflow_model", "teachers"),
 }
 ONLY_IN = {
@@ -83,6 +84,7 @@ HEAVY = {
 NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
+    "teachers.squim",
     "teachers.xlsr",
     "speech_encoder",
     "encoder_scorer",

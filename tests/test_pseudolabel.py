@@ -72,6 +72,26 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
 
 
+def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_one(clips: str, tmp_path: Path) -> None:
+    pytest.importorskip("pesq", reason="its installation needs a C compiler")
+    config = Pseudolabel(clips, f"{tmp_path}/pesq", num_samples=4, seed=4, rows_per_part=4, teacher="pesq_oracle")
+    assert pseudolabel.run(config)["labelled"] == 4
+    both = replace(config, out=f"{tmp_path}/both", teacher="ensemble:distillmos=3,pesq_oracle=1", reference=True)
+    assert pseudolabel.run(both)["labelled"] == 4
+    pesq, mos = teachers.load("pesq_oracle"), teachers.load("distillmos")
+    compared, averaged = rows_of(tmp_path / "pesq"), rows_of(tmp_path / "both")
+    for sample_id, row in compared.items():
+        degraded, clean = samples.make_sample(Plan.from_json(row["plan"]))
+        expected = np.array([mos(degraded, 16000), pesq(degraded, 16000, clean)])
+        assert row["score"] == pytest.approx(expected[1], abs=1e-5)
+        assert (row["teacher"], row["reference"]) == ("pesq_oracle", None)
+        other = averaged[sample_id]
+        assert other["score"] == pytest.approx(0.75 * expected[0] + 0.25 * expected[1], abs=1e-5)
+        assert other["disagreement"] == pytest.approx(abs(expected[1] - expected[0]) * 0.1875**0.5, abs=1e-5)
+        assert other["teacher"] == "ensemble:distillmos=0.75,pesq_oracle=0.25"
+        assert other["audio"] == row["audio"] and other["reference"] == audio.encode(clean, "flac")
+
+
 def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

@@ -35,8 +35,9 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or one that was trained here: its checkpoint's
-    folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student."""
+    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, or one that was trained here: its
+    checkpoint's folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student;
+    ensemble:NAME=0.7,NAME=0.3 is their weighted mean."""
     weights: str | None = None
     """The model's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
     hf://OWNER/NAME. Default: the released ones; of a head, where its encoder was in training."""
@@ -256,6 +257,8 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
             teacher = teachers.load(
                 model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
             ).teacher
+        if teacher.intrusive:
+            raise ValueError(f"model {config.model} compares with clean speech, which only the labelling job knows")
         scored = _Scored(len(paths))
         score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
         if scored.stopped:

@@ -14,6 +14,7 @@ import numpy as np
 
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.scorer import HOP_S, Windowed, check, torch_device
+from speechdistill.teachers import logits
 
 WINDOW_S = 9.01
 SEGMENT_SAMPLES = 144_160
@@ -72,9 +73,7 @@ class Dnsmos(Windowed):
         return wave.take(range(start, start + SEGMENT_SAMPLES), mode="wrap")
 
     def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        scores = self._scores(np.stack(windows).astype(np.float32))
-        quality = np.clip((scores.astype(np.float64) - 1) / 4, 1e-6, 1 - 1e-6)
-        return np.asarray(np.log(quality) - np.log1p(-quality))
+        return logits(self._scores(np.stack(windows).astype(np.float32)))
 
     def _scores(self, windows: np.ndarray) -> np.ndarray:
         """MOS of windows, (batch, 144160) to (batch,)."""

@@ -55,8 +55,9 @@ class Pseudolabel:
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
     teacher: str = "distillmos"
-    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or one that was trained here: the folder of its
-    checkpoint or models:/NAME@champion."""
+    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, one that was trained here (the folder of
+    its checkpoint or models:/NAME@champion), pesq_oracle, which compares with the clean segment, or
+    ensemble:NAME=0.7,NAME=0.3, their weighted mean."""
     weights: str | None = None
     """The teacher's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
     hf://OWNER/NAME. Default: the released ones; of a head, where its encoder was in training."""
@@ -178,12 +179,28 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
         raise RunError(f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here")
     tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
-    return config, recipe, num_samples, _identity(config, recipe)
+    identity = _identity(config, recipe)
+    if identity["teacher"].get("intrusive"):
+        _check_has_clean(config, recipe)
+    return config, recipe, num_samples, identity
+
+
+def _check_has_clean(config: Pseudolabel, recipe: Recipe) -> None:
+    """Raise `RunError` for a recipe of which an intrusive teacher would judge samples that have no clean original."""
+    made = [name for name in recipe.components if name.startswith("generated.")]
+    if made:
+        left_out = " ".join(f"--without {name}" for name in made)
+        raise RunError(
+            f"teacher {config.teacher} compares with clean speech; generated samples have none: give {left_out}"
+        )
+    if not recipe.components:
+        raise RunError(f"teacher {config.teacher} compares with clean speech; recipe {recipe.name} degrades nothing")
 
 
 def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any], clips: str) -> flow.Flow:
     grow_to = cost.amounts("--grow-to", config.grow_to)
-    degrade = partial(Degrade, clips, recipe, config.seed, config.audio_format, config.reference, identity["libraries"])
+    reference = config.reference or identity["teacher"].get("intrusive", False)
+    degrade = partial(Degrade, clips, recipe, config.seed, config.audio_format, reference, identity["libraries"])
     return flow.Flow(
         shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, _totals),
         identity,
@@ -256,13 +273,14 @@ def _manifest(config: Pseudolabel) -> str:
 def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
     # On the CPU: the driver only wants its name and hash, and must not hold a GPU for the run.
     teacher = teachers.load(config.teacher, config.weights, "cpu", config.dtype, head=config.head).teacher
+    intrusive = {"intrusive": True} if teacher.intrusive else {}  # earlier runs have no such word, and go on
     return {
         "job": "pseudolabel",
         # With the places of its assets, which stand in the plans.
         "recipe": {**asdict(recipe), "assets": {name: asset._asdict() for name, asset in recipe.assets.items()}},
         "seed": config.seed,
         "clips_sha256": table.file_hash(config.clips),
-        "teacher": {"name": teacher.name, "sha256": teacher.weights_hash, "dtype": config.dtype},
+        "teacher": {"name": teacher.name, "sha256": teacher.weights_hash, "dtype": config.dtype, **intrusive},
         "audio_format": config.audio_format,
         "reference": config.reference,
         "rows_per_part": config.rows_per_part,
@@ -292,7 +310,7 @@ def _stages(
         enhance = partial(Enhance, recipe)
         stages.append(flow.Stage(f"network {number}", enhance, _NOTHING, sizes.network, *heavy, 16, True))
         stages.append(flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, *later))
-    teach = partial(Teach, *model, teacher_sha256)
+    teach = partial(Teach, *model, teacher_sha256, config.reference)
     return (*stages, flow.Stage("teach", teach, TAUGHT, sizes.teach, *heavy, rows, isolated=True))
 
 

@@ -220,10 +220,20 @@ def _wave(row: Row) -> np.ndarray:
 
 
 class Teach:
-    """Worker of the second stage: the teacher scores exactly the stored int16 samples."""
+    """Worker of the last stage: the teacher scores exactly the stored int16 samples.
+
+    An intrusive one hears the clean `reference` of each row too, which stays in the row only where the run keeps it.
+    """
 
     def __init__(
-        self, teacher: str, weights: str | None, head: str | None, dtype: str, batch_s: float | None, sha256: str
+        self,
+        teacher: str,
+        weights: str | None,
+        head: str | None,
+        dtype: str,
+        batch_s: float | None,
+        sha256: str,
+        keep_reference: bool = True,
     ) -> None:
         import torch
 
@@ -233,15 +243,23 @@ class Teach:
             raise ValueError(
                 f"{teacher} has other weights on this node than on the driver; install the same everywhere"
             )
+        self._carried: Row = {} if keep_reference else {"reference": None}
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
-        waves = [audio.decode(row["audio"], row["audio_format"]) for row in rows]
-        return [self._row(label) for label in self._teacher.label(waves)]
+        waves, references = _decoded(rows, "audio"), None
+        if self._teacher.intrusive:
+            references = _decoded(rows, "reference")
+        return [self._row(label) for label in self._teacher.label(waves, references)]
 
     def _row(self, label: teachers.Label | Exception) -> Row | Exception:
         if isinstance(label, Exception):
             return label
-        return {**label._asdict(), "teacher": self._teacher.name, "teacher_hash": self._teacher.weights_hash}
+        provenance = {"teacher": self._teacher.name, "teacher_hash": self._teacher.weights_hash}
+        return {**label._asdict(), **provenance, **self._carried}
+
+
+def _decoded(rows: list[Row], column: str) -> list[np.ndarray]:
+    return [audio.decode(row[column], row["audio_format"]) for row in rows]
 
 
 def _within_full_scale(wave: np.ndarray) -> np.ndarray:

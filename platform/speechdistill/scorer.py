@@ -35,10 +35,13 @@ class Windowed:
 
     name: str
     weights_hash: str
+    intrusive = False
     _segment: int
     _batch: int
 
-    def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
+    def label(
+        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
+    ) -> list[Label | Unscorable]:
         """One result per wave; waves are mono float32 at 16 kHz of any lengths, memory maps too."""
         problems = [problem(wave) for wave in waves]
         good = [wave for wave, why in zip(waves, problems, strict=True) if why is None]

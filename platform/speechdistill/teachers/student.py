@@ -17,6 +17,8 @@ class Teacher:
     `TableError` naming what is not there, and what the scorers raise.
     """
 
+    intrusive = False
+
     def __init__(
         self,
         weights: str | None = None,
@@ -33,7 +35,9 @@ class Teacher:
             self._scorer = trained.scorer(folder, encoder, **options)
         self.name, self.weights_hash = self._scorer.name, self._scorer.weights_hash
 
-    def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
+    def label(
+        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
+    ) -> list[Label | Unscorable]:
         return self._scorer.label(waves)
 
     def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:

@@ -1,0 +1,74 @@
+"""PESQ wideband (ITU-T P.862.2) of a degraded wave against its clean original, by the library `pesq` (MIT).
+
+An oracle: only the labelling job, which degrades clean speech, has the original.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+
+from speechdistill.audio import SAMPLE_RATE
+from speechdistill.teachers import Label, Unscorable, logits, problem
+
+LONGEST_S = 20.0
+"""The library has room for 50 utterances, each 0.2 s or more and 0.2 s apart, does not look, and crashes."""
+
+_SHORTEST_S = 0.25
+_MISSING = "teacher pesq_oracle lacks the library pesq; `pip install pesq==0.0.4` (MIT) builds it with a C compiler"
+_NO_CLEAN = "teacher pesq_oracle compares with clean speech; give each wave's reference"
+
+
+class Teacher:
+    """The score is P.862.2's MOS-LQO as it stands, not a listener's MOS: 4.64 for a copy, above 1 for the worst.
+
+    It has no weights: `weights_hash` is of the library's version. The other options are for networks. Raises
+    `ImportError` where the library is missing and `ValueError` for `weights`.
+    """
+
+    name = "pesq_oracle"
+    intrusive = True
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_s: float | None = None,
+        hop_s: float = 1.0,
+    ) -> None:
+        if weights:
+            raise ValueError(f"teacher {self.name!r} has no weights; leave {weights} out")
+        try:
+            import pesq
+        except ImportError as error:
+            raise ImportError(_MISSING) from error
+        self._pesq = pesq
+        self.weights_hash = hashlib.sha256(f"pesq {version('pesq')} wb".encode()).hexdigest()
+
+    def label(
+        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
+    ) -> list[Label | Unscorable]:
+        """One result per wave and its reference, both mono float32 at 16 kHz; `ValueError` without references."""
+        if references is None:
+            raise ValueError(_NO_CLEAN)
+        return [self._one(wave, reference) for wave, reference in zip(waves, references, strict=True)]
+
+    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
+        """Raises `ValueError`: there is no reference."""
+        raise ValueError(_NO_CLEAN)
+
+    def _one(self, wave: np.ndarray, reference: np.ndarray) -> Label | Unscorable:
+        if why := problem(wave):
+            return why
+        if why := problem(reference):
+            return Unscorable(f"its clean original: {why}")
+        shortest, longest = sorted((len(wave) / SAMPLE_RATE, len(reference) / SAMPLE_RATE))
+        if not _SHORTEST_S <= shortest <= longest <= LONGEST_S:
+            return Unscorable(f"{longest:.3f} s; PESQ takes {_SHORTEST_S} to {LONGEST_S:g} s")
+        try:
+            score = self._pesq.pesq(SAMPLE_RATE, reference, wave, "wb")
+        except self._pesq.NoUtterancesError:
+            return Unscorable("PESQ hears no utterance")
+        return Label.from_logits(logits(np.array([score])))
