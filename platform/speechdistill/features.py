@@ -133,9 +133,11 @@ class Encode:
         self._most = 0 if found.hears_padding else round(batch_s * audio.SAMPLE_RATE)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        from speechdistill.speech_encoder import by_length
+
         waves = [np.frombuffer(row["wave"], np.float32) for row in rows]
         results: dict[int, Row | Exception] = {}
-        for batch in _batches([len(wave) for wave in waves], self._most):
+        for batch in by_length([len(wave) for wave in waves], self._most):
             results.update(zip(batch, self._encoded([waves[i] for i in batch]), strict=True))
         return [results[i] for i in range(len(rows))]
 
@@ -153,18 +155,6 @@ class Encode:
                 yield ArithmeticError("hidden states that float16 cannot hold (above 65504)")
                 continue
             yield {"num_frames": count, "dim": kept.shape[1], "hidden": kept.astype("<f2").tobytes(), "wave": None}
-
-
-def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Numbers of waves of like length, together at most `most` samples with their padding; at least one."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[i] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _totals(rows: pa.Table) -> dict[str, Any]:

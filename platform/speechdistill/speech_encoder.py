@@ -112,6 +112,18 @@ def middle(frames: Tensor, counts: Tensor) -> Tensor:
     return frames.take_along_dim(wanted.clamp(max=frames.shape[1] - 1)[..., None], 1) * there[..., None]
 
 
+def by_length(lengths: list[int], most: int) -> Iterator[list[int]]:
+    """Batches of waves of like length, as their numbers: at most `most` samples with the padding, or one wave."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[i] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def build(config: Any, layer: int) -> Any:
     """Transformers' model of that configuration up to block `layer`, without weights (meta device).
 
