@@ -59,7 +59,6 @@ class EncoderScorer(Windowed):
         self._device = torch_device(device)
         at_once_s = batch_s or _BATCH_S.get(self._device.type, _BATCH_S["cpu"])
         self._batch = max(1, int(at_once_s * SAMPLE_RATE / SEGMENT_SAMPLES + 1e-6))
-        self._batch = 1 if encoder.hears_padding else self._batch
         self._hop = max(1, round(hop_s * SAMPLE_RATE))
         self._scale = scale
         self.network = Network(encoder.to_dtype(DTYPES[dtype]), head).to(self._device).eval()

@@ -130,7 +130,7 @@ class Encode:
                 f"{encoder} has other weights on this node than on the driver; install the same everywhere"
             )
         self._encoder = found.to_dtype(DTYPES[dtype]).to(torch_device(None)).eval()
-        self._most = 0 if found.hears_padding else round(batch_s * audio.SAMPLE_RATE)
+        self._most = round(batch_s * audio.SAMPLE_RATE)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         from speechdistill.speech_encoder import by_length

@@ -70,11 +70,6 @@ class Encoder(nn.Module):
     def dim(self) -> int:
         return int(self.model.config.hidden_size)
 
-    @property
-    def hears_padding(self) -> bool:
-        """Its first convolution normalises over time, zeros behind a shorter wave included: no batches of several."""
-        return str(self.model.config.feat_extract_norm) == "group"
-
     def prepared(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
         """Waves of any lengths as the arguments of `forward`, on the encoder's device."""
         lengths = [len(wave) for wave in waves]
@@ -89,7 +84,7 @@ class Encoder(nn.Module):
         """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to float32 hidden states
         (batch, frames, dim) and how many of the frames are meant, (batch,).
         """
-        features = self.model.feature_extractor(waves).transpose(1, 2).to(self._dtype)  # (batch, frames, 512)
+        features = self._features(waves, lengths).to(self._dtype)  # (batch, frames, 512)
         projected = self.model.feature_projection(features)
         hidden = projected[0] if isinstance(projected, tuple) else projected
         counts = torch.full((len(hidden),), hidden.shape[1], device=waves.device)
@@ -98,6 +93,17 @@ class Encoder(nn.Module):
             counts = self._num_frames(lengths)
             mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
         return self.model.encoder(hidden, attention_mask=mask).last_hidden_state.float(), counts
+
+    def _features(self, waves: Tensor, lengths: Tensor | None) -> Tensor:
+        """What the convolutions give, zeros behind shorter waves."""
+        # Those of some kinds normalise over time, padding included. And on a CPU a batch only fills its caches.
+        alone = self.model.config.feat_extract_norm == "group" or waves.device.type == "cpu"
+        if not alone:
+            features: Tensor = self.model.feature_extractor(waves).transpose(1, 2)
+            return features
+        whole = zip(waves, [waves.shape[1]] * len(waves) if lengths is None else lengths.tolist(), strict=True)
+        parts = [self.model.feature_extractor(wave[None, :length])[0].T for wave, length in whole]
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def _num_frames(self, lengths: Tensor) -> Tensor:
         for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
