@@ -70,11 +70,11 @@ class ColouredNoise:
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
         length = next_fast_len(max(len(wave), audio.SAMPLE_RATE), real=True)
-        spectrum = rfft(np.random.default_rng(self.seed).standard_normal(length))
-        frequency = rfftfreq(length, 1 / audio.SAMPLE_RATE)
-        heard = frequency >= _LOWEST_HZ
-        spectrum[heard] *= frequency[heard] ** (-self.exponent / 2)
-        spectrum[~heard] = 0
+        spectrum = rfft(np.random.default_rng(self.seed).standard_normal(length, np.float32))
+        frequency = rfftfreq(length, 1 / audio.SAMPLE_RATE).astype(np.float32)
+        first = int(np.searchsorted(frequency, _LOWEST_HZ))
+        spectrum[first:] *= frequency[first:] ** np.float32(-self.exponent / 2)
+        spectrum[:first] = 0
         return _mixed(wave, irfft(spectrum, length)[: len(wave)], self.snr_db)
 
     def clip_ids(self) -> tuple[str, ...]:
