@@ -1,14 +1,19 @@
 """What degrading costs: milliseconds of CPU per second of audio, on one core, for each component and each recipe.
 
+Recipes are what a worker of the labelling job does for a sample up to its int16 samples: plan, load, degrade, quantise.
+What it does then is the row `storing`, as FLAC. Libraries are loaded before; files come from the page cache.
+
 The networks of EnCodec, HiFi-GAN and Demucs have random weights of the real size where none are given, which cost the
 same. Components that lack something are left out.
 """
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -30,12 +35,15 @@ WARM_UP = 3  # samples; the first ones import and allocate
 
 @dataclass(frozen=True)
 class Options:
-    """Some ten minutes on one core."""
+    """Some fifteen minutes on one core; without recipe paper, which has the networks, five."""
 
     data: str = str(DATA)
     """Folder with speech/, noise/ and rir/."""
-    samples: int = 200
-    """Samples of each recipe, and of each component where it is alone; of a network a tenth."""
+    samples: int = 600
+    """Samples of each recipe, and of each component where it is alone; a sixth of a recipe with networks, a thirtieth
+    of a network. Recipes draw their components: of 600 samples 100 are coded by Opus."""
+    recipes: tuple[plan.RecipeName, ...] = ("paper", "weights_free", "voip", "as_is")
+    """These and their components."""
     assets: dict[str, str] = field(default_factory=dict)
     """Weights and texts, by name, as for the labelling job."""
 
@@ -47,28 +55,32 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     manifest = _manifest(Path(options.data))
     with tempfile.TemporaryDirectory() as folder:
-        _report(manifest, options, _random_weights(Path(folder)) | options.assets)
+        made = _random_weights(Path(folder)) if "paper" in options.recipes else {}
+        _report(manifest, options, made | options.assets)
 
 
 def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> None:
-    recipes = {name: _complete(make(), sources) for name, make in plan.RECIPES.items()}
-    recipes["paper"] = _complete(plan.paper(lpcnet=True), sources)
-    if "texts" in sources:
+    chosen = {name: plan.paper(lpcnet=True) if name == "paper" else plan.RECIPES[name]() for name in options.recipes}
+    recipes = {str(name): _complete(recipe, sources) for name, recipe in chosen.items()}
+    if "weights_free" in recipes and "texts" in sources:
         recipes["weights_free, spoken"] = _complete(plan.weights_free(texts=True), sources)
     stages = [stage for recipe in recipes.values() for stage in recipe.stages]
     found = {name: asset for recipe in recipes.values() for name, asset in recipe.assets.items()}
     # The same recordings with and without noise and rooms of their own: simulated rooms, coloured noise, babble.
     poor = manifest.filter(pc.equal(manifest["kind"], "speech"))
-    print("\nMilliseconds of CPU per second of audio, one core; loading and quantising are part of recipes\n")
+    print("\nMilliseconds of CPU per second of audio, one core; of recipes ± the standard error of what was drawn\n")
     print("| | with recordings | without | known |\n|---|---|---|---|", flush=True)
     for name in dict.fromkeys(name for stage in stages for name in stage.odds):
-        number = options.samples // 10 if degradations.network(name) else options.samples
+        number = -(-options.samples // 30) if degradations.network(name) else options.samples
         costs = [_alone(name, Clips(rows), number, found) for rows in (manifest, poor)]
         print(f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
     for name, recipe in recipes.items():
-        number = options.samples // 2 if plan.network_passes(recipe) else options.samples
+        number = -(-options.samples // 6) if plan.network_passes(recipe) else options.samples
         costs = [_cost(recipe, Clips(rows), number) for rows in (manifest, poor)]
-        print(f"| recipe `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
+        shown = " | ".join(f"{cost:.2f} ± {error:.2f}" for cost, error in costs)
+        print(f"| recipe `{name}` | {shown} | {KNOWN.get(name, '–')} |", flush=True)
+    costs = [_storing(plan.weights_free(), Clips(rows), options.samples) for rows in (manifest, poor)]
+    print(f"| storing | {costs[0]:.2f} | {costs[1]:.2f} | – |", flush=True)
 
 
 def _manifest(data: Path) -> pa.Table:
@@ -112,20 +124,40 @@ def _random_weights(folder: Path) -> dict[str, str]:
 def _alone(name: str, clips: Clips, samples: int, found: dict[str, assets.Asset]) -> float:
     """The component's steps; its recipe makes nothing else."""
     bare, whole = (
-        _cost(plan.Recipe(name, (plan.Stage("only", {name: odds}),), assets=found), clips, samples)
+        _cost(plan.Recipe(name, (plan.Stage("only", {name: odds}),), assets=found), clips, samples)[0]
         for odds in (0.0, 1.0)
     )
     return whole - bare
 
 
-def _cost(recipe: plan.Recipe, clips: Clips, samples: int) -> float:
-    """Milliseconds of CPU per second of audio."""
+def _cost(recipe: plan.Recipe, clips: Clips, samples: int) -> tuple[float, float]:
+    """Milliseconds of CPU per second of audio, and its standard error."""
     plans = Plans(recipe, clips, seed=0)
     for number in range(WARM_UP):
         make_sample(plans[number])
-    start = sum(os.times()[:4])  # of child processes too, in which espeak-ng and LPCNet work
-    length = sum(len(make_sample(plans[number])[0]) for number in range(samples))
-    return 1000 * (sum(os.times()[:4]) - start) / (length / audio.SAMPLE_RATE)
+    clock, seconds = [_cpu_s()], []
+    for number in range(samples):
+        seconds.append(len(make_sample(plans[number])[0]) / audio.SAMPLE_RATE)
+        clock.append(_cpu_s())
+    costs = np.diff(clock)
+    mean = costs.sum() / sum(seconds)
+    error = np.sqrt(np.sum((costs - mean * np.array(seconds)) ** 2)) / sum(seconds)  # of a ratio of sums
+    return 1000 * float(mean), 1000 * float(error)
+
+
+def _storing(recipe: plan.Recipe, clips: Clips, samples: int) -> float:
+    """Milliseconds of CPU per second of audio for the bytes in a shard."""
+    plans = Plans(recipe, clips, seed=0)
+    waves = [make_sample(plans[number])[0] for number in range(samples)]
+    start = _cpu_s()
+    for wave in waves:
+        audio.encode(wave, "flac")
+    return 1000 * (_cpu_s() - start) / (sum(map(len, waves)) / audio.SAMPLE_RATE)
+
+
+def _cpu_s() -> float:
+    """Of all threads, and of child processes, in which espeak-ng and LPCNet work."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 if __name__ == "__main__":

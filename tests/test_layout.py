@@ -18,7 +18,7 @@ TIERS = (
     {"audio_decoders"},
     {"audio", "table", "isolate", "watch", "evaluate", "model_code"},
     {"assets", "espeak_ng", "onnx_denoisers", "file_cache", "clips", "shards", "event_log", "labels", "global_norm"},
-    {"mlflow_sender"},
+    {"libopus", "mlflow_sender"},
     {"tracking"},
     {"students"},
     {"student_files"},

@@ -159,7 +159,8 @@ def _resampled(uri: str, reader: Reader, first: int, frames: int, channel: int |
     rate = reader.info.sample_rate
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
     for block in reader.blocks(first, frames):
-        mono = block.mean(axis=1, dtype=np.float32) if channel is None else block[:, channel]
+        # Not `mean`, which along so short an axis takes four times as long.
+        mono = sum(block.T) / np.float32(reader.info.channels) if channel is None else block[:, channel]
         if not np.isfinite(mono).all():
             raise AudioError(uri, "NaN or infinite samples", "repair or leave out the recording")
         yield mono if stream is None else stream.resample_chunk(np.ascontiguousarray(mono))

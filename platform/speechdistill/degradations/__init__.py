@@ -216,15 +216,19 @@ def _version(name: str) -> str:
 
 def _find(name: str) -> Any:
     family, _, member = name.partition(".")
-    families = sorted(module.name for module in iter_modules(__path__))
-    if family not in families:
-        raise ValueError(f"degradation {name!r} is not part of this version; its families are {families}")
+    if family not in _families():
+        raise ValueError(f"degradation {name!r} is not part of this version; its families are {_families()}")
     module = import_module(f"{__name__}.{family}")
     found = getattr(module, member, None)
     # Names come from shards too: only what the family itself defines may be called.
     if member.startswith("_") or getattr(found, "__module__", None) != module.__name__:
         raise ValueError(f"degradation {name!r} is not part of this version: {family} has no {member}")
     return found
+
+
+@lru_cache(maxsize=1)  # it looks through the folder, and every plan asks
+def _families() -> list[str]:
+    return sorted(module.name for module in iter_modules(__path__))
 
 
 def _tuples(value: Any) -> Any:

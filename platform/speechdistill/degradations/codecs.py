@@ -6,13 +6,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from speechdistill import audio
+from speechdistill import audio, libopus
 from speechdistill.assets import Need
 from speechdistill.degradations import Neural, Scene
 
 _BITRATES_BPS = (6_000, 32_000)
 _FRAME = audio.SAMPLE_RATE // 50
-_DECODER_RATE = 48_000  # FFmpeg's libopus decoder has no other
 # FFmpeg's encoder and decoder, sample rate, and by how many samples of that rate the output comes late.
 _TELEPHONE = {
     "g711_alaw": ("pcm_alaw", "pcm_alaw", 8_000, 0),
@@ -48,25 +47,12 @@ class Opus:
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
         scale = np.float32(max(1.0, np.abs(wave).max()))
-        decoded = _decoded(*self.encode(wave / scale))
-        return audio.fit(audio.resample(decoded, _DECODER_RATE), len(wave)) * scale
+        packets, late = self.encode(wave / scale)
+        return audio.fit(libopus.decoded(packets)[late:], len(wave)) * scale
 
-    def encode(self, wave: np.ndarray) -> tuple[bytes, list[bytes]]:
-        """The header (RFC 7845, section 5.1) and the packets of a wave within full scale."""
-        import av
-
-        encoder = av.CodecContext.create("libopus", "w")
-        encoder.sample_rate, encoder.layout, encoder.format = audio.SAMPLE_RATE, "mono", "flt"
-        encoder.bit_rate = self.bitrate_bps
-        encoder.options = {"application": "voip", "compression_level": str(self.complexity)}
-        encoder.open()
-        packets = []
-        for samples in _frames(wave):
-            frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
-            frame.sample_rate = audio.SAMPLE_RATE
-            packets += encoder.encode(frame)
-        packets += encoder.encode(None)
-        return bytes(encoder.extradata), [bytes(packet) for packet in packets]
+    def encode(self, wave: np.ndarray) -> tuple[list[bytes], int]:
+        """The packets of a wave within full scale, and by how many samples what they decode to comes late."""
+        return libopus.encoded(wave, self.bitrate_bps, self.complexity)
 
     def clip_ids(self) -> tuple[str, ...]:
         return ()
@@ -200,23 +186,3 @@ def _through(pcm: np.ndarray, encoder: str, decoder: str, rate: int, bitrate_bps
     reader.sample_rate, reader.layout = rate, "mono"
     blocks = [out.to_ndarray()[0] for packet in [*packets, None] for out in reader.decode(packet)]
     return np.asarray(np.concatenate(blocks), np.float32) / 32768
-
-
-def _frames(wave: np.ndarray) -> list[np.ndarray]:
-    """20 ms frames, each (1, 320). The encoder adds one for its delay of 6.5 ms when it is flushed."""
-    count = -(-len(wave) // _FRAME)
-    return list(audio.fit(wave, count * _FRAME).astype(np.float32).reshape(count, 1, _FRAME))
-
-
-def _decoded(header: bytes, packets: list[bytes]) -> np.ndarray:
-    """Samples at 48 kHz; the decoder drops the delay that the header declares."""
-    import av
-
-    decoder = av.CodecContext.create("libopus", "r")
-    decoder.sample_rate, decoder.layout, decoder.extradata = _DECODER_RATE, "mono", header
-    to_float = av.AudioResampler(format="flt", layout="mono", rate=_DECODER_RATE)
-    blocks = []
-    for packet in [*map(av.Packet, packets), None]:
-        for decoded in decoder.decode(packet):
-            blocks += [frame.to_ndarray()[0] for frame in to_float.resample(decoded)]
-    return np.concatenate(blocks)

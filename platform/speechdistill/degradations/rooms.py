@@ -7,7 +7,7 @@ keeps its level (RMS).
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.signal import butter, oaconvolve, sosfilt
+from scipy.signal import butter, fftconvolve, sosfilt
 
 from speechdistill import audio, file_cache
 from speechdistill.degradations import Scene
@@ -102,11 +102,10 @@ def _xyz(metres: np.ndarray) -> tuple[float, float, float]:
 
 
 def _reverberated(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """`wave` in the room, at its own length and RMS; shape (num_samples,)."""
-    dry = wave.astype(np.float64)
-    wet = oaconvolve(dry, response[: len(dry)])[: len(dry)]
-    dry_rms, wet_rms = np.sqrt(np.mean(dry**2)), np.sqrt(np.mean(wet**2))
-    gain = dry_rms / wet_rms if wet_rms > 0 else 0.0
+    """`wave` in the room, at its own length and RMS; float32, shape (num_samples,)."""
+    wet = fftconvolve(wave, response[: len(wave)].astype(np.float32))[: len(wave)]
+    dry_energy, wet_energy = (float(np.einsum("i,i->", x, x, dtype=np.float64)) for x in (wave, wet))
+    gain = np.sqrt(dry_energy / wet_energy) if wet_energy > 0 else 0.0
     return np.asarray(wet * gain, dtype=np.float32)
 
 
