@@ -36,7 +36,8 @@ demo: setup
 		$(if $(NOISE),--noise "$(NOISE)") $(if $(RIR),--rir "$(RIR)")
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
+	@# Half of the time the tests wait, so two files at a time; a file's tests share what they set up.
+	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
