@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from speechdistill import slim_xlsr
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, QualityHead
@@ -38,6 +39,16 @@ _ENCODER = (
 )
 _NO_HEAD = "{}: no such head; `pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
 _BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, SafetensorError)
+# What training would drop or mask: blocks without a gradient, and losses that depend on the number of workers.
+_AT_RANDOM = (
+    "layerdrop",
+    "mask_time_prob",
+    "mask_feature_prob",
+    "activation_dropout",
+    "attention_dropout",
+    "feat_proj_dropout",
+    "hidden_dropout",
+)
 _WEIGHT_NORM = {
     "conv.weight_g": "conv.parametrizations.weight.original0",
     "conv.weight_v": "conv.parametrizations.weight.original1",
@@ -110,20 +121,24 @@ class Network(nn.Module):
         super().__init__()
         self.encoder: Any = encoder
         self.head = head
-        self._dtype = dtype
         for part in (self.encoder.feature_projection, self.encoder.encoder):
             part.to(dtype)
 
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to logits (batch,) float32."""
-        features = self.encoder.feature_extractor(waves).transpose(1, 2).to(self._dtype)  # (batch, frames, 512)
+        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to logits (batch,).
+
+        Float32; float64 where all parameters and the waves are.
+        """
+        dtype = self.encoder.feature_projection.projection.weight.dtype
+        features = self.encoder.feature_extractor(waves).transpose(1, 2).to(dtype)  # (batch, frames, 512)
         hidden, _ = self.encoder.feature_projection(features)
         counts = torch.full((len(hidden),), hidden.shape[1], device=waves.device)
         mask: Tensor | None = None
         if lengths is not None:
             counts = self._num_frames(lengths)
             mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
-        hidden = self.encoder.encoder(hidden, attention_mask=mask).last_hidden_state.float()
+        hidden = self.encoder.encoder(hidden, attention_mask=mask).last_hidden_state
+        hidden = hidden if hidden.dtype is torch.float64 else hidden.float()
         logits: Tensor = self.head(centre(hidden, counts))
         return logits
 
@@ -153,11 +168,14 @@ def build(config: Any, blocks: int) -> Any:
     if not 1 <= blocks <= config.num_hidden_layers:
         raise ValueError(f"blocks {blocks}; the encoder has {config.num_hidden_layers}")
     config.num_hidden_layers, config.add_adapter = blocks, False
-    config.mask_time_prob = config.mask_feature_prob = 0.0  # parts of training
+    for part_of_training in _AT_RANDOM:
+        setattr(config, part_of_training, 0.0)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = Wav2Vec2Model(config)
     model.encoder.layer_norm = nn.Identity()  # hidden state `blocks` is what comes before it
+    if hasattr(config, "block_sizes"):
+        slim_xlsr.like_saved(model)
     return model.eval().requires_grad_(False)
 
 
@@ -175,8 +193,9 @@ def _encoder(folder: Path, blocks: int, digest: Any) -> Any:
     for name in sorted(state):
         digest.update(f"{name}\0".encode())
         digest.update(state[name].contiguous().numpy())
-    conv = model.encoder.pos_conv_embed.conv  # its weight once, and not anew for each batch
-    nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    conv = model.encoder.pos_conv_embed.conv
+    if nn.utils.parametrize.is_parametrized(conv):  # its weight once, and not anew for each batch
+        nn.utils.parametrize.remove_parametrizations(conv, "weight")
     return model.requires_grad_(False)
 
 
