@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
@@ -31,7 +30,7 @@ from speechdistill.teachers.xlsr import Network, Teacher
 Files = tuple[str, str]
 FAST = Pruning(share=0.05, every=3, until=0.5)
 TRAINING = Training(steps=20, learning_rate=1e-3)
-BATCH, SAMPLES = 4, 1600
+BATCH, SAMPLES = 2, 1600
 
 
 @pytest.fixture(scope="module")
@@ -237,19 +236,19 @@ def test_times_and_updates_are_the_papers() -> None:
     )
 
 
-@pytest.mark.parametrize("criterion", ["importance", "magnitude", "structured"])
+@pytest.mark.parametrize("criterion", ["importance", "structured"])
 def test_a_resumed_run_prunes_the_same_bit_for_bit(files: Files, tmp_path: Path, criterion: str) -> None:
     recipe = Recipe(files, replace(FAST, criterion=criterion))
     whole = Loop(recipe, TRAINING)
-    losses = [stepped.loss for stepped in whole.run(11)]
+    losses = [stepped.loss for stepped in whole.run(8)]
     first = Loop(recipe, TRAINING)
     start = [stepped.loss for stepped in first.run(6)]  # the second pruning comes with the next update
     torch.save(first.state(), tmp_path / "state.pt")
     second = Loop(recipe, TRAINING)
     second.load(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert start + [stepped.loss for stepped in second.run(11)] == losses
+    assert start + [stepped.loss for stepped in second.run(8)] == losses
     assert all(map(torch.equal, masks(second._pruner), masks(whole._pruner)))
-    assert int(second._pruner.done) == 3
+    assert int(second._pruner.done) == 2
     ours, theirs = second.network.state_dict(), whole.network.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
@@ -257,7 +256,7 @@ def test_a_resumed_run_prunes_the_same_bit_for_bit(files: Files, tmp_path: Path,
 def test_what_is_gone_stays_zero_under_adamw_and_bfloat16(files: Files) -> None:
     loop = Loop(Recipe(files, FAST), replace(TRAINING, dtype="bfloat16", weight_decay=0.1))
     moved = 0
-    for step, _, _ in loop.run(14):
+    for step, _, _ in loop.run(8):
         weights = torch.cat([weight.flatten() for weight in matrices(loop.network.encoder)])
         gone = torch.cat([mask.flatten() for mask in masks(loop._pruner)])
         assert int(gone.sum()) == round(0.05 * ((step - 1) // 3) * len(gone)) and not weights[gone].any()
