@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     if not Path(options.data, "speech").is_dir():
         sys.exit(f"{options.data} has no folder speech; give --data DIR with speech/, noise/ and rir/")
     out = Path(options.out)
-    runs = {split: _labels(split, Path(options.data), out) for split in SAMPLES}
+    runs = {split: label_run(split, Path(options.data), out) for split in SAMPLES}
     ray.shutdown()
     scored = _labeled(runs, out)
     jobs = [(seed, arm) for seed in range(options.seeds) for arm in ARMS]
@@ -88,7 +88,7 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
         out / "last",
     )
     scorer = Scorer(student_files.load(f"{out}/last").network, "v0", "")
-    rows = _rows(LabelRun(f"{options.out}/test"))
+    rows = samples(LabelRun(f"{options.out}/test"))
     labels = scorer.label([audio.decode(row["audio"], row["audio_format"]) for row in rows])
     teacher = np.array([row["score"] for row in rows])
     pcc = evaluate.pcc(teacher, np.array([label.score for label in labels if isinstance(label, Label)]))
@@ -112,7 +112,7 @@ def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path) -> N
             print(f"{folder.parent.name} {folder.name} {step}/{steps}: {text}", flush=True)
 
 
-def _labels(split: str, data: Path, out: Path) -> LabelRun:
+def label_run(split: str, data: Path, out: Path) -> LabelRun:
     """A label run of this split's speakers, with all noise and rooms."""
     speech = sorted((data / "speech").iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest())
     ends = np.round(np.cumsum([0, *SPEAKERS.values()]) * len(speech)).astype(int)
@@ -135,19 +135,19 @@ def _step(*arguments: str) -> None:
         sys.exit(code)
 
 
-def _rows(run: LabelRun) -> list[dict[str, Any]]:
+def samples(run: LabelRun) -> list[dict[str, Any]]:
     columns = ["sample_id", "clip_ids", "audio", "audio_format", "score"]
     return pq.read_table(f"{run.out}/shards", columns=columns).to_pylist()
 
 
 def _labeled(runs: dict[str, LabelRun], out: Path) -> str:
     """The training samples of a random twentieth of the clips, and all of validation, as files with their scores."""
-    train = _rows(runs["train"])
+    train = samples(runs["train"])
     clips = sorted({row["clip_ids"][0] for row in train})
     chosen = set(np.random.default_rng(0).permutation(clips)[: round(LABELED * len(clips))])
     rows = [("train", row) for row in train if row["clip_ids"][0] in chosen]
     print(f"labeled: {len(rows)} samples of {len(chosen)} of {len(clips)} clips")
-    rows += [("validation", row) for row in _rows(runs["validation"])]
+    rows += [("validation", row) for row in samples(runs["validation"])]
     folder = out / "labeled"
     folder.mkdir(exist_ok=True)
     with (folder / "scores.csv").open("w", newline="") as file:

@@ -1,5 +1,6 @@
 """A quality head above a speech encoder as a scorer of waves: what the XLS-R teachers have in common."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import speech_encoder, student_files
+from speechdistill import slim_encoder, speech_encoder, student_files
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.labels import Scale
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
@@ -23,6 +24,9 @@ HEAD = (32, 4, 4)
 
 HEAD_ABOVE_ENCODER = "head_above_encoder"
 """The architecture in a checkpoint whose weights are a head's alone."""
+
+ENCODER_AND_HEAD = "encoder_and_head"
+"""The architecture in a checkpoint whose weights are both."""
 
 _AS_IS = Scale()
 _BATCH_S = {"cpu": SEGMENT_SAMPLES / SAMPLE_RATE, "cuda": 32 * SEGMENT_SAMPLES / SAMPLE_RATE}
@@ -104,6 +108,31 @@ class TrainedHead:
         student_files.write(head, folder, HEAD_ABOVE_ENCODER, asdict(self), provenance)
 
 
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """What stands in the checkpoint of an encoder and its head, whose weights are both in it."""
+
+    encoder: Mapping[str, Any]
+    block_sizes: list[tuple[int, int]]
+    normalises: bool
+    scale: Scale
+
+    @classmethod
+    def of(cls, network: "Network", scale: Scale) -> "TrainedTeacher":
+        model = network.encoder.model
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        return cls(config, slim_encoder.sizes(model), network.encoder.normalises, scale)
+
+    def save(self, network: "Network", folder: str, provenance: Mapping[str, Any]) -> None:
+        student_files.write(network, folder, ENCODER_AND_HEAD, asdict(self), provenance)
+
+    def network(self, weights: Mapping[str, Tensor]) -> "Network":
+        head = QualityHead(len(weights["head.norm_input.weight"]), *HEAD)
+        network = Network(speech_encoder.rebuilt(self.encoder, self.block_sizes, self.normalises), head)
+        network.load_state_dict(weights, assign=True)
+        return network
+
+
 def from_files(files: student_files.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
     """The scorer of a trained head; `encoder` is where its encoder is now, `options` are those of `EncoderScorer`.
 
@@ -112,6 +141,11 @@ def from_files(files: student_files.Files, folder: str, encoder: str | None = No
     """
     with student_files.fitting(folder):
         config = {**files.config, "scale": Scale(**files.config["scale"])}
+        if files.architecture == ENCODER_AND_HEAD:
+            whole = TrainedTeacher(**config)
+            parts = whole.network(files.weights)
+            name = ("trained_teacher", files.weights_hash)
+            return EncoderScorer(parts.encoder, parts.head, *name, scale=whole.scale, **options)
         about = TrainedHead(**config)
         head = QualityHead(len(files.weights["norm_input.weight"]), *HEAD)
         head.load_state_dict(files.weights)

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from speechdistill.batches import Batch
 from speechdistill.global_norm import globalise
+from speechdistill.pruning import Pruner
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -53,7 +54,10 @@ class Source(Protocol):
 
 
 class Recipe(Protocol):
-    """What is trained: a kind of network, on a kind of batches, with a loss for each sample."""
+    """What is trained: a kind of network, on a kind of batches, with a loss for each sample.
+
+    One that prunes has a method `pruner` besides, from a network to its `Pruner`.
+    """
 
     @property
     def batches(self) -> Source: ...
@@ -111,6 +115,7 @@ class Loop:
         )
         model = wrap(self.network)
         self._model: nn.Module = torch.compile(model) if training.compile else model  # type: ignore[assignment]
+        self._pruner: Pruner | None = recipe.pruner(self.network) if hasattr(recipe, "pruner") else None
         self.step, self.best = 0, math.inf
 
     def run(self, stop: int, asks: Callable[[], bool] = lambda: False) -> Iterator[Stepped]:
@@ -145,11 +150,14 @@ class Loop:
             "rng": torch.get_rng_state(),
             "step": self.step,
             "best": self.best,
+            "pruner": self._pruner.state_dict() if self._pruner else None,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._pruner:
+            self._pruner.load_state_dict(state["pruner"])
         torch.set_rng_state(state["rng"].cpu())
         self.step, self.best = state["step"], state["best"]
 
@@ -157,6 +165,8 @@ class Loop:
         inputs = torch.from_numpy(batch.inputs).to(self._device, self._width)
         targets = torch.from_numpy(batch.targets).to(self._device, self._width)
         datasets = torch.from_numpy(batch.datasets).to(self._device)
+        if self._pruner:
+            self._pruner.begin(batch.step)
         low = self._dtype is torch.bfloat16
         with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
             losses = self._recipe.losses(self._model, inputs, targets, datasets)
@@ -170,7 +180,11 @@ class Loop:
             raise NotFiniteError(self._not_finite(batch, losses))
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total * self._world)  # the workers' gradients are averaged
+        if self._pruner:
+            self._pruner.collect()
         self._optimizer.step()
+        if self._pruner:
+            self._pruner.hold()
         self.step = batch.step + 1
         return Stepped(self.step, loss, asked)
 

@@ -24,7 +24,7 @@ CODE = (
 )
 """The part of this package that a student needs."""
 
-ENCODER_CODE = ("encoder_scorer.py", "labels.py", "speech_encoder.py")
+ENCODER_CODE = ("encoder_scorer.py", "labels.py", "slim_encoder.py", "speech_encoder.py")
 """What a head above a speech encoder needs beside."""
 
 REQUIREMENTS = (

@@ -6,7 +6,7 @@ Of a checkpoint no more is read than that layer needs, and what is read is hashe
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from speechdistill import slim_encoder
 
 XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
 FRAMES = 384
@@ -56,12 +58,11 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module, normalises: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model: Any = model
-        self._normalises = normalises
+        self.normalises = normalises
         self.to_dtype(dtype)
 
     def to_dtype(self, dtype: torch.dtype) -> "Encoder":
         """Compute in `dtype` behind the convolutions over samples, which stay float32."""
-        self._dtype = dtype
         for part in (self.model.feature_projection, self.model.encoder):
             part.to(dtype)
         return self
@@ -75,16 +76,17 @@ class Encoder(nn.Module):
         lengths = [len(wave) for wave in waves]
         batch = np.zeros((len(waves), max(lengths)), np.float32)
         for row, wave in zip(batch, waves, strict=True):
-            row[: len(wave)] = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7) if self._normalises else wave
+            row[: len(wave)] = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7) if self.normalises else wave
         device = next(self.parameters()).device
         padded = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
         return torch.from_numpy(batch).to(device), padded
 
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to float32 hidden states
-        (batch, frames, dim) and how many of the frames are meant, (batch,).
+        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to hidden states
+        (batch, frames, dim), float32 (float64 where all is), and how many of the frames are meant, (batch,).
         """
-        features = self._features(waves, lengths).to(self._dtype)  # (batch, frames, 512)
+        dtype = self.model.feature_projection.projection.weight.dtype
+        features = self._features(waves, lengths).to(dtype)  # (batch, frames, 512)
         projected = self.model.feature_projection(features)
         hidden = projected[0] if isinstance(projected, tuple) else projected
         counts = torch.full((len(hidden),), hidden.shape[1], device=waves.device)
@@ -92,7 +94,8 @@ class Encoder(nn.Module):
         if lengths is not None:
             counts = self._num_frames(lengths)
             mask = torch.arange(hidden.shape[1], device=waves.device) < counts[:, None]
-        return self.model.encoder(hidden, attention_mask=mask).last_hidden_state.float(), counts
+        hidden = self.model.encoder(hidden, attention_mask=mask).last_hidden_state
+        return hidden if hidden.dtype is torch.float64 else hidden.float(), counts
 
     def _features(self, waves: Tensor, lengths: Tensor | None) -> Tensor:
         """What the convolutions give, zeros behind shorter waves."""
@@ -176,11 +179,27 @@ def load(place: str, layer: int) -> Loaded:
     for name in sorted(state):
         digest.update(f"{name}\0".encode())
         digest.update(state[name].contiguous().numpy())
-    conv = getattr(model.encoder.pos_conv_embed, "conv", None)
-    if conv is not None and hasattr(conv, "parametrizations"):  # its weight once, and not anew for each batch
-        nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    _without_weight_norm(model)
     model.requires_grad_(False)
     return Loaded(Encoder(model, _normalises(folder, model.config)), digest.hexdigest())
+
+
+def rebuilt(config: Mapping[str, Any], block_sizes: Sequence[Sequence[int]], normalises: bool) -> Encoder:
+    """An encoder without weights (meta device), of transformers' configuration and `slim_encoder.sizes`."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(**config)
+    model = build(known, known.num_hidden_layers)
+    slim_encoder.resize(model, block_sizes)
+    _without_weight_norm(model)
+    return Encoder(model, normalises)
+
+
+def _without_weight_norm(model: Any) -> None:
+    """The position convolution's weight once, and not anew for each batch."""
+    conv = getattr(model.encoder.pos_conv_embed, "conv", None)
+    if conv is not None and nn.utils.parametrize.is_parametrized(conv):
+        nn.utils.parametrize.remove_parametrizations(conv, "weight")
 
 
 def located(place: str, only_here: bool = False) -> Path:

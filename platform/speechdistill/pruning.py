@@ -1,0 +1,276 @@
+"""Pruning in training: again and again the weights that matter least are set to zero, and stay so.
+
+Distill-MOS, sections IV-C (importance: Molchanov et al. 2019, first-order Taylor) and V-B (magnitude: Gale et al.
+2019). To remove attention heads and feed-forward neurons is beyond the paper.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speechdistill.slim_encoder import Kept
+
+_SMOOTHING = 0.9
+_CHUNK = 1 << 22  # scores looked at together, so that little memory is needed beside them
+_LARGEST = 0x7FFF_FFFF
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is removed, and when; the defaults are the paper's, which does not say of what the 0.5% are.
+
+    After `every`, 2 * `every`, ... updates a `share` goes, `of` the original number or of what remains, until at most
+    `until` is left. Shares are of the encoder's weights, with `magnitude` and `random` of each matrix by itself, with
+    `structured` of its heads and of its neurons. `magnitude` removes whole kernels of convolutions. `seed` is for
+    `random`.
+    """
+
+    criterion: Literal["importance", "magnitude", "random", "structured"] = "importance"
+    share: float = 0.005
+    of: Literal["original", "remaining"] = "original"
+    every: int = 30
+    until: float = 0.29
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share < 1 and 0 < self.until < 1 and self.every > 0):
+            raise ValueError(f"{self}: share and until are between 0 and 1, every is at least 1")
+
+    def gone(self, times: int) -> float:
+        """The share that is gone after pruning so many times."""
+        return min(1.0, times * self.share) if self.of == "original" else 1 - (1 - self.share) ** times
+
+    @property
+    def times(self) -> int:
+        """How often it takes."""
+        if self.of == "original":
+            return math.ceil((1 - self.until) / self.share - 1e-6)
+        return math.ceil(math.log(self.until) / math.log1p(-self.share) - 1e-6)
+
+    @property
+    def updates(self) -> int:
+        """Updates of a whole run: `every` before each time, and after the last."""
+        return (self.times + 1) * self.every
+
+
+class Pruner(nn.Module):
+    """Which weights of an encoder are gone. Its state dict is what a resumed run needs; nothing in it is trained.
+
+    In each update call `begin` before the forward pass, `collect` after the backward pass, and `hold` after the
+    optimiser's step, whose moments would move what was removed. The gradients that `collect` finds must be those of
+    the global batch, in equal bits on all workers, as `DistributedDataParallel` leaves them: equal weights and
+    gradients make equal scores, so all workers remove the same without a word about it.
+
+    Matrices and convolutions are pruned. Biases and norms, 0.05% of XLS-R, are not: such a number moves a whole
+    channel, and the paper's magnitudes are of matrices, too. Raises `ValueError` for an encoder that drops blocks or
+    masks features in training: what gets no gradient would be the first to go.
+    """
+
+    done: Tensor
+
+    def __init__(self, encoder: nn.Module, config: Pruning) -> None:
+        super().__init__()
+        for name in ("layerdrop", "mask_time_prob", "mask_feature_prob"):
+            if value := getattr(getattr(encoder, "config", None), name, 0):
+                raise ValueError(f"the encoder's {name} is {value}: set it to 0 to prune")
+        self._config = config
+        self._learns = config.criterion in ("importance", "structured")
+        self._pools = _blocks(encoder) if config.criterion == "structured" else _weights(encoder, config.criterion)
+        self.units = nn.ModuleList(units for pool in self._pools for units in pool)  # for the state dict
+        self.register_buffer("done", torch.tensor(0))
+
+    @property
+    def remaining(self) -> float:
+        """The share that is left."""
+        removed = [units.removed for pool in self._pools for units in pool]
+        return 1 - sum(int(gone.sum()) for gone in removed) / sum(gone.numel() for gone in removed)
+
+    def begin(self, step: int) -> None:
+        """Prune, where it is time after `step` updates."""
+        if step and step % self._config.every == 0 and int(self.done) < self._config.times:
+            self.prune()
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the gradients into the averages; raises `ValueError` where a weight has none."""
+        if self._learns:
+            for pool in self._pools:
+                for units in pool:
+                    units.collect()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Set what was removed to zero, again."""
+        for pool in self._pools:
+            for units in pool:
+                units.hold()
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Remove what scores lowest, as much as makes the share that is gone exact; a block keeps a head and a neuron.
+
+        Raises `ValueError` where no gradient was collected yet.
+        """
+        if self._learns and not any(bool(units.average.any()) for pool in self._pools for units in pool):
+            raise ValueError("no gradients were collected: train some updates before the first pruning")
+        done = int(self.done)
+        for number, pool in enumerate(self._pools):
+            size = sum(units.removed.numel() for units in pool)
+            most = size - sum(units.keeps for units in pool)
+            before, after = (min(most, round(size * self._config.gone(times))) for times in (done, done + 1))
+            rng = np.random.default_rng([self._config.seed, done, number])
+            scores = [units.scores(self._config.criterion, rng) for units in pool]
+            remove_lowest(scores, [units.removed for units in pool], after - before)
+        self.done += 1
+        self.hold()
+
+    def kept(self) -> list[Kept]:
+        """What each block keeps, where heads and neurons are removed: for `slim_encoder.slim`."""
+        heads, neurons = ([torch.nonzero(~units.removed)[:, 0] for units in pool] for pool in self._pools)
+        return [Kept(*pair) for pair in zip(heads, neurons, strict=True)]
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """What the state says is gone is set to zero."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self.hold()
+        return result
+
+
+def remove_lowest(scores: Sequence[Tensor], removed: Sequence[Tensor], count: int) -> None:
+    """Mark as `removed` the `count` lowest of those that are not yet; of equal ones, those that come first.
+
+    `scores` are float32 and at least 0, `removed` contiguous bool of the same shapes. Exact, on their device and
+    without sorting: such floats are ordered as their bits are, so a histogram of the upper 16 bits, and one of the
+    lower 16 of those that share the threshold's upper ones, find the threshold.
+    """
+    if count < 1:
+        return
+    pieces = [
+        piece
+        for score, gone in zip(scores, removed, strict=True)
+        for piece in zip(torch.split(score.reshape(-1), _CHUNK), torch.split(gone.view(-1), _CHUNK), strict=True)
+    ]
+    high, below = _nth((_keys(*piece) >> 16 for piece in pieces), count)
+    lower = (keys[keys >> 16 == high] & 0xFFFF for keys in (_keys(*piece) for piece in pieces))
+    low, below_of_equal_high = _nth(lower, count - below)
+    threshold, ties = high << 16 | low, count - below - below_of_equal_high
+    for score, gone in pieces:
+        keys = _keys(score, gone)
+        gone |= keys < threshold
+        if ties:
+            equal = keys == threshold
+            equal &= equal.cumsum(0, dtype=torch.int32) <= ties
+            gone |= equal
+            ties -= int(equal.sum())
+
+
+def _keys(scores: Tensor, removed: Tensor) -> Tensor:
+    """Integers of the order of the scores; what is removed comes last."""
+    return (scores.view(torch.int32) & _LARGEST).masked_fill_(removed, _LARGEST)
+
+
+def _nth(digits: Iterator[Tensor], n: int) -> tuple[int, int]:
+    """The n-th smallest, from 1, of 16-bit integers, and how many are smaller."""
+    counts = sum(torch.bincount(some, minlength=1 << 16) for some in digits)
+    assert isinstance(counts, Tensor)
+    ends = counts.cumsum(0)
+    nth = int(torch.searchsorted(ends, n))
+    return nth, int(ends[nth] - counts[nth])
+
+
+class _Part(NamedTuple):
+    """A parameter, and how to see it with the axes of what is removed whole in front."""
+
+    name: str
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+class _Units(nn.Module):
+    """Weights, kernels, heads or neurons: `shape` of them, each made of what `parts` have behind these axes.
+
+    `average` is that of their Taylor importance: of (g·w)², summed over their weights. At least `keeps` are kept.
+    """
+
+    removed: Tensor
+    average: Tensor
+
+    def __init__(self, parts: list[_Part], shape: Sequence[int], learns: bool = True, keeps: int = 0) -> None:
+        super().__init__()
+        self._parts, self.keeps = parts, keeps
+        device = parts[0].parameter.device
+        self.register_buffer("removed", torch.zeros(tuple(shape), dtype=torch.bool, device=device))
+        if learns:
+            self.register_buffer("average", torch.zeros(tuple(shape), device=device))
+
+    def collect(self) -> None:
+        self.average.mul_(_SMOOTHING)
+        for name, parameter, view in self._parts:
+            if parameter.grad is None:
+                raise ValueError(f"{name} has no gradient, and so would be the first to be pruned")
+            taylor = (view(parameter.grad) * view(parameter)).float().square_()
+            self.average.add_(self._summed(taylor), alpha=1 - _SMOOTHING)
+
+    def hold(self) -> None:
+        for _, parameter, view in self._parts:
+            weights = view(parameter)
+            weights.masked_fill_(self.removed.view(*self.removed.shape, *[1] * (weights.ndim - self.removed.ndim)), 0)
+
+    def scores(self, criterion: str, rng: np.random.Generator) -> Tensor:
+        """Float32, at least 0."""
+        if criterion == "random":
+            return torch.from_numpy(rng.random(self.removed.shape, np.float32)).to(self.removed.device)
+        if criterion == "magnitude":
+            return self._summed(self._parts[0].parameter.float().abs())
+        if not self.keeps:
+            return self.average
+        scores = self.average.clone()
+        scores[scores.masked_fill(self.removed, -1).argmax()] = torch.inf  # the best of those left is not removed
+        return scores
+
+    def _summed(self, values: Tensor) -> Tensor:
+        inner = tuple(range(self.removed.ndim, values.ndim))
+        return values.sum(inner) if inner else values
+
+
+def _weights(encoder: nn.Module, criterion: str) -> list[list[_Units]]:
+    """All weights together, or each matrix by itself."""
+    matrices = [_Part(name, parameter) for name, parameter in encoder.named_parameters() if parameter.ndim > 1]
+    if criterion == "importance":
+        return [[_Units([matrix], matrix.parameter.shape) for matrix in matrices]]
+    axes = 2 if criterion == "magnitude" else None  # a kernel for each pair of channels
+    return [[_Units([matrix], matrix.parameter.shape[:axes], learns=False)] for matrix in matrices]
+
+
+def _blocks(encoder: Any) -> list[list[_Units]]:
+    """All heads, and all neurons, of transformers' encoder."""
+    heads, neurons = [], []
+    for number, block in enumerate(encoder.encoder.layers):
+        attention, feed = block.attention, block.feed_forward
+        count = attention.num_heads
+        rows, columns = partial(_rows, count=count), partial(_columns, count=count)
+        projections = [(name, getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+        parts = [_Part(f"block {number}'s {name}", linear.weight, rows) for name, linear in projections]
+        parts.append(_Part(f"block {number}'s out_proj", attention.out_proj.weight, columns))
+        heads.append(_Units(parts, (count,), keeps=1))
+        width = feed.intermediate_dense.out_features
+        inner = _Part(f"block {number}'s intermediate_dense", feed.intermediate_dense.weight)
+        outer = _Part(f"block {number}'s output_dense", feed.output_dense.weight, torch.t)
+        neurons.append(_Units([inner, outer], (width,), keeps=1))
+    return [heads, neurons]
+
+
+def _rows(weight: Tensor, count: int) -> Tensor:
+    """(outputs, inputs) as (count, outputs of each, inputs)."""
+    return weight.view(count, -1, weight.shape[1])
+
+
+def _columns(weight: Tensor, count: int) -> Tensor:
+    """(outputs, inputs) as (count, inputs of each, outputs)."""
+    return weight.t().view(count, -1, weight.shape[0])
