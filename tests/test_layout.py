@@ -47,7 +47,7 @@ TIERS = (
     {"doctor", "ingest", "promote", "pseudolabel", "train"},
     {"side_by_side"},
     {"launch"},
-    {"train_students", "train_teacher"},
+    {"train_students", "train_teacher", "prune"},
     {"cli"},
 )
 WITHIN_TIER = {
@@ -98,6 +98,7 @@ NEURAL = {  # are nothing without torch
     "validation",
     "recipes.distill",
     "recipes.teacher",
+    "recipes.pruned",
     "train",
     "side_by_side",
     "launch",

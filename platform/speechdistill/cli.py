@@ -16,6 +16,7 @@ from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
 from speechdistill.plan import RecipeName
 from speechdistill.promote import Promote
+from speechdistill.prune import Prune
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
 from speechdistill.train_teacher import TrainTeacher
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "doctor": _doctor,
             "ingest": _ingest,
             "promote": _promote,
+            "prune": _prune,
             "pseudolabel": _pseudolabel,
             "recipe": _recipe,
             "train-students": _train_students,
@@ -220,6 +222,16 @@ def _train_teacher(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> i
         return 0 if all(row["state"] == "done" for row in rows) else 1
 
     return _guarded(action, "what is computed and trained is kept, and the same command goes on from there")
+
+
+def _prune(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import prune
+
+        print(report.pruned(prune.run(config)))
+        return 0
+
+    return _guarded(action, "what is pruned and trained is kept, and the same command goes on from the last checkpoint")
 
 
 def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:

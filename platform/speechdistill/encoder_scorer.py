@@ -28,6 +28,9 @@ HEAD_ABOVE_ENCODER = "head_above_encoder"
 ENCODER_AND_HEAD = "encoder_and_head"
 """The architecture in a checkpoint whose weights are both."""
 
+NAMES = {HEAD_ABOVE_ENCODER: "quality_head", ENCODER_AND_HEAD: "trained_teacher"}
+"""What such teachers are called in labels."""
+
 _AS_IS = Scale()
 _BATCH_S = {"cpu": SEGMENT_SAMPLES / SAMPLE_RATE, "cuda": 32 * SEGMENT_SAMPLES / SAMPLE_RATE}
 
@@ -133,8 +136,8 @@ class TrainedTeacher:
         return network
 
 
-def from_files(files: student_files.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
-    """The scorer of a trained head; `encoder` is where its encoder is now, `options` are those of `EncoderScorer`.
+def network(files: student_files.Files, folder: str, encoder: str | None = None) -> "Network":
+    """The encoder and head of a checkpoint; `encoder` is where that of a head alone is now.
 
     Raises `TableError` for files of another network, `FileNotFoundError` where the encoder is not, and `ValueError`
     where there is another one.
@@ -142,10 +145,7 @@ def from_files(files: student_files.Files, folder: str, encoder: str | None = No
     with student_files.fitting(folder):
         config = {**files.config, "scale": Scale(**files.config["scale"])}
         if files.architecture == ENCODER_AND_HEAD:
-            whole = TrainedTeacher(**config)
-            parts = whole.network(files.weights)
-            name = ("trained_teacher", files.weights_hash)
-            return EncoderScorer(parts.encoder, parts.head, *name, scale=whole.scale, **options)
+            return TrainedTeacher(**config).network(files.weights)
         about = TrainedHead(**config)
         head = QualityHead(len(files.weights["norm_input.weight"]), *HEAD)
         head.load_state_dict(files.weights)
@@ -155,7 +155,14 @@ def from_files(files: student_files.Files, folder: str, encoder: str | None = No
         raise ValueError(
             f"{place}: not the encoder that the head in {folder} was trained on; give its place (--weights)"
         )
-    return EncoderScorer(found, head.eval(), "quality_head", files.weights_hash, scale=about.scale, **options)
+    return Network(found, head)
+
+
+def from_files(files: student_files.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
+    """The scorer of a checkpoint; `options` are those of `EncoderScorer`. Raises what `network` raises."""
+    parts = network(files, folder, encoder)
+    name, scale = NAMES[files.architecture], Scale(**files.config["scale"])
+    return EncoderScorer(parts.encoder, parts.head.eval(), name, files.weights_hash, scale=scale, **options)
 
 
 def _is_whole(wave: np.ndarray) -> bool:

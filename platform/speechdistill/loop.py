@@ -25,6 +25,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class Training:
     """How a recipe is trained; the defaults are those of Distill-MOS (section IV-D).
 
+    After each of the steps `milestones` it is validated, and what it has become is kept in the folder of that name.
+
     `dtype` bfloat16 is autocast over float32 parameters, float64 (for tests) is all of it. Time alone decides about a
     checkpoint between two validations.
     """
@@ -36,6 +38,7 @@ class Training:
     checkpoint_every_s: float = 300.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     compile: bool = False
+    milestones: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:

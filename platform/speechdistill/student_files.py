@@ -78,6 +78,13 @@ def read(folder: str) -> Files:
         return Files(about["architecture"], about["config"], about["provenance"], _weights(data), digest)
 
 
+def size(folder: str) -> int:
+    """Bytes of the weights file."""
+    fs, path = fsspec.url_to_fs(f"{folder}/{WEIGHTS}")
+    with table.storage(folder):
+        return int(fs.size(path))
+
+
 @contextmanager
 def fitting(folder: str) -> Iterator[None]:
     """Make `TableError` of what is raised where a folder's files do not fit the code."""

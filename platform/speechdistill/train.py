@@ -232,17 +232,29 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
     if state:
         loop.load(state)
     pace = _Pace(loop.step)
+    milestones = dict(job.training.milestones)
+    if loop.step == 0 and 0 in milestones:
+        _keep(job, loop, recipe, milestones[0], loop.validate(), rank)
     for step, loss, asked in loop.run(job.training.steps, lambda: pace.since_saved() > job.training.checkpoint_every_s):
         if rank == 0 and pace.tells(step):
             progress.stepped(step, loss, pace.steps_per_s)
-        validates = step % job.training.validate_every == 0 or step == job.training.steps
+        validates = step % job.training.validate_every == 0 or step == job.training.steps or step in milestones
         if validates or asked:
             figures = loop.validate() if validates else {}
             if rank == 0 and figures:
                 progress.point(step, {f"validation/{key}": value for key, value in figures.items()})
+            if step in milestones:
+                _keep(job, loop, recipe, milestones[step], figures, rank)
             _report(loop, recipe, figures, rank)
             pace.saved()
     return {}
+
+
+def _keep(job: Job, loop: Loop, recipe: Recipe, name: str, figures: Mapping[str, float], rank: int) -> None:
+    """What the network has become, written by worker 0 to a folder of its own; `figures.json` is written last."""
+    if rank == 0:
+        recipe.save(loop.network, f"{job.out}/{name}")
+        table.publish_json({"step": loop.step, **figures}, f"{job.out}/{name}/figures.json")
 
 
 def _told_by_first(value: str | None, world: int) -> str | None:

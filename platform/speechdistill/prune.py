@@ -1,0 +1,226 @@
+"""Prune a trained teacher and fine-tune it, with a checkpoint at each of several sizes."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from speechdistill import audio, cluster, table
+from speechdistill.shards import RunError
+from speechdistill.tracking import Tracking, run_id, tracking_uri
+from speechdistill.watch import stop_on_sigterm
+
+if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.recipes.pruned import Pruned
+    from speechdistill.scorer import Windowed
+    from speechdistill.train import Job
+
+NAME = "pruned"
+_LOG = logging.getLogger(__name__)
+_SEGMENT_S, _TIMINGS = 7.68, 5
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Prune a trained teacher's encoder step by step, fine-tuning it between (Distill-MOS, section IV-C).
+
+    OUT/pruned/remaining-50 is what it has become with half of its weights left; each such folder is a teacher of the
+    other commands. The same command goes on where it stopped; another configuration needs another --out. The defaults
+    are the paper's. Ends with a table: what remains, size, cost and validation of each checkpoint.
+    """
+
+    model: str
+    """The teacher: the folder of its checkpoint (OUT/teacher/best of train-teacher), or models:/NAME@champion."""
+    labeled: str
+    """Clips that listeners scored: a clips.parquet of `ingest --corpus` with column mos, or a CSV with path and mos.
+    Column split says which validate; without it one speaker, or clip, of twenty."""
+    out: str
+    """Folder of the run, a local path or URL."""
+    encoder: str | None = None
+    """The folder, or hf://OWNER/NAME, of the teacher's encoder, where that is another than in its training."""
+    criterion: Literal["importance", "magnitude", "structured", "random"] = "importance"
+    """What goes first: weights of little importance or magnitude, or at random; structured: attention heads and
+    feed-forward neurons of little importance, whose checkpoints are smaller and faster."""
+    until: float = 0.29
+    """The share that remains at the end."""
+    keep: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.29, 0.2, 0.1)
+    """Shares at which a checkpoint is kept, as far as the run goes; and at the end."""
+    share: float = 0.005
+    """What goes at a time."""
+    of: Literal["original", "remaining"] = "original"
+    """Of what that is a share: 71% are gone after 142 times, or after 247."""
+    every: int = 30
+    """Updates before each time, and after the last."""
+    shards: tuple[str, ...] = ()
+    """Fine-tune on teachers' labels too: folders of label runs, each with an optional weight (DIR=0.3)."""
+    labeled_percent: float = 100.0
+    """Listeners' clips in each batch; 0 fine-tunes on --shards alone (the paper: no gain)."""
+    register: str | None = None
+    """Name in the MLflow registry under which each kept checkpoint becomes a version."""
+    workers: str = "1"
+    """Workers: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
+    cpus_per_worker: float = 1.0
+    """CPUs, and threads, of each worker."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker. Default: 1 where the cluster has one, else 0."""
+    grow_to: str | None = None
+    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
+    learning_rate: float = 2e-5
+    """AdamW's."""
+    batch_size: int = 20
+    """Samples in the global batch, whatever the number of workers."""
+    crop_s: float = 7.68
+    """Seconds of each sample that are trained on."""
+    checkpoint_every_s: float = 1800.0
+    """Seconds between checkpoints, each of which has the optimiser's state, too: four times the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision."""
+    seed: int = 0
+    """Decides batches."""
+
+
+def run(config: Prune) -> list[dict[str, Any]]:
+    """Prune, or go on pruning; a row for each checkpoint that is kept, the unpruned teacher first.
+
+    Raises `RunError`, `TableError`, `RegistryError`, `ValueError` or `FileNotFoundError` with the cause and the fix;
+    what was reached is kept.
+    """
+    from speechdistill import launch
+    from speechdistill.side_by_side import Run
+
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    recipe, identity = _recipe(config)
+    cluster.connect()
+    stop_on_sigterm()
+    cluster.check_shared(config.out)
+    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
+    workers, gpus, _ = launch.capacity(*place, 1)
+    job = _job(config, recipe, identity, workers, gpus)
+    about = {key: value for key, value in asdict(config).items() if value is not None}
+    parent = Tracking(config.out, "prune", NAME, about)
+    tracking = Tracking(job.out, "prune", config.criterion, about, parent)
+    parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
+    (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+    if trained["state"] != "done":
+        raise RunError(f"{trained['error']}; what was reached is in {job.out}")
+    rows = _rows(job.out, [name for _, name in job.training.milestones])
+    _log(config, job.out, rows)
+    return rows
+
+
+def _absolute(config: Prune) -> Prune:
+    encoder = config.encoder and table.absolute(config.encoder)
+    return replace(config, out=table.absolute(config.out), labeled=table.absolute(config.labeled), encoder=encoder)
+
+
+def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
+    """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
+    from speechdistill import launch, registry, student_files
+    from speechdistill.batches import LabelRun, Mix
+    from speechdistill.pruning import Pruning
+    from speechdistill.recipes.pruned import Pruned
+
+    labels = [LabelRun(place) for place in config.shards]
+    places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
+    mix = Mix(places, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
+    pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
+    clips, fingerprint = launch.scored(config.labeled, config.out)
+    with registry.student_folder(config.model) as folder:
+        files = student_files.read(folder)
+        if files.architecture == student_files.CONV_TRANSFORMER:
+            raise RunError(f"{config.model} is a student; a teacher's encoder can be pruned (see train-teacher)")
+        teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
+        student_files.copy(folder, teacher)
+    sources = {
+        "teacher": files.weights_hash,
+        "labeled": fingerprint,
+        "shards": [run.fingerprint for run in labels],
+    }
+    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, {**sources, "git_commit": launch.git_commit()})
+    identity = {"job": "prune", "mix": {**asdict(mix), "shards": None}, "pruning": asdict(pruning), **sources}
+    return recipe, identity
+
+
+def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tuple[int, int], gpus: float) -> "Job":
+    from speechdistill.loop import Training
+    from speechdistill.train import Job
+
+    steps = recipe.pruning.updates
+    kept = sorted({share for share in config.keep if share > config.until} | {config.until}, reverse=True)
+    updates = [(replace(recipe.pruning, until=share).updates, share) for share in kept]
+    training = Training(
+        steps,
+        config.learning_rate,
+        validate_every=steps,
+        checkpoint_every_s=config.checkpoint_every_s,
+        dtype=config.dtype,
+        milestones=((0, "remaining-100"), *((step, f"remaining-{100 * share:g}") for step, share in updates)),
+    )
+    identity = {**identity, "training": {**asdict(training), "checkpoint_every_s": None, "compile": None}}
+    return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
+
+
+def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What remains, sizes, costs and validation of the kept checkpoints."""
+    from speechdistill import student_files, trained
+    from speechdistill.scorer import torch_device
+
+    devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
+    first = {device: trained.scorer(f"{out}/{names[0]}", device=device) for device in devices}
+    rows = []
+    for name in names:
+        folder = f"{out}/{name}"
+        figures = table.read_json(f"{folder}/figures.json") or {}
+        files = student_files.read(folder)
+        sizes = [(int((tensor != 0).sum()), tensor.numel()) for tensor in files.weights.values()]
+        cost = {f"{d}_s": _cost(first[d], trained.scorer(folder, device=d)) for d in devices}
+        rows.append(
+            {
+                "name": name,
+                "remaining": figures.get("remaining"),
+                "nonzero": sum(nonzero for nonzero, _ in sizes),
+                "parameters": sum(count for _, count in sizes),
+                "size_mb": student_files.size(folder) / 1e6,
+                **cost,
+                "mse": figures.get("mse"),
+                "pcc": figures.get("pcc"),
+                "folder": folder,
+            }
+        )
+    return rows
+
+
+def _cost(unpruned: "Windowed", model: "Windowed") -> float:
+    """Time of scoring 7.68 s as a share of the unpruned model's, in turns."""
+    wave = np.random.default_rng(0).standard_normal(round(_SEGMENT_S * audio.SAMPLE_RATE)).astype(np.float32)
+    ratios = []
+    for _ in range(_TIMINGS + 1):
+        seconds = []
+        for one in (unpruned, model):
+            start = time.perf_counter()
+            one.label([wave])
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return float(np.median(ratios[1:]))
+
+
+def _log(config: Prune, out: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The kept checkpoints as models of the MLflow run; without MLflow it is told, and the next call tries again."""
+    from speechdistill import registry
+
+    in_mlflow, uri = run_id(out), tracking_uri(out)
+    try:
+        if in_mlflow is None:
+            raise registry.RegistryError("MLflow has not answered yet")
+        for row in rows:
+            model = registry.log_student(row["folder"], in_mlflow, uri)
+            if config.register:
+                row["version"] = registry.Registry(uri).register(config.register, model).number
+        registry.Registry(uri).document(in_mlflow, {NAME: list(rows)}, f"{NAME}.json")
+    except (registry.RegistryError, table.TableError, table.StorageError) as error:
+        _LOG.warning("not all checkpoints are in MLflow (%s); the same command tries again", error)

@@ -1,0 +1,133 @@
+"""Prune a trained teacher's encoder and fine-tune it between the prunings (Distill-MOS, section IV-C)."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speechdistill import audio, encoder_scorer, labeled, slim_encoder, student_files, table, validation
+from speechdistill.batches import Batches, Mix
+from speechdistill.encoder_scorer import WHOLE_S, Network, TrainedTeacher
+from speechdistill.labeled import Clip, Labeled
+from speechdistill.labels import LabelTransform, Scale
+from speechdistill.pruning import Pruner, Pruning
+from speechdistill.speech_encoder import by_length
+
+_AT_ONCE_S = 64 * 7.68  # of audio, in a validation
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is pruned, on what it is fine-tuned.
+
+    `teacher` is a checkpoint's folder, `encoder` the place of its encoder where that is another than in training.
+    `labeled` is a `clip.v1` table of scored clips, whose split says which validate. Scores are heard on the scales of
+    the teacher's listening tests, labels of shards on the universal one.
+    """
+
+    teacher: str
+    encoder: str | None
+    mix: Mix
+    labeled: str
+    pruning: Pruning
+    provenance: Mapping[str, Any] | None = None
+
+    def make(self) -> "Recipe":
+        """Raises `TableError` for clips that cannot be used."""
+        return Recipe(self)
+
+
+class Recipe:
+    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the score, the logit on the scale of its dataset."""
+
+    def __init__(self, config: Pruned) -> None:
+        self._config = config
+        rows = labeled.split(table.read(config.labeled, "clip.v1"))
+        if not all(map(len, rows)):
+            raise table.TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
+        self._transform = transform(config.teacher)
+        train = Labeled(rows[0], LabelTransform())
+        self._validation = list(Labeled(rows[1], self._transform).clips())
+        self.batches = Batches(config.mix, train if config.mix.labeled_lanes else None)
+        universal = self._transform.universal
+        of = [self._transform.datasets.get(name, universal) for name in self.batches.datasets]
+        # The universal one last, where the number -1 of a teacher's label finds it.
+        self._scales = torch.tensor([(scale.a, scale.b) for scale in (*of, universal)])
+        self._pruner: Pruner | None = None
+
+    def network(self) -> nn.Module:
+        config = self._config
+        files = student_files.read(config.teacher)
+        return encoder_scorer.network(files, config.teacher, config.encoder).train().requires_grad_(True)
+
+    def pruner(self, network: nn.Module) -> Pruner:
+        assert isinstance(network, Network)
+        self._pruner = Pruner(network.encoder.model, self._config.pruning)
+        return self._pruner
+
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+        scales = self._scales.to(targets)[datasets]
+        logits = network(*normalised(inputs))
+        return (1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1]) - targets).square()
+
+    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+        """`validation.figures` on the universal scale, which scores are mapped to, and the share that remains."""
+        assert isinstance(network, Network) and self._pruner is not None
+        mine: list[validation.Result] = []
+        clips = self._validation[rank::world]
+        for numbers in by_length([_samples(clip) for clip in clips], round(_AT_ONCE_S * audio.SAMPLE_RATE)):
+            some = [clips[i] for i in numbers]
+            with torch.inference_mode():
+                waves = network.encoder.prepared([_wave(clip) for clip in some])
+                logits = network(waves[0].to(next(network.parameters()).dtype), waves[1]).double()
+            universal = self._transform.universal
+            scores = (1 + 4 * torch.sigmoid(universal.a * logits + universal.b)).tolist()
+            mine += [(clip.dataset, clip.target, score) for clip, score in zip(some, scores, strict=True)]
+        return {**validation.figures(validation.gathered(mine, world)), "remaining": self._pruner.remaining}
+
+    def save(self, network: nn.Module, folder: str) -> None:
+        """The pruned teacher; of heads and neurons that are gone nothing is stored."""
+        assert isinstance(network, Network) and self._pruner is not None
+        provenance = {
+            **(self._config.provenance or {}),
+            "pruning": {**asdict(self._config.pruning), "remaining": self._pruner.remaining},
+            "label_transform": self._transform.to_json(),
+        }
+        if self._config.pruning.criterion == "structured":
+            network = copy.deepcopy(network)
+            slim_encoder.slim(network.encoder.model, self._pruner.kept())
+        TrainedTeacher.of(network, self._transform.universal).save(network, folder, provenance)
+
+
+def transform(teacher: str) -> LabelTransform:
+    """The scales of a teacher's listening tests, from its checkpoint; the identity where it has none."""
+    found = student_files.read(teacher).provenance.get("label_transform")
+    if found is None:
+        return LabelTransform()
+    datasets = {name: Scale(**scale) for name, scale in found["datasets"].items()}
+    return LabelTransform(datasets, Scale(**found["universal"]))
+
+
+def normalised(waves: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Crops (batch, num_samples), zeros behind shorter ones, as an encoder's arguments: zero mean and unit variance."""
+    places = torch.arange(1, waves.shape[1] + 1, device=waves.device)
+    lengths = (places * (waves != 0)).amax(dim=1).clamp(min=min(800, waves.shape[1]))  # what is behind is padding
+    there = places <= lengths[:, None]
+    mean = waves.sum(dim=1) / lengths
+    centred = (waves - mean[:, None]) * there
+    variance = centred.square().sum(dim=1) / lengths
+    padded = None if bool((lengths == waves.shape[1]).all()) else lengths
+    return centred / (variance + 1e-7).sqrt()[:, None], padded
+
+
+def _samples(clip: Clip) -> int:
+    return min(clip.num_samples, round(WHOLE_S * audio.SAMPLE_RATE))
+
+
+def _wave(clip: Clip) -> np.ndarray:
+    wanted = _samples(clip)
+    return audio.load(clip.uri, (clip.num_samples - wanted) // 2, wanted)

@@ -1,0 +1,115 @@
+"""The command that prunes: from a trained teacher to smaller ones, which score and are in the registry."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from manifests import voice
+from small_models import speech_encoder as small_encoder
+from speechdistill import audio, cli, speech_encoder, student_files, teachers
+from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.labels import LabelTransform, Scale
+from speechdistill.recipes.pruned import normalised
+from speechdistill.students.conv_transformer import QualityHead
+
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("teacher")
+    place = small_encoder(folder / "encoder", "wav2vec2", large=True)
+    torch.manual_seed(0)
+    about = TrainedHead(place, speech_encoder.load(place, 3).digest, 3, Scale(1.2, 0.1))
+    transform = LabelTransform({"a": Scale(0.8, -0.3)}, about.scale).to_json()
+    about.save(QualityHead(16, *HEAD), f"{folder}/best", {"label_transform": transform})
+    return f"{folder}/best"
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("scores")
+    rows = []
+    for i in range(16):
+        soundfile.write(folder / f"{i}.wav", voice(0.6 + i / 40, seed=i), RATE)
+        rows.append([folder / f"{i}.wav", 1.5 + i / 6, "ab"[i % 2], "validation" if i % 4 > 1 else "train"])
+    with (folder / "scores.csv").open("w") as file:
+        csv.writer(file).writerows([["path", "mos", "dataset", "split"], *rows])
+    return f"{folder}/scores.csv"
+
+
+@pytest.mark.parametrize("criterion", [pytest.param("importance", marks=pytest.mark.slow), "structured"])
+def test_from_a_teacher_to_smaller_ones(
+    criterion: str,
+    teacher: str,
+    scores: str,
+    tmp_path: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = f"{tmp_path}/out"
+    command = ["prune", "--model", teacher, "--labeled", scores, "--out", out, "--criterion", criterion]
+    command += ["--until", "0.5", "--share", "0.25", "--every", "2", "--keep", "0.75", "--crop-s", "0.5"]
+    command += ["--batch-size", "4", "--cpus-per-worker", "0.5", "--register", "pruned"]
+    assert cli.main(command) == 0
+    table = capsys.readouterr().out
+    names = ["remaining-100", "remaining-75", "remaining-50"]
+    assert [line.split()[0] for line in table.splitlines() if line.startswith("remaining-")] == names
+    files = [student_files.read(f"{out}/pruned/{name}") for name in names]
+    nonzero = [sum(int((value != 0).sum()) for value in of.weights.values()) for of in files]
+    assert nonzero[0] > nonzero[1] > nonzero[2]
+    sizes = [student_files.size(f"{out}/pruned/{name}") for name in names]
+    assert sizes[0] > sizes[1] > sizes[2] if criterion == "structured" else sizes[0] == sizes[2]
+    remaining = [json.loads(Path(f"{out}/pruned/{name}/figures.json").read_text())["remaining"] for name in names]
+    assert remaining == pytest.approx([1, 0.75, 0.5], abs=0.01)
+
+    wave = voice(2.0, seed=99)
+    before, after = (teachers.load(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}"))
+    assert before == pytest.approx(after, abs=1e-5)
+    address = ["--model", "models:/pruned/3", "--tracking", out]
+    soundfile.write(tmp_path / "voice.wav", wave, RATE, subtype="FLOAT")
+    assert cli.main(["score", f"{tmp_path}/voice.wav", *address, "--out", f"{tmp_path}/scores.json"]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())[0]["mos"]
+    assert found == pytest.approx(teachers.load(f"{out}/pruned/{names[2]}", device="cpu")(wave, RATE), abs=1e-5)
+    capsys.readouterr()
+    assert cli.main([*command, "--share", "0.1"]) == 1
+    assert "share: 0.25 -> 0.1" in capsys.readouterr().err
+
+
+def test_crops_are_prepared_as_the_encoder_wants_them() -> None:
+    rng = np.random.default_rng(0)
+    waves = [(0.2 + rng.standard_normal(n)).astype(np.float32) for n in (4000, 2500)]
+    batch = torch.zeros(2, 4000)
+    for row, wave in zip(batch, waves, strict=True):
+        row[: len(wave)] = torch.from_numpy(wave)
+    found, lengths = normalised(batch)
+    assert lengths is not None and lengths.tolist() == [4000, 2500]
+    for row, wave in zip(found, waves, strict=True):
+        expected = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+        np.testing.assert_allclose(row[: len(wave)].numpy(), expected, atol=1e-5)
+        assert not row[len(wave) :].any()
+    assert normalised(batch[:1])[1] is None
+
+
+def test_what_cannot_be_pruned_is_told_before_the_work(
+    teacher: str, scores: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow_runs import student
+
+    place = student(tmp_path / "student")
+    for options, message in (
+        (["--model", place], "is a student; a teacher's encoder can be pruned"),
+        (["--model", str(tmp_path)], "holds no student"),
+        (["--until", "1.5"], "share and until are between 0 and 1"),
+        (["--labeled-percent", "0"], "no label shards"),
+    ):
+        command = ["prune", "--model", teacher, "--labeled", scores, "--out", f"{tmp_path}/out", *options]
+        assert cli.main(command) == 1
+        assert message in capsys.readouterr().err
