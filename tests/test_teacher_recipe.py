@@ -104,6 +104,29 @@ def between(here: Scale, there: Scale) -> tuple[float, float]:
     return there.a / here.a, there.b - there.a / here.a * here.b
 
 
+def test_the_universal_scale_is_that_of_the_validation_clips(aware: tuple[LinearRecipe, nn.Module, object]) -> None:
+    recipe, network, _ = aware
+    clips = [recipe.batches.clip(number) for number in recipe.batches.validation_numbers(0, 1)]
+    features = torch.from_numpy(np.stack([clip.features for clip in clips])).double()
+    with torch.inference_mode():
+        logits = network.head(features).numpy()  # type: ignore[operator]
+    assert recipe._universal == universal(logits, np.array([clip.mos for clip in clips])) != Scale()
+
+
+def test_datasets_are_drawn_by_their_size(features: str, tmp_path: Path) -> None:
+    about = {"num_frames": 1, "dim": 2, "hidden": b"0000", "mos": 3.0}
+    rows = [
+        {"number": i, "clip_id": str(i), "dataset": "many" if i % 8 else "few", "split": "train", **about}
+        for i in range(7_200 * 8 // 7)
+    ]
+    rows[-1]["split"] = "validation"
+    batches = FeatureBatches(written(tmp_path, rows))
+    drawn = [rows[batches._train[batches.draw(t, 0)]]["dataset"] for t in range(3_000)]
+    few = batches.datasets.counts["few"]
+    assert batches.datasets.counts["many"] > 7_000
+    assert drawn.count("few") / len(drawn) == pytest.approx(few / (few + 7_000), abs=0.02)
+
+
 def test_plain_training_is_worse_on_the_same_data(
     aware: tuple[object, object, dict[str, float]], features: str
 ) -> None:
@@ -141,7 +164,7 @@ def test_scores_go_to_the_universal_scale_and_back() -> None:
 def test_batches_are_a_pure_function_of_seed_and_step(features: str) -> None:
     whole, again = FeatureBatches(features, seed=3), FeatureBatches(features, seed=3)
     first = next(whole.stream(5, 6, 0, 1))
-    assert first.inputs.shape == (12, 384, DIM) and first.inputs.dtype == np.float32
+    assert first.inputs.shape == (12, 384, DIM) and first.inputs.dtype == np.float16
     assert not first.inputs[:, 6:].any()
     parts = [next(again.stream(5, 6, rank, 5)) for rank in range(5)]
     assert [name for part in parts for name in part.ids] == first.ids

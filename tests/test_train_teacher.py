@@ -12,6 +12,7 @@ from manifests import voice
 from small_models import speech_encoder
 from speechdistill import audio, cli, features, labeled, table
 from speechdistill.features import LONGEST_S, Encode, Load
+from speechdistill.isolate import CannotWork
 from speechdistill.labels import LabelTransform
 
 RATE = audio.SAMPLE_RATE
@@ -72,6 +73,10 @@ def test_from_listening_tests_to_a_student(
     assert run in capsys.readouterr().out
     assert cli.main([*command, "--plain"]) == 1
     assert "bias_aware: true -> false" in capsys.readouterr().out
+    before = list(Path(f"{out}/features/shards").iterdir())
+    shared = [*command, "--plain", "--features", f"{out}/features", "--out", f"{tmp_path}/plain"]
+    assert cli.main(shared) == 0
+    assert list(Path(f"{out}/features/shards").iterdir()) == before and not Path(f"{tmp_path}/plain/features").exists()
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,33 @@ def test_features_are_the_encoders_and_do_not_depend_on_company(clips: str, tmp_
         Encode(place, 3, "float32", "0", 8.0)
 
 
+def test_of_many_frames_the_middle_ones_are_kept_and_what_float16_cannot_hold_is_rejected(tmp_path: Path) -> None:
+    from speechdistill import speech_encoder as encoders
+
+    place = speech_encoder(tmp_path, "wav2vec2", large=True)
+    found, digest = encoders.load(place, 3)
+    wave = voice(10.0, seed=3)
+    encode = Encode(place, 3, "float32", digest, batch_s=60.0)
+    (row,) = encode([{"wave": wave.tobytes()}])
+    frames = found(*found.prepared([wave]))[0][0]
+    first = (len(frames) - 384) // 2
+    assert isinstance(row, dict) and row["num_frames"] == 384
+    np.testing.assert_allclose(hidden(row), frames[first : first + 384].numpy(), atol=2e-2)
+    encode._encoder.model.encoder.layers[2].feed_forward.output_dense.bias.fill_(1e5)
+    (row,) = encode([{"wave": wave.tobytes()}])
+    assert isinstance(row, ArithmeticError)
+
+
+def test_a_storage_that_is_away_ends_the_job(clips: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(uri: str, *_: object) -> None:
+        raise audio.UnreadableError(uri, "the storage does not answer", "try again")
+
+    monkeypatch.setattr(audio, "load", away)
+    monkeypatch.setattr(audio, "probe", away)
+    with pytest.raises(CannotWork, match="other files of that storage cannot be read either"):
+        Load(clips)([{"id": 0}])
+
+
 def hidden(row: dict[str, object]) -> np.ndarray:
     return np.frombuffer(row["hidden"], "<f2").reshape(row["num_frames"], row["dim"]).astype(np.float32)  # type: ignore[call-overload]
 
@@ -129,5 +161,13 @@ def test_splits_and_datasets_are_filled_in(tmp_path: Path) -> None:
     filled = features.scored_clips(table.validate(without, "clip.v1"))
     assert set(filled["split"].to_pylist()) == {"train", "validation"} and len(filled) == 12
     assert set(filled["dataset"].to_pylist()) == set("abc")
-    test_only = rows.set_column(rows.schema.get_field_index("split"), "split", [["test"] * 3 + ["train"] * 9])
+    named = rows.set_column(rows.schema.get_field_index("split"), "split", [["val"] * 3 + ["train"] * 9])
+    with pytest.raises(table.TableError, match="split val is unknown; choose from train, validation, test"):
+        features.scored_clips(table.validate(named, "clip.v1"))
+    train_only = rows.set_column(rows.schema.get_field_index("split"), "split", [["train"] * 12])
+    with pytest.raises(table.TableError, match=r"none is of split validation \(there are: \['train'\]\)"):
+        features.scored_clips(table.validate(train_only, "clip.v1"))
+    test_only = rows.set_column(
+        rows.schema.get_field_index("split"), "split", [["test"] * 3 + ["train"] * 6 + ["validation"] * 3]
+    )
     assert len(features.scored_clips(table.validate(test_only, "clip.v1"))) == 9

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import slim_encoder, speech_encoder, student_files
+from speechdistill import slim_encoder, speech_encoder, student_files, table
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.labels import Scale
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
@@ -162,7 +162,9 @@ def from_files(files: student_files.Files, folder: str, encoder: str | None = No
     """The scorer of a checkpoint; `options` are those of `EncoderScorer`. Raises what `network` raises."""
     parts = network(files, folder, encoder)
     name, scale = NAMES[files.architecture], Scale(**files.config["scale"])
-    return EncoderScorer(parts.encoder, parts.head.eval(), name, files.weights_hash, scale=scale, **options)
+    # All that decides a score; a head's encoder is another file.
+    known = [files.weights_hash, vars(scale), *(files.config.get(key) for key in ("encoder_sha256", "layer"))]
+    return EncoderScorer(parts.encoder, parts.head.eval(), name, table.fingerprint(known), scale=scale, **options)
 
 
 def _is_whole(wave: np.ndarray) -> bool:

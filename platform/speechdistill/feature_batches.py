@@ -14,12 +14,13 @@ from speechdistill.batches import Batch, read_ahead, rng, share
 from speechdistill.labeled import Datasets
 
 _FRAMES = 384
-_ABOUT = ["clip_id", "dataset", "split", "mos"]
+_ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
 _THREADS = 32
+_AHEAD_BYTES = 1 << 16  # of storage, beyond a clip's own
 
 
 class Clip(NamedTuple):
-    """A clip to validate on: its dataset's name, the listeners' score, its features (384, dim) float32."""
+    """A clip to validate on: its dataset's name, the listeners' score, its features (384, dim) float16."""
 
     dataset: str
     mos: float
@@ -27,7 +28,7 @@ class Clip(NamedTuple):
 
 
 class FeatureBatches:
-    """Batches of features (batch, 384, dim) float32, zeros after a shorter clip's, and scores as they were given.
+    """Batches of features (batch, 384, dim) float16, zeros after a shorter clip's, and scores as they were given.
 
     Each lane draws a dataset with p in proportion to min(clips, 7000), then one of its clips. `out` is the folder that
     `features.compute` filled. Raises `TableError` where it is not complete or has no clips to train or validate on.
@@ -47,6 +48,8 @@ class FeatureBatches:
         self._in_file = np.concatenate([np.arange(count) for count in counts])
         clips = pa.concat_tables(about)
         self._ids, self._mos = clips["clip_id"].to_pylist(), clips["mos"].to_numpy()
+        self.dim = int(clips["dim"][0].as_py()) if len(clips) else 0
+        self._readers = ThreadPoolExecutor(_THREADS)
         is_train = np.array(clips["split"].to_pylist()) == "train"
         self._train, self._validation = np.flatnonzero(is_train), np.flatnonzero(~is_train)
         if not len(self._train) or not len(self._validation):
@@ -68,7 +71,8 @@ class FeatureBatches:
     def read(self, t: int, numbers: list[int]) -> Batch:
         """The clips `numbers` to train on, as batch t."""
         clips = self._train[numbers]
-        features = np.stack([self._features(i) for i in clips])
+        features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
+        list(self._readers.map(self._read_into, features, clips))
         return Batch(t, features, self._mos[clips], [self._ids[i] for i in clips], self.datasets.of[numbers])
 
     def validation_numbers(self, rank: int, world: int) -> list[int]:
@@ -77,23 +81,20 @@ class FeatureBatches:
 
     def clip(self, number: int) -> Clip:
         """One of the clips to validate on."""
-        return Clip(self._names[number], float(self._mos[number]), self._features(number))
+        features = np.zeros((_FRAMES, self.dim), np.float16)
+        self._read_into(features, number)
+        return Clip(self._names[number], float(self._mos[number]), features)
 
-    @property
-    def dim(self) -> int:
-        """Size of a hidden state."""
-        return int(self._features(0).shape[1])
-
-    def _features(self, clip: int) -> np.ndarray:
+    def _read_into(self, features: np.ndarray, clip: int) -> None:
         path = self._paths[self._file[clip]]
         try:
-            with table.open_parquet(path) as file:
+            with table.open_parquet(path, _AHEAD_BYTES) as file:
                 reader = pq.ParquetFile(file, metadata=_metadata(path))
-                (row,) = reader.read_row_group(int(self._in_file[clip]), ["num_frames", "dim", "hidden"]).to_pylist()
+                data = reader.read_row_group(int(self._in_file[clip]), ["hidden"])["hidden"][0].as_buffer()
         except (FileNotFoundError, pa.ArrowException) as error:
             raise table.TableError(f"{path} was lost or damaged since it was computed: {error}") from error
-        hidden = np.frombuffer(row["hidden"], "<f2").reshape(row["num_frames"], row["dim"])
-        return np.pad(hidden.astype(np.float32), ((0, _FRAMES - len(hidden)), (0, 0)))
+        hidden = np.frombuffer(data, "<f2").reshape(-1, self.dim)
+        features[: len(hidden)] = hidden
 
 
 def _about(path: str) -> pa.Table:

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from speechdistill import audio, flow, pools, shards, table, teachers
+from speechdistill.clips import Clips
 from speechdistill.isolate import Row
 from speechdistill.labeled import split
+from speechdistill.samples import check_storage
 from speechdistill.shards import Totals
 
 SCHEMA = "feature.v1"
@@ -31,10 +33,7 @@ _SEGMENT_S = 7.68
 
 @dataclass(frozen=True)
 class Features:
-    """What to compute. `clips` is a table that `scored_clips` made, `encoder` an address of `speech_encoder.load`.
-
-    Actors and GPUs are as in the labelling job; None is what fits the cluster.
-    """
+    """What to compute. `clips` is a table that `scored_clips` made, `encoder` an address of `speech_encoder.load`."""
 
     clips: str
     out: str
@@ -44,16 +43,16 @@ class Features:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_reject_share: float = 0.05
     retry_rejected: bool = False
-    load_actors: int | None = None
-    encode_actors: int | None = None
-    encode_gpus: float | None = None
     grow_to: tuple[float, float] = (0.0, 0.0)
 
 
 def scored_clips(clips: pa.Table) -> pa.Table:
-    """Of scored clips those that train and validate, with split and dataset filled in."""
+    """Of scored clips those that train and validate, with split and dataset filled in; `TableError` without either."""
     parts = []
     for name, part in zip(("train", "validation"), split(clips), strict=True):
+        if not len(part):
+            splits = sorted({str(found) for found in clips["split"].to_pylist()})
+            raise table.TableError(f"of {len(clips)} scored clips none is of split {name} (there are: {splits})")
         dataset = pc.coalesce(part["dataset"], part["corpus"], pa.scalar("labeled"))
         for column, values in (("split", pa.array([name] * len(part), pa.string())), ("dataset", dataset)):
             part = part.set_column(part.schema.get_field_index(column), part.schema.field(column), values)
@@ -80,8 +79,7 @@ def compute(config: Features) -> Totals:
 
 
 def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
-    wanted = pools.Wanted(degrade=config.load_actors, teach=config.encode_actors, teach_gpus=config.encode_gpus)
-    sizes = pools.sized(wanted, 0, cpus, gpus)
+    sizes = pools.sized(pools.Wanted(), 0, cpus, gpus)
     rows = 64 if sizes.heavy_gpus else 8
     encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
     return (
@@ -94,6 +92,7 @@ class Load:
     """Worker of the first stage: the middle 15 s of a clip at most."""
 
     def __init__(self, clips: str) -> None:
+        self._source = clips
         self._clips = table.read(clips, "clip.v1", columns=["uri", "duration_s", *_ABOUT])
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
@@ -103,6 +102,9 @@ class Load:
         (clip,) = self._clips.slice(number, 1).to_pylist()
         try:
             wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
+        except audio.UnreadableError as error:
+            check_storage(Clips.read(self._source), error)
+            return error
         except audio.AudioError as error:
             return error
         about = {name: clip[name] for name in _ABOUT}

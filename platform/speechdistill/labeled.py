@@ -16,6 +16,7 @@ from speechdistill.corpora import listing
 from speechdistill.labels import LabelTransform
 
 _LOG = logging.getLogger(__name__)
+_SPLITS = ("train", "validation", "test")
 _CAP = 7_000  # a dataset counts as at most so many clips (Distill-MOS caps above 7,000; the form is ours)
 _VALIDATION_SHARE = 20  # one clip of so many, where the clips name no split
 _TRIES = 20  # clips tried in place of one that cannot be used
@@ -118,6 +119,8 @@ def manifest(source: str) -> pa.Table:
 def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Clips to train and to validate on: by their column `split`, else one of twenty speakers (or clips) validates."""
     named = clips["split"].to_pylist()
+    if unknown := set(named) - {None, *_SPLITS}:
+        raise table.TableError(f"split {', '.join(sorted(unknown))} is unknown; choose from {', '.join(_SPLITS)}")
     if any(named):
         is_validation = np.array([name == "validation" for name in named])
         is_train = np.array([name in (None, "train") for name in named])

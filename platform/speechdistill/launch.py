@@ -108,7 +108,7 @@ def _row(run: Run) -> dict[str, Any]:
         "steps": run.summary.get("steps", run.told.step if run.told else 0),
         "train_s": run.train_s,
         "best_step": best.get("step"),
-        "mse": best.get("mse"),
+        "mse": best.get("universal_mse", best.get("mse")),  # of a teacher: as its scores are used
         "pcc": best.get("pcc"),
         "folder": f"{run.job.out}/best" if run.state == "done" else None,
         "run_id": run_id(run.job.out),

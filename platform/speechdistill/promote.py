@@ -57,6 +57,8 @@ class Promote:
     """Resamples of the bootstrap."""
     seed: int = 0
     """Decides what the bootstrap draws."""
+    encoder: str | None = None
+    """Where the speech encoder of trained teachers is, if not where it was in training."""
     tracking: str | None = None
     """Output folder whose mlflow.db is used where MLFLOW_TRACKING_URI is not set."""
     dry_run: bool = False
@@ -145,7 +147,8 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     models = []
     with ExitStack() as folders:
         for address in [candidate.uri, *([champion.uri] if champion else [])]:
-            models.append(teachers.load(folders.enter_context(student_folder(address, registry.uri))).teacher)
+            folder = folders.enter_context(student_folder(address, registry.uri))
+            models.append(teachers.load(folder, config.encoder).teacher)
     kept: list[int] = []
     rows: list[list[float]] = []
     excluded = []

@@ -100,7 +100,7 @@ class Degrade:
                 return self._begun(self._plans[row["id"]])
             return {} if row["wave"] is None else self._gone_on(Plan.from_json(row["plan"]), row)
         except audio.UnreadableError as error:
-            self._check_storage(error)
+            check_storage(self._clips, error)
             return error
         except Exception as error:
             return error
@@ -142,18 +142,19 @@ class Degrade:
     def _stored(self, wave: np.ndarray) -> bytes:
         return audio.encode(audio.quantise(_within_full_scale(wave)), self._format)
 
-    def _check_storage(self, error: audio.UnreadableError) -> None:
-        """Raise `CannotWork` where other files of the storage cannot be read either: an outage rejects no sample."""
-        others = self._clips.others(error.path, _OTHERS)
-        threads = ThreadPoolExecutor(_OTHERS)
-        try:
-            tries = [threads.submit(_answers, uri) for uri in others]
-            if tries and not any(done.result() for done in as_completed(tries, timeout=_ANSWERS_WITHIN_S)):
-                raise TimeoutError
-        except TimeoutError:
-            raise CannotWork(f"{error}. {len(others)} other files of that storage cannot be read either") from None
-        finally:
-            threads.shutdown(wait=False)
+
+def check_storage(clips: Clips, error: audio.UnreadableError) -> None:
+    """Raise `CannotWork` where other files of the storage cannot be read either: an outage rejects no sample."""
+    others = clips.others(error.path, _OTHERS)
+    threads = ThreadPoolExecutor(_OTHERS)
+    try:
+        tries = [threads.submit(_answers, uri) for uri in others]
+        if tries and not any(done.result() for done in as_completed(tries, timeout=_ANSWERS_WITHIN_S)):
+            raise TimeoutError
+    except TimeoutError:
+        raise CannotWork(f"{error}. {len(others)} other files of that storage cannot be read either") from None
+    finally:
+        threads.shutdown(wait=False)
 
 
 def _answers(uri: str) -> bool:

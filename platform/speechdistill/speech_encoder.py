@@ -33,8 +33,21 @@ _FILES = (
     "pytorch_model*.bin*",
 )
 _FIX = (
-    "give a folder with config.json and model.safetensors or pytorch_model.bin, or hf://facebook/wav2vec2-xls-r-2b, "
-    "which downloads it (8.7 GB, Apache 2.0)"
+    "give a folder with config.json, preprocessor_config.json and model.safetensors or pytorch_model.bin, or "
+    "hf://facebook/wav2vec2-xls-r-2b, which downloads it (8.7 GB, Apache 2.0)"
+)
+# Of a configuration, what tensors alone do not tell.
+_DECIDING = (
+    "model_type",
+    "num_attention_heads",
+    "hidden_act",
+    "conv_kernel",
+    "conv_stride",
+    "feat_extract_norm",
+    "feat_extract_activation",
+    "do_stable_layer_norm",
+    "layer_norm_eps",
+    "num_conv_pos_embedding_groups",
 )
 _WEIGHT_NORM = {
     "conv.weight_g": "conv.parametrizations.weight.original0",
@@ -43,7 +56,7 @@ _WEIGHT_NORM = {
 
 
 class Loaded(NamedTuple):
-    """An encoder and the sha256 of the weights that were read."""
+    """An encoder, and the sha256 of the weights that were read and of what says how they are used."""
 
     encoder: "Encoder"
     digest: str
@@ -176,12 +189,14 @@ def load(place: str, layer: int) -> Loaded:
     except BROKEN as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise ValueError(f"{folder}: not the weights of a speech encoder ({reason})") from error
+    normalises = _normalises(folder)
+    digest.update(json.dumps([normalises, *(getattr(model.config, name, None) for name in _DECIDING)]).encode())
     for name in sorted(state):
         digest.update(f"{name}\0".encode())
         digest.update(state[name].contiguous().numpy())
     _without_weight_norm(model)
     model.requires_grad_(False)
-    return Loaded(Encoder(model, _normalises(folder, model.config)), digest.hexdigest())
+    return Loaded(Encoder(model, normalises), digest.hexdigest())
 
 
 def rebuilt(config: Mapping[str, Any], block_sizes: Sequence[Sequence[int]], normalises: bool) -> Encoder:
@@ -219,10 +234,10 @@ def located(place: str, only_here: bool = False) -> Path:
         raise FileNotFoundError(f"{owner_name} is not in this machine's cache of the hub{why}; {_FIX}") from error
 
 
-def _normalises(folder: Path, config: Any) -> bool:
+def _normalises(folder: Path) -> bool:
     file = folder / "preprocessor_config.json"
-    told = json.loads(file.read_text()).get("do_normalize") if file.is_file() else None
-    return bool(told) if told is not None else config.feat_extract_norm == "layer"  # so with the published ones
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    return bool(told.get("do_normalize", True))  # as in transformers
 
 
 def _read(folder: Path, wanted: set[str], prefix: str) -> Iterator[tuple[str, Tensor]]:

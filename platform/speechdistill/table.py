@@ -110,9 +110,13 @@ def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
 
 
 @contextmanager
-def open_parquet(uri: str) -> Iterator[IO[bytes]]:
-    """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here."""
-    with storage(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb") as file:
+def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]]:
+    """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here.
+
+    Of a URL `ahead_bytes` are read beyond what is asked for (s3fs: 50 MB).
+    """
+    options = {} if ahead_bytes is None or "://" not in uri else {"block_size": ahead_bytes}
+    with storage(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb", **options) as file:
         try:
             yield file
         except OSError as error:

@@ -37,6 +37,9 @@ class TrainTeacher:
     """Whose hidden states the head hears; no later block is read."""
     plain: bool = False
     """One scale for all datasets, learned by the head alone."""
+    features: str | None = None
+    """Folder of the features, which several heads may share: of the same clips, encoder and layer. Default:
+    OUT/features."""
     features_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the encoder."""
     max_reject_share: float = 0.05
@@ -90,8 +93,9 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     if not totals.complete:
         raise RunError("the features are not complete; run the same command again")
     recipe = _recipe(config, sha256, fingerprint)
+    computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
     parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
-    job = _job(config, recipe, fingerprint, workers, gpus)
+    job = _job(config, recipe, computed, workers, gpus)
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "train-teacher", NAME, about)
     tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
@@ -101,10 +105,15 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 def _absolute(config: TrainTeacher) -> TrainTeacher:
     from speechdistill import speech_encoder
 
-    # What nobody asked for is not downloaded: 8.7 GB.
-    encoder = config.encoder or str(speech_encoder.located(speech_encoder.XLSR_2B, only_here=True))
+    if config.encoder is None:  # what nobody asked for is not downloaded: 8.7 GB
+        speech_encoder.located(speech_encoder.XLSR_2B, only_here=True)
+    out = table.absolute(config.out)
     return replace(
-        config, out=table.absolute(config.out), labeled=table.absolute(config.labeled), encoder=table.absolute(encoder)
+        config,
+        out=out,
+        labeled=table.absolute(config.labeled),
+        encoder=table.absolute(config.encoder or speech_encoder.XLSR_2B),
+        features=table.absolute(config.features or f"{out}/features"),
     )
 
 
@@ -114,7 +123,7 @@ def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
     grow_to = cost.amounts("--grow-to", config.grow_to)
     return Features(
         clips,
-        f"{config.out}/features",
+        str(config.features),
         str(config.encoder),
         config.layer,
         sha256,
@@ -132,10 +141,10 @@ def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
     provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
     encoder = (str(config.encoder), sha256, config.layer)
     sizes = (config.batch_size, config.seed)
-    return Teacher(f"{config.out}/features", *encoder, not config.plain, *sizes, provenance)
+    return Teacher(str(config.features), *encoder, not config.plain, *sizes, provenance)
 
 
-def _job(config: TrainTeacher, recipe: "Teacher", fingerprint: str, workers: tuple[int, int], gpus: float) -> "Job":
+def _job(config: TrainTeacher, recipe: "Teacher", features: str, workers: tuple[int, int], gpus: float) -> "Job":
     from speechdistill.loop import Training
     from speechdistill.train import Job
 
@@ -149,7 +158,7 @@ def _job(config: TrainTeacher, recipe: "Teacher", fingerprint: str, workers: tup
     identity = {
         "job": "train-teacher",
         "recipe": {**asdict(recipe), "features": None, "encoder": None, "provenance": None},
-        "labeled": fingerprint,
+        "features": features,
         "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
     }
     return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
