@@ -156,7 +156,7 @@ def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg
             print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
         if config.paper:
             print(f"\nbeside the paper's Table I:\n{tables.as_text(tables.beside_paper(found))}")
-        print(f"scores.parquet, table.md, table.csv and metrics.csv are in {config.out}")
+        print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
         return 0
 
     return _guarded(action, "what is scored is kept, and the same command goes on from there")

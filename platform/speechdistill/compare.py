@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from speechdistill import __version__, audio, cluster, comparison, judged, models, scoring, table, tables
+from speechdistill import __version__, audio, cluster, comparison, judged, models, page, plots, scoring, table, tables
 from speechdistill.comparison import Comparison
 from speechdistill.shards import RunError
 from speechdistill.tracking import Tracking, tracking_uri
@@ -48,8 +48,8 @@ class Compare:
 
 
 def run(config: Compare) -> Comparison:
-    """Score what is not scored yet, and write `scores.parquet`, `table.md`, `table.csv`, `metrics.csv` and, last,
-    `summary.json`.
+    """Score what is not scored yet, and write `scores.parquet`, `table.md`, `table.csv`, `metrics.csv`, `plots/*` and
+    `report.html`, and `summary.json` last.
 
     Raises `RunError`, `TableError`, `AudioError` or `ValueError` with the cause and the fix; what was scored is kept.
     """
@@ -64,7 +64,7 @@ def run(config: Compare) -> Comparison:
     try:
         share = config.max_reject_share
         scores = scoring.score(found, clips.clips, out, share, lambda f: tracking.metrics(f, step=int(f["done"])))
-        compared = comparison.compared(clips, found, scores, config.resamples, config.seed, _about(config))
+        compared = comparison.compared(clips, found, scores, config.resamples, config.seed, _about(config, clips))
         if not compared.counts.any():
             raise RunError(f"{config.clips}: no clip has a score of every model; {_first_reason(compared)}")
         _written(compared, config, out, tracking)
@@ -93,6 +93,10 @@ def _written(found: Comparison, config: Compare, out: str, tracking: Tracking) -
     }
     if config.paper:
         files["paper.csv"] = tables.as_csv(tables.beside_paper(found))
+    figures = plots.all_plots(found)
+    for name, figure in figures.items():
+        files |= {f"plots/{name}.png": plots.png(figure), f"plots/{name}.svg": plots.svg(figure, name)}
+    files["report.html"] = page.html(found, figures).encode()
     for name, data in files.items():
         table.publish(data, f"{out}/{name}")
         tracking.file(data, name)
@@ -146,10 +150,11 @@ def _first_reason(found: Comparison) -> str:
     return f"the first because {reasons[0]}" if reasons else "there are no clips"
 
 
-def _about(config: Compare) -> dict[str, Any]:
+def _about(config: Compare, clips: judged.Judged) -> dict[str, Any]:
     versions = {"speechdistill": __version__, "python": platform.python_version(), **audio.codec_versions()}
     return {
         "configuration": asdict(config),
+        "clips_sha256": table.fingerprint([[clip.sha256, clip.dataset, clip.mos] for clip in clips.clips]),
         "versions": versions,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

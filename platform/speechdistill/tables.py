@@ -15,11 +15,11 @@ _NONE = "–"
 def table_one(found: Comparison) -> list[list[str]]:
     """Datasets as columns, the two means last, models as rows; the first two rows are the header and the clips."""
     header = ["model", "parameters", "CPU ms/s", *found.datasets, "weighted", "unweighted"]
-    clips = ["clips", "", "", *(str(number) for number in found.by_clip.clips.values()), "", ""]
+    clips = ["clips", "", "", *map(str, found.by_clip.clips.values()), "", ""]
     rows = []
     for model in found.models:
         mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
-        about = [model.name, _count(model.parameters), f"{cost:.1f}" if cost is not None else _NONE]
+        about = [model.name, count(model.parameters), number(cost, 1)]
         values = [found.pcc(model.name, dataset) for dataset in found.datasets]
         rows.append([*about, *(cell(value) for value in [*values, mean.weighted, mean.plain])])
     return [header, clips, *rows]
@@ -36,12 +36,17 @@ def markdown(found: Comparison) -> str:
         lines += [f"- {count} × {reason}" for reason, count in reasons.most_common(5)]
     if found.differences:
         lines += ["", "Differences of the weighted mean, with 95% intervals of a bootstrap over clips:", ""]
-        pairs = [["model", "less model", "difference", "interval", "more than chance"]]
-        for (one, other), by in found.differences.items():
-            is_real = "yes" if by.low > 0 or by.high < 0 else "no"
-            pairs.append([one, other, f"{by.value:+.3f}", f"{by.low:+.3f} to {by.high:+.3f}", is_real])
-        lines += _markdown(pairs)
+        lines += _markdown(pairs(found))
     return "\n".join([*lines, ""])
+
+
+def pairs(found: Comparison) -> list[list[str]]:
+    """A row for every two models that have all figures: the difference of their weighted means, and its interval."""
+    rows = [["model", "less model", "difference", "interval", "more than chance"]]
+    for (one, other), by in found.differences.items():
+        is_real = "yes" if by.low > 0 or by.high < 0 else "no"
+        rows.append([one, other, f"{by.value:+.3f}", f"{by.low:+.3f} to {by.high:+.3f}", is_real])
+    return rows
 
 
 def long(found: Comparison) -> list[list[Any]]:
@@ -53,9 +58,9 @@ def long(found: Comparison) -> list[list[Any]]:
                 for metric in METRICS:
                     rows.append([level, dataset, figures.clips[dataset], model, metric, *_fields(values[metric])])
             for metric, mean in figures.means[model].items():
-                number = sum(figures.clips.values())
-                rows.append([level, "weighted mean", number, model, metric, *_fields(mean.weighted)])
-                rows.append([level, "unweighted mean", number, model, metric, *_fields(mean.plain)])
+                clips = sum(figures.clips.values())
+                rows.append([level, "weighted mean", clips, model, metric, *_fields(mean.weighted)])
+                rows.append([level, "unweighted mean", clips, model, metric, *_fields(mean.plain)])
     return rows
 
 
@@ -76,8 +81,8 @@ def beside_paper(found: Comparison) -> list[list[str]]:
         its = [paper.rows()[of_paper].pcc[theirs] for _, theirs in pairs]
         both = _with_means(clips[0], mine), _with_means(clips[1], its)
         gaps = [a - b if a is not None and b is not None else None for a, b in zip(*both, strict=True)]
-        rows.append([model.name, "ours", *map(_number, both[0])])
-        rows.append([of_paper, "paper", *map(_number, both[1])])
+        rows.append([model.name, "ours", *map(number, both[0])])
+        rows.append([of_paper, "paper", *map(number, both[1])])
         rows.append(["", "difference", *(f"{gap:+.2f}" if gap is not None else _NONE for gap in gaps)])
     return rows
 
@@ -96,7 +101,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(value: Value) -> str:
-    return _number(value.value)
+    return number(value.value)
 
 
 def interval(value: Value) -> str:
@@ -127,11 +132,11 @@ def _fields(value: Value) -> list[Any]:
     return [value.value, value.low, value.high, value.why]
 
 
-def _number(value: float | None) -> str:
-    return f"{value:.2f}" if value is not None else _NONE
+def number(value: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if value is not None else _NONE
 
 
-def _count(parameters: int | None) -> str:
+def count(parameters: int | None) -> str:
     if parameters is None:
         return _NONE
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters / 1e3:.0f} k"
