@@ -46,9 +46,12 @@ class Comparison:
         return self.by_clip.values[model][dataset]["pcc"]
 
     def best(self, dataset: str | None, plain: bool = False) -> set[str]:
-        """The models that no other's PCC exceeds, to two digits, on a dataset or in a mean over all of them."""
+        """The models that no other's PCC exceeds, to two digits, on a dataset or in a mean over all of them.
+
+        A teacher that is the judge itself is none of them.
+        """
         found = {}
-        for model in self.scores:
+        for model in (model.name for model in self.models if model.sha256 != self.judged.teacher):
             mean = self.by_clip.means[model]["pcc"]
             value = self.pcc(model, dataset) if dataset else mean.plain if plain else mean.weighted
             is_whole = dataset or mean.datasets == max(m["pcc"].datasets for m in self.by_clip.means.values())

@@ -23,7 +23,7 @@ _STEP_CHARACTERS = 300
 _CAPTIONS = {
     "pcc_over_parameters": "PCC over parameters, as in the paper’s Figure 3; bars are 95% intervals",
     "pcc_over_cost": "PCC over CPU time for a second of audio, one thread, measured while these clips were scored",
-    "residuals_by_step": "Residuals by degradation step (clips that have it); a clip of several steps counts with each",
+    "residuals_by_step": "Score less the judge’s, by degradation step (clips that have it, each with all of its steps)",
 }
 
 

@@ -115,7 +115,8 @@ def scatter(found: Comparison, model: str) -> Any:
         here = found.counts & (datasets == dataset) & np.isfinite(scores)
         mos = np.array([clip.mos for clip in found.clips])[here]
         panel.axline((1, 1), slope=1, color=_INK, alpha=0.3, lw=0.8)
-        panel.scatter(mos, scores[here], s=6, alpha=0.5, color=_COLOURS[0], lw=0, rasterized=len(mos) > _MANY)
+        size, is_crowd = 6 if len(mos) > 50 else 16, len(mos) > _MANY
+        panel.scatter(mos, scores[here], s=size, alpha=0.5, color=_COLOURS[0], lw=0, rasterized=is_crowd)
         value = found.pcc(model, dataset).value
         panel.set(xlim=(0.9, 5.1), ylim=(0.9, 5.1), xticks=range(1, 6), yticks=range(1, 6))
         panel.set_title(f"{dataset}\nPCC {value:.2f}" if value is not None else f"{dataset}\nno PCC")
@@ -144,7 +145,7 @@ def by_step(found: Comparison) -> Any:
         axes.errorbar(middle, places, xerr=bounds, fmt="o", ms=4, capsize=2, color=colour, label=model.name)
     axes.axvline(0, color=_INK, lw=0.8, alpha=0.5)
     labels = [f"{step} ({len(of_it)})" for step, of_it in members.items()]
-    axes.set(xlabel=f"score less that of {found.judged.judge}, median and quartiles")
+    axes.set(xlabel="residual (MOS), median and quartiles")
     axes.set_yticks(range(len(members)), labels)
     axes.invert_yaxis()
     _legend(figure)
