@@ -166,6 +166,16 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
     assert scoring._answer(Unscorable("no samples")) == {"score": None, "error": "no samples"}
 
 
+def test_a_comparison_of_nothing_is_an_error_with_the_reason(tmp_path: Path, students: list[str]) -> None:
+    source, out = recordings(tmp_path / "clips", 3), tmp_path / "out"
+    for file in (tmp_path / "clips").glob("*.wav"):
+        soundfile.write(file, np.zeros(RATE + int(file.stem)), RATE)
+    commit(out, models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips)
+    with pytest.raises(RunError, match="no clip has a score of every model; the first because silent"):
+        compare.run(Compare(source, str(out), f"a={students[0]}"))
+    assert not (out / "summary.json").exists()
+
+
 def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_scores(
     tmp_path: Path, students: list[str]
 ) -> None:

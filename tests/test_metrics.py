@@ -144,6 +144,7 @@ def test_clips_count_that_all_models_could_score() -> None:
     models = {"one": one, "other": other}
     counts = metrics.counted(datasets, mos, models)
     assert counts.tolist() == [True, True, False, True, True, True, True]
+    assert metrics.counted(datasets, mos, {"one": one}).tolist() == [True, True, False, True, False, False, False]
     found = metrics.figures(
         datasets[counts], mos[counts], {name: values[counts] for name, values in models.items()}, resamples=50
     )

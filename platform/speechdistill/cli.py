@@ -155,7 +155,9 @@ def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg
         for dataset, reasons in found.left_out.items():
             print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
         if config.paper:
-            print(f"\nbeside the paper's Table I:\n{tables.as_text(tables.beside_paper(found))}")
+            beside = tables.beside_paper(found)
+            none = "none of these models on these datasets is in it"
+            print(f"\nbeside the paper's Table I:\n{tables.as_text(beside) if len(beside) > 1 else none}")
         print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
         return 0
 

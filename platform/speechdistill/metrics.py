@@ -130,9 +130,8 @@ def counted(datasets: np.ndarray, mos: np.ndarray, models: Mapping[str, np.ndarr
     counts = np.asarray(np.isfinite(mos))
     for name in set(datasets.tolist()):
         of_it = datasets == name
-        for scores in models.values():
-            if np.isfinite(scores[of_it]).any():
-                counts &= np.isfinite(scores) | ~of_it
+        able = [scores for scores in models.values() if np.isfinite(scores[of_it]).any()]
+        counts &= np.all([np.isfinite(scores) for scores in able], axis=0) | ~of_it if able else ~of_it
     return counts
 
 

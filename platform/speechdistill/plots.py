@@ -28,6 +28,7 @@ _COLOURS = (
     "#7da32f",
 )
 """They can be told from each other on white and on black."""
+_MARKERS = "osD^v"
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a model may be called $x$
@@ -69,7 +70,7 @@ def over_parameters(found: Comparison) -> Any:
     known = {model.name: found.by_clip.means[model.name]["pcc"].weighted for model in found.models}
     if all(value.value is None for value in known.values()):
         return None
-    figure, axes = _axes(4.6, 3.9)
+    figure, axes = _axes(4.6, 3.3 + _legend_height(len(found.models)))
     colours = iter(_COLOURS * len(found.models))
     for series, members in _by_series(found.models).items():
         points = [(m.parameters, known[m.name]) for m in members if known[m.name].value is not None]
@@ -93,10 +94,11 @@ def over_cost(found: Comparison) -> Any:
     points = [(model, cost, value) for model, cost, value in points if cost and value.value is not None]
     if not points:
         return None
-    figure, axes = _axes(4.6, 3.9)
-    for (model, cost, value), colour in zip(points, _COLOURS * len(points), strict=False):
-        bounds = np.array([_bars(value)]).T
-        axes.errorbar([cost], [value.value], bounds, fmt="o", capsize=3, color=colour, label=model.name)
+    figure, axes = _axes(4.6, 3.3 + _legend_height(len(found.models)))
+    for number, (model, cost, value) in enumerate(points):
+        again, colour = divmod(number, len(_COLOURS))
+        bounds, look = np.array([_bars(value)]).T, {"fmt": _MARKERS[again % len(_MARKERS)], "color": _COLOURS[colour]}
+        axes.errorbar([cost], [value.value], bounds, capsize=3, label=model.name, **look)
     _logarithmic(axes, "CPU ms per second of audio")
     _legend(figure)
     return figure
@@ -133,7 +135,7 @@ def by_step(found: Comparison) -> Any:
     members = steps_of(found)
     if not members:
         return None
-    figure, axes = _axes(4.6, 1.2 + 0.16 * len(members) * (1 + len(found.models)))
+    figure, axes = _axes(4.6, 0.8 + 0.16 * len(members) * (1 + len(found.models)) + _legend_height(len(found.models)))
     mos = np.array([clip.mos for clip in found.clips])
     for number, (model, colour) in enumerate(zip(found.models, _COLOURS * len(found.models), strict=False)):
         quartiles = [
@@ -241,6 +243,11 @@ def _bars(value: Value) -> tuple[float, float]:
     if value.value is None or value.low is None or value.high is None:
         return 0.0, 0.0
     return max(0.0, value.value - value.low), max(0.0, value.high - value.value)
+
+
+def _legend_height(labels: int) -> float:
+    """In inches."""
+    return 0.2 + 0.18 * -(-labels // 2)
 
 
 def _legend(figure: Any) -> None:
