@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: help setup demo test test-slow lint benchmarks lock clean
 
 help:
-	@echo "make demo       label 200 samples and train a student on this machine (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
+	@echo "make demo       label 200 samples, train a student and compare it on a page (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
 	@echo "make test       the tests;  make test-slow: the long fault and memory campaigns"
 	@echo "make lint       ruff and mypy;  make benchmarks: measured ratios"
 	@echo "make lock       requirements.lock, which the nodes of a cluster install, from what .venv has"

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""The whole main job on this machine: a corpus, 200 labelled samples, a student that learns from them; see `--help`."""
+"""The whole main job on this machine: a corpus, 200 labelled samples, a student that learns from them, a page that
+compares it; see `--help`."""
 
 import csv
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
@@ -24,7 +26,7 @@ NOT_PROMOTED = 3  # the exit code of `promote`
 
 @dataclass(frozen=True)
 class Demo:
-    """Label speech with local Ray and the released Distill-MOS weights, train a student on it, promote it and score.
+    """Label speech with local Ray and the released Distill-MOS weights, train a student on it, promote it, compare it.
 
     Without --speech a small corpus in five languages is synthesised first.
     """
@@ -67,7 +69,10 @@ def main(demo: Demo) -> int:
     students = Path(f"{run}-students")
     if code := _student(demo, run, students):
         return code
-    _next(out, clips, run, students)
+    comparison = Path(f"{run}-comparison")
+    if code := _step(["compare", "--clips", str(run), "--models", _models(), "--out", str(comparison)]):
+        return code
+    _next(out, clips, run, students, comparison)
     return 0
 
 
@@ -132,13 +137,20 @@ def _held_out(run: Path, students: Path) -> str:
     return f"{folder}/scores.csv"
 
 
-def _next(out: Path, clips: str, run: Path, students: Path) -> None:
+def _models() -> str:
+    """The student, its teacher, and a quick baseline where its weights are here (P.835 takes ten times as long)."""
+    baseline = ["dnsmos_p808"] if find_spec("speechmos") else []
+    return ",".join(["student=models:/speech-quality-v0@champion", "distillmos", *baseline])
+
+
+def _next(out: Path, clips: str, run: Path, students: Path, comparison: Path) -> None:
     print(f"""
 Results are below {out}:
   {run.name}/shards/*.parquet  audio, score, logit and the full plan of every sample
   {run.name}/summary.json      counts, hours, histogram, throughput
   clean.wav, degraded.wav                 the worst sample, before and after
   {students.name}/v0/best/   the student
+The page to open in a browser: {(comparison / "report.html").resolve()}
 What to type next (after `source .venv/bin/activate`):
   speechdistill score YOUR_RECORDINGS --out scores.csv
   speechdistill pseudolabel --clips {clips} --recipe as_is --out {out}/as-is

@@ -370,7 +370,7 @@ def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None
     assert teach.batch_rows == (64 if gpus else 8)
 
 
-def test_the_demo_labels_trains_promotes_and_scores(tmp_path: Path) -> None:
+def test_the_demo_labels_trains_promotes_scores_and_compares(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
     command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "24"]
     run = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=300)
@@ -379,6 +379,8 @@ def test_the_demo_labels_trains_promotes_and_scores(tmp_path: Path) -> None:
     assert clean > degraded
     for said in ("labelled 24 samples", '"decision": "promoted"', "the student says: clean", "What to type next"):
         assert said in run.stdout
+    (page,) = tmp_path.glob("synthetic/*-comparison/report.html")
+    assert str(page) in run.stdout and all(f">{name}</th>" in page.read_text() for name in ("student", "distillmos"))
 
 
 def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ray: None) -> None:

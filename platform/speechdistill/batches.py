@@ -110,9 +110,10 @@ class LabelRun:
         count = min(max(1, len(self.sizes) // _HELD_OUT), len(self.sizes) - 1)
         return np.unique(np.linspace(0, len(self.sizes) - 1, count + 2).astype(np.int64)[1:-1])
 
-    def read_group(self, group: int) -> pa.Table:
+    def read_group(self, group: int, *more: str) -> pa.Table:
+        """The rows of a group, with what training reads of them and the columns `more`."""
         path = f"{self.out}/{self.paths[self.file[group]]}"
-        columns = ["sample_id", "audio", "audio_format", "num_samples", "score"]
+        columns = ["sample_id", "audio", "audio_format", "num_samples", "score", *more]
         try:
             with table.open_parquet(path) as file:
                 rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)

@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from speechdistill import report
+from speechdistill.compare import Compare
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
 from speechdistill.plan import RecipeName
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command = tyro.extras.subcommand_cli_from_dict(
         {
+            "compare": _compare,
             "doctor": _doctor,
             "ingest": _ingest,
             "promote": _promote,
@@ -148,6 +150,24 @@ def _doctor(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(n
         return 1 if doctor.unmet(config, results) else 0
 
     return _guarded(action, "nothing was changed")
+
+
+def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
+    def action() -> int:
+        from speechdistill import compare, tables
+
+        found = compare.run(config)
+        print(tables.as_text(tables.table_one(found)))
+        for dataset, reasons in found.left_out.items():
+            print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
+        if config.paper:
+            beside = tables.beside_paper(found)
+            none = "none of these models on these datasets is in it"
+            print(f"\nbeside the paper's Table I:\n{tables.as_text(beside) if len(beside) > 1 else none}")
+        print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
+        return 0
+
+    return _guarded(action, "what is scored is kept, and the same command goes on from there")
 
 
 def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:

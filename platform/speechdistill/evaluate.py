@@ -4,7 +4,8 @@ Arithmetic alone: it needs no model and no audio. Everywhere `mos` are listeners
 are a model's for the same clips.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ MIN_CLIPS = 3
 
 CONFIDENCE = 0.95
 
-_CONSTANT = 1e-6  # MOS; a network that says the same of everything still rounds differently
+CONSTANT = 1e-6  # MOS; a network that says the same of everything still rounds differently
 _CHUNK = 1 << 21  # numbers drawn at once
 
 Row = dict[str, Any]
+Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Of listeners and a model, row by row: (rows, clips) twice to (rows,)."""
 
 
 class Difference(NamedTuple):
@@ -32,7 +35,7 @@ def pcc(mos: np.ndarray, scores: np.ndarray) -> float | None:
     """Pearson's correlation; None for fewer than three clips, or where either side is constant (to 1e-6)."""
     if len(mos) < MIN_CLIPS:
         return None
-    correlation = float(_pccs(np.asarray(mos, float)[None], np.asarray(scores, float)[None])[0])
+    correlation = float(pccs(np.asarray(mos, float)[None], np.asarray(scores, float)[None])[0])
     return None if np.isnan(correlation) else correlation
 
 
@@ -50,7 +53,7 @@ def comparable(datasets: Sequence[str], mos: np.ndarray) -> np.ndarray:
     listeners' scores are not constant. It depends on no model, so that all are judged on the same clips."""
     counts = np.zeros(len(mos), bool)
     for members in _members(datasets, mos).values():
-        counts[members] = len(members) >= MIN_CLIPS and np.ptp(mos[members]) >= _CONSTANT
+        counts[members] = len(members) >= MIN_CLIPS and np.ptp(mos[members]) >= CONSTANT
     return counts
 
 
@@ -78,33 +81,68 @@ def compare(
 ) -> Difference | None:
     """`mean_pcc` of the candidate minus that of the champion, with its interval from a paired bootstrap over clips.
 
-    Each resample draws as many clips of every dataset as it has, with replacement, the same for both models; the bounds
-    are percentiles. Where all the clips drawn of a dataset have one score of the listeners, it counts as no difference,
-    which keeps both bounds near 0. The same arguments give the same bits. None where no dataset is `comparable`.
+    Each resample is the same for both models (`resampled`); the bounds are percentiles. Where all the clips drawn of a
+    dataset have one score of the listeners, it counts as no difference, which keeps both bounds near 0. The same
+    arguments give the same bits. None where no dataset is `comparable`.
     """
+    models = {"candidate": candidate, "champion": champion}
+    return compare_all(datasets, mos, models, resamples, seed).get(("candidate", "champion"))
+
+
+def compare_all(
+    datasets: Sequence[str], mos: np.ndarray, models: Mapping[str, np.ndarray], resamples: int = 2_000, seed: int = 0
+) -> dict[tuple[str, str], Difference]:
+    """`compare` for every two models, the earlier one first, on the same resamples; empty where nothing compares."""
     counts = comparable(datasets, mos)
     if not counts.any():
-        return None
-    value = (mean_pcc(datasets, mos, candidate) or 0.0) - (mean_pcc(datasets, mos, champion) or 0.0)
-    drawn = np.zeros(resamples)
-    kept = (mos[counts], candidate[counts], champion[counts])
-    for number, members in enumerate(_members(np.asarray(datasets, object)[counts], kept[0]).values()):
+        return {}
+    names, heard = np.asarray(datasets, object)[counts], mos[counts]
+    kept = {name: scores[counts] for name, scores in models.items()}
+    shares = np.array([len(members) for members in _members(names, heard).values()]) / counts.sum()
+    # A constant model has correlation 0; constant listeners make both so.
+    drawn = {n: shares @ np.nan_to_num(r) for n, r in resampled(names, heard, kept, resamples, seed).items()}
+    found = {name: mean_pcc(names, heard, scores) or 0.0 for name, scores in kept.items()}
+    return {
+        (one, other): Difference(found[one] - found[other], *interval(drawn[one] - drawn[other]))
+        for one, other in combinations(models, 2)
+    }
+
+
+def resampled(
+    datasets: Sequence[str] | np.ndarray,
+    mos: np.ndarray,
+    models: Mapping[str, np.ndarray],
+    resamples: int = 2_000,
+    seed: int = 0,
+    statistic: Statistic | None = None,
+) -> dict[str, np.ndarray]:
+    """A statistic (the PCC) of each model in each resample, shape (datasets, resamples), datasets sorted by name.
+
+    Each resample draws as many clips of every dataset as it has, with replacement, the same for all models.
+    """
+    statistic = statistic or pccs
+    parts = _members(datasets, mos)
+    drawn = {name: np.full((len(parts), resamples), np.nan) for name in models}
+    for number, members in enumerate(parts.values()):
         rng = np.random.default_rng([seed, number])
         size = max(1, _CHUNK // len(members))
         for start in range(0, resamples, size):
             clips = members[rng.integers(len(members), size=(min(size, resamples - start), len(members)))]
-            heard, new, old = (values[clips] for values in kept)
-            # A constant model has correlation 0; constant listeners make both so.
-            difference = np.nan_to_num(_pccs(heard, new)) - np.nan_to_num(_pccs(heard, old))
-            drawn[start : start + size] += difference * len(members) / counts.sum()
+            for name, scores in models.items():
+                drawn[name][number, start : start + size] = statistic(mos[clips], scores[clips])
+    return drawn
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The bounds of the 95% interval of a resampled quantity, shape (resamples,); NaN, which has none, is left out."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Difference(float(value), float(low), float(high))
+    low, high = np.nanquantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    return float(low), float(high)
 
 
-def _pccs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def pccs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Row by row: (rows, clips) twice to (rows,), NaN where a row is constant."""
-    constant = (np.ptp(x, axis=1) < _CONSTANT) | (np.ptp(y, axis=1) < _CONSTANT)
+    constant = (np.ptp(x, axis=1) < CONSTANT) | (np.ptp(y, axis=1) < CONSTANT)
     x, y = (values - values.mean(axis=1, keepdims=True) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))

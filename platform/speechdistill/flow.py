@@ -191,10 +191,11 @@ def _judge(flow: Flow, totals: Totals) -> None:
     judged = max(totals.done, min(flow.layout.num_ids, _EARLY_ROWS))
     if totals.rejected <= flow.max_reject_share * judged:
         return
+    again = "again" if flow.retry_rejected else "with --retry-rejected"
     raise RunError(
         f"{totals.rejected} of {totals.done} samples were rejected, more than --max-reject-share "
         f"{flow.max_reject_share:g} allows; what was labelled is kept. {_reasons(flow)}"
-        "Mend the cause and run the same command with --retry-rejected, or accept it with a higher share"
+        f"Mend the cause and run the same command {again}, or accept it with a higher share"
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ class Labeled:
 
     def __init__(self, rows: pa.Table, transform: LabelTransform) -> None:
         rows = rows.combine_chunks()
-        datasets = pc.coalesce(rows["dataset"], rows["corpus"], pa.scalar("labeled")).to_pylist()
+        datasets = dataset_names(rows)
         self._rows = rows
         self.datasets = Datasets(datasets)
         self._targets = np.array([transform(*pair) for pair in zip(rows["mos"].to_pylist(), datasets, strict=True)])
@@ -99,13 +100,14 @@ class Labeled:
         return map(Clip, *columns, self._lengths.tolist(), names, self._targets.tolist())
 
 
-def manifest(source: str) -> pa.Table:
+def manifest(source: str, headers: bool = True) -> pa.Table:
     """Scored clips as a `clip.v1` table: a manifest of the ingest job, or a list (CSV with path and mos, ...).
 
-    The headers of a list's files are read here. Raises `TableError` for a source without scores, or with one that is
-    no MOS, and `AudioError` for a list's file that cannot be used.
+    The headers of a list's files are read here, or with `headers` false not at all: then durations and rates are 0.
+    Raises `TableError` for a source without scores, or with one that is no MOS, and `AudioError` for a list's file
+    that cannot be used.
     """
-    rows = table.read(source, "clip.v1") if source.endswith(".parquet") else _listed(source)
+    rows = table.read(source, "clip.v1") if source.endswith(".parquet") else _listed(source, headers)
     rows = rows.filter(pc.equal(rows["kind"], "speech"))
     scored = rows.filter(pc.is_valid(rows["mos"]))
     if not len(scored):
@@ -114,6 +116,25 @@ def manifest(source: str) -> pa.Table:
     if len(wrong):
         raise table.TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}; scores are from 1 to 5")
     return scored
+
+
+def held_out(source: str, headers: bool = True) -> pa.Table:
+    """Of `manifest(source, headers)`, the clips of split `test` where there are some, else all but those of `train`.
+
+    Raises `TableError` where there is none, too.
+    """
+    clips = manifest(source, headers)
+    splits = np.array(clips["split"].to_pylist(), object)
+    wanted = splits == "test" if (splits == "test").any() else splits != "train"
+    if not wanted.any():
+        raise table.TableError(f"{source}: its clips are all of split train; give some that trained no student")
+    return clips.filter(pa.array(wanted))
+
+
+def dataset_names(clips: pa.Table) -> list[str]:
+    """The dataset of each clip; its corpus where it names none."""
+    names: list[str] = pc.coalesce(clips["dataset"], clips["corpus"], pa.scalar("labeled")).to_pylist()
+    return names
 
 
 def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -134,7 +155,7 @@ def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
     return clips.filter(pa.array(is_train)), clips.filter(pa.array(is_validation))
 
 
-def _listed(source: str) -> pa.Table:
+def _listed(source: str, headers: bool) -> pa.Table:
     rows = list(listing.rows(source))
     for number, row in enumerate(rows):
         try:
@@ -142,10 +163,12 @@ def _listed(source: str) -> pa.Table:
         except ValueError:
             raise table.TableError(f"{source}: row {number + 1} has mos {row['mos']!r}; it must be a number") from None
     with ThreadPoolExecutor(_THREADS) as threads:
-        return table.from_rows(threads.map(_probed, rows), "clip.v1")
+        return table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
 
 
-def _probed(row: dict[str, Any]) -> dict[str, Any]:
-    info = audio.probe(row["uri"])
-    header = {"duration_s": info.duration_s, "sample_rate": info.sample_rate, "channels": info.channels}
+def _with_header(is_read: bool, row: dict[str, Any]) -> dict[str, Any]:
+    header = {"duration_s": 0.0, "sample_rate": 0, "channels": 0}
+    if is_read:
+        info = audio.probe(row["uri"])
+        header = {"duration_s": info.duration_s, "sample_rate": info.sample_rate, "channels": info.channels}
     return {**row, **header, "clip_id": clip_id(row["kind"], row["uri"])}

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from speechdistill import audio, evaluate, labeled, score, teachers, tracking
@@ -141,9 +139,9 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     """Both models over all clips; a clip that has no score of both is left out for both."""
     from speechdistill.registry import student_folder
 
-    clips = _held_out(str(config.eval))
+    clips = labeled.held_out(str(config.eval))
     uris = clips["uri"].to_pylist()
-    datasets = pc.coalesce(clips["dataset"], clips["corpus"], "labeled").to_pylist()
+    datasets = labeled.dataset_names(clips)
     models = []
     with ExitStack() as folders:
         for address in [candidate.uri, *([champion.uri] if champion else [])]:
@@ -164,16 +162,6 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     mos = clips["mos"].to_numpy()[kept]
     of_champion = scores[:, 1] if champion else None
     return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded)
-
-
-def _held_out(source: str) -> pa.Table:
-    """The clips of split `test` where there are some, else all that are not of split `train`."""
-    clips = labeled.manifest(source)
-    splits = np.array(clips["split"].to_pylist(), object)
-    wanted = splits == "test" if (splits == "test").any() else splits != "train"
-    if not wanted.any():
-        raise PromotionError(f"{source}: its clips are all of split train; give some that trained no student")
-    return clips.filter(pa.array(wanted))
 
 
 class _Unusable(ValueError):

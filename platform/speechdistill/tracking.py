@@ -146,6 +146,11 @@ class Tracking:
         with _left_out(name):
             self._add_file(name, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
+    def file(self, data: bytes, name: str) -> None:
+        """A file; an earlier one of that name is replaced."""
+        with _left_out(name):
+            self._add_file(name, data)
+
     def end(self, status: str, patience_s: float = 30.0) -> None:
         """Close with `FINISHED`, `FAILED` or `KILLED`; waits at most `patience_s` seconds for what is still to send.
 

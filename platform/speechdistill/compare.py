@@ -1,0 +1,164 @@
+"""Compare models on clips that listeners scored: score all of them once, then figures, tables and a page."""
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from speechdistill import __version__, audio, cluster, comparison, judged, models, page, plots, scoring, table, tables
+from speechdistill.comparison import Comparison
+from speechdistill.shards import RunError
+from speechdistill.tracking import Tracking, tracking_uri
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare models on clips that listeners scored: tables, figures and a page, with intervals.
+
+    The same command resumes a comparison that was stopped, and one with more models or clips scores only these.
+    """
+
+    clips: str
+    """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path,
+    mos and dataset. Those of split test where there are some, else all but those of split train. Or the folder of a
+    label run: its samples that no student of it is trained on, with the teacher's scores."""
+    out: str
+    """Folder of the comparison, a local path or URL."""
+    models: str = "distillmos"
+    """Names separated by commas: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or students: folders of checkpoints,
+    models:/NAME@champion and the like. NAME=ADDRESS gives one another name. The first is the one whose worst clips are
+    shown."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Weights of a model that are not the released ones, NAME and a file, of xlsr the encoder's folder or
+    hf://OWNER/NAME. May be repeated."""
+    head: str | None = None
+    """Of model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
+    paper: bool = False
+    """Print our table beside the paper's, with differences."""
+    tracking: str | None = None
+    """Output folder whose mlflow.db has the students, where MLFLOW_TRACKING_URI is not set."""
+    max_reject_share: float = 0.05
+    """Stop when more than this share of the files cannot be read or decoded."""
+    resamples: int = 1_000
+    """Resamples of the bootstrap."""
+    seed: int = 0
+    """Decides what the bootstrap draws."""
+
+
+def run(config: Compare) -> Comparison:
+    """Score what is not scored yet, and write `scores.parquet`, `table.md`, `table.csv`, `metrics.csv`, `plots/*` and
+    `report.html`, and `summary.json` last.
+
+    Raises `RunError`, `TableError`, `AudioError` or `ValueError` with the cause and the fix; what was scored is kept.
+    """
+    _validate(config)
+    cluster.be_patient()
+    out = table.absolute(config.out)
+    wanted = models.listed(config.models)
+    tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    clips = judged.clips(config.clips)
+    found = models.load(wanted, out, config.weights, config.head, config.tracking, clips.teacher)
+    tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
+    try:
+        share = config.max_reject_share
+        scores = scoring.score(found, clips.clips, out, share, lambda f: tracking.metrics(f, step=int(f["done"])))
+        compared = comparison.compared(clips, found, scores, config.resamples, config.seed, _about(config, clips))
+        if not compared.counts.any():
+            raise RunError(f"{config.clips}: no clip has a score of every model; {_first_reason(compared)}")
+        _written(compared, config, out, tracking)
+    except BaseException as error:
+        tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracking.end("FINISHED")
+    return compared
+
+
+def _validate(config: Compare) -> None:
+    if not 0 <= config.max_reject_share <= 1:
+        raise RunError(f"--max-reject-share is {config.max_reject_share}; it must be from 0 to 1")
+    if config.resamples < 100:
+        raise RunError(f"--resamples is {config.resamples}; 100 are the least that have a 95% interval")
+    if config.seed < 0:
+        raise RunError(f"--seed is {config.seed}; it must be at least 0")
+
+
+def _written(found: Comparison, config: Compare, out: str, tracking: Tracking) -> None:
+    table.publish(table.parquet_bytes(table.from_rows(found.rows, "score.v1")), f"{out}/scores.parquet")
+    files = {
+        "table.md": tables.markdown(found).encode("utf-8", "backslashreplace"),
+        "table.csv": tables.as_csv(tables.table_one(found)),
+        "metrics.csv": tables.as_csv(tables.long(found)),
+    }
+    if config.paper:
+        files["paper.csv"] = tables.as_csv(tables.beside_paper(found))
+    figures = plots.all_plots(found)
+    for name, figure in figures.items():
+        files |= {f"plots/{name}.png": plots.png(figure), f"plots/{name}.svg": plots.svg(figure, name)}
+    files["report.html"] = page.html(found, figures).encode()
+    for name, data in files.items():
+        table.publish(data, f"{out}/{name}")
+        tracking.file(data, name)
+    summary = _summary(found)
+    table.publish_json(summary, f"{out}/summary.json")
+    tracking.document(summary, "summary.json")
+    tracking.metrics(_metrics(found), step=len(found.clips))
+
+
+def _summary(found: Comparison) -> dict[str, Any]:
+    return {
+        "models": {
+            model.name: {
+                "address": model.address,
+                "sha256": model.sha256,
+                "parameters": model.parameters,
+                "series": model.series,
+                "cpu_ms_per_audio_s": found.cost[model.name],
+                "mean_pcc": {
+                    kind: getattr(found.by_clip.means[model.name]["pcc"], kind)._asdict()
+                    for kind in ("weighted", "plain")
+                },
+            }
+            for model in found.models
+        },
+        "judge": found.judged.judge,
+        "clips": len(found.clips),
+        "clips_that_count": found.by_clip.clips,
+        "left_out": {dataset: dict(reasons) for dataset, reasons in found.left_out.items()},
+        "differences": [
+            {"model": one, "less": other, **by._asdict()} for (one, other), by in found.differences.items()
+        ],
+        **found.about,
+    }
+
+
+def _metrics(found: Comparison) -> dict[str, float]:
+    """With the characters that MLflow takes in a name."""
+    values: dict[str, float | None] = {}
+    for model in found.models:
+        name = re.sub(r"[^\w.\- /]", "_", model.name)
+        mean = found.by_clip.means[model.name]
+        values[f"{name}/pcc_weighted"], values[f"{name}/pcc_unweighted"] = (m.value for m in mean["pcc"][:2])
+        values[f"{name}/rmse_third_weighted"] = mean["rmse_third"].weighted.value
+        values[f"{name}/cpu_ms_per_audio_s"] = found.cost[model.name]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _first_reason(found: Comparison) -> str:
+    reasons = [reason for of_dataset in found.left_out.values() for reason in of_dataset]
+    return f"the first because {reasons[0]}" if reasons else "there are no clips"
+
+
+def _about(config: Compare, clips: judged.Judged) -> dict[str, Any]:
+    versions = {"speechdistill": __version__, "python": platform.python_version(), **audio.codec_versions()}
+    return {
+        "configuration": asdict(config),
+        "clips_sha256": table.fingerprint([[clip.sha256, clip.dataset, clip.mos] for clip in clips.clips]),
+        "versions": versions,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _parameters(config: Compare, found: list[models.Model]) -> Mapping[str, Any]:
+    return {**asdict(config), "models_sha256": {model.name: model.sha256 for model in found}}

@@ -1,0 +1,136 @@
+"""What a comparison of models found: scores, figures of merit, what could not be scored, and where all that is from."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from speechdistill import evaluate, metrics
+from speechdistill.judged import Clip, Judged
+from speechdistill.metrics import Figures, Value
+from speechdistill.models import Model
+from speechdistill.scoring import Score, Scores
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`scores` by model, shape (clips,), are NaN where there is none. `counts` are the clips that the figures are of.
+
+    `cost` is CPU ms per second of audio by model, None where it is not known (on a GPU). `left_out` counts the reasons
+    why clips of a dataset are in no figure.
+    """
+
+    judged: Judged
+    models: list[Model]
+    rows: list[dict[str, Any]]
+    scores: dict[str, np.ndarray]
+    counts: np.ndarray
+    by_clip: Figures
+    by_system: Figures
+    differences: dict[tuple[str, str], evaluate.Difference]
+    cost: dict[str, float | None]
+    left_out: dict[str, Counter[str]]
+    about: dict[str, Any]
+
+    @property
+    def clips(self) -> list[Clip]:
+        return self.judged.clips
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(self.by_clip.clips)
+
+    def pcc(self, model: str, dataset: str) -> Value:
+        return self.by_clip.values[model][dataset]["pcc"]
+
+    def best(self, dataset: str | None, plain: bool = False) -> set[str]:
+        """The models that no other's PCC exceeds, to two digits, on a dataset or in a mean over all of them.
+
+        A teacher that is the judge itself is none of them.
+        """
+        found = {}
+        for model in (model.name for model in self.models if model.sha256 != self.judged.teacher):
+            mean = self.by_clip.means[model]["pcc"]
+            value = self.pcc(model, dataset) if dataset else mean.plain if plain else mean.weighted
+            is_whole = dataset or mean.datasets == max(m["pcc"].datasets for m in self.by_clip.means.values())
+            if value.value is not None and is_whole:  # a mean over fewer datasets is another quantity
+                found[model] = round(value.value, 2)
+        return {model for model, value in found.items() if value == max(found.values())} if len(found) > 1 else set()
+
+
+def compared(
+    judged: Judged, models: Sequence[Model], found: Scores, resamples: int, seed: int, about: Mapping[str, Any]
+) -> Comparison:
+    """Put together what was scored."""
+    clips = judged.clips
+    answers = {model.name: [found.scores.get((model.key, clip.sha256)) for clip in clips] for model in models}
+    scores = {name: _array([one and one.score for one in column]) for name, column in answers.items()}
+    datasets = np.array([clip.dataset for clip in clips], object)
+    mos = np.array([clip.mos for clip in clips], float)
+    counts = metrics.counted(datasets, mos, scores)
+    kept = {name: values[counts] for name, values in scores.items()}
+    of_clips = (datasets[counts], mos[counts], kept)
+    systems = [clip.system for clip, counts_here in zip(clips, counts, strict=True) if counts_here]
+    rows = [
+        _row(clip, model, answers[model.name][i], found.rejects) for i, clip in enumerate(clips) for model in models
+    ]
+    return Comparison(
+        judged,
+        list(models),
+        rows,
+        scores,
+        counts,
+        metrics.figures(*of_clips, resamples, seed),
+        metrics.figures(*metrics.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
+        evaluate.compare_all(of_clips[0], of_clips[1], _complete(of_clips[0], kept), resamples, seed),
+        {name: _cost(column) for name, column in answers.items()},
+        _left_out(rows, clips, counts, len(models)),
+        dict(about),
+    )
+
+
+def _row(clip: Clip, model: Model, answer: Score | None, rejects: Mapping[str, str]) -> dict[str, Any]:
+    """As in the schema `score.v1`."""
+    error = answer.error if answer else rejects.get(clip.uri, "a file with the same bytes was rejected")
+    return {
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "clip_id": clip.clip_id,
+        "clip_sha256": clip.sha256,
+        "uri": clip.uri,
+        "dataset": clip.dataset,
+        "system": clip.system,
+        "mos": clip.mos,
+        "score": answer and answer.score,
+        "error": error,
+        "duration_s": answer and answer.duration_s,
+        "cpu_s": answer and answer.cpu_s,
+        "plan": clip.plan,
+    }
+
+
+def _left_out(
+    rows: Sequence[Mapping[str, Any]], clips: Sequence[Clip], counts: np.ndarray, num_models: int
+) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for number in np.flatnonzero(~counts).tolist():
+        of_clip = rows[number * num_models : (number + 1) * num_models]
+        reason = next(row["error"] for row in of_clip if row["error"])
+        found.setdefault(clips[number].dataset, Counter())[reason] += 1
+    return found
+
+
+def _complete(datasets: np.ndarray, models: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The models that have a score of every clip that counts: only these have a mean over the same datasets."""
+    return {name: scores for name, scores in models.items() if np.isfinite(scores).all() and len(datasets)}
+
+
+def _cost(answers: Sequence[Score | None]) -> float | None:
+    there = [(one.cpu_s, one.duration_s) for one in answers if one and one.cpu_s is not None and one.score is not None]
+    return 1e3 * sum(cpu_s for cpu_s, _ in there) / sum(s for _, s in there) if there else None
+
+
+def _array(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], float)

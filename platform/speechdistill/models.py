@@ -1,0 +1,129 @@
+"""The models of a comparison: from names and addresses to what any worker can load, and what is known of them."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from speechdistill import __version__, paper, registry, table, teachers
+from speechdistill.tracking import tracking_uri
+
+LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"
+"""What a model is in the paper's Figure 3, beside `pruned (CRITERION)`."""
+
+
+class Model(NamedTuple):
+    """`name` in tables; `teacher`, `weights` and `head` for `teachers.load`; `parameters` None where not known."""
+
+    name: str
+    address: str
+    teacher: str
+    weights: str | None
+    head: str | None
+    sha256: str
+    parameters: int | None
+    series: str
+    provenance: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal keys, equal scores: of the network, its weights and the code that runs it."""
+        return table.fingerprint([self.teacher, self.sha256, __version__])[:16]
+
+
+def listed(text: str) -> dict[str, str]:
+    """`A,NAME=B` to addresses by name, which is the address itself without one; raises `ValueError`."""
+    found: dict[str, str] = {}
+    for word in filter(None, map(str.strip, text.split(","))):
+        match = re.fullmatch(r"([\w.+-]+)=(.+)", word)
+        name, address = match.groups() if match else (word, word)
+        if name in found:
+            raise ValueError(f"--models names {name!r} twice; call one of them otherwise: NAME={address}")
+        found[name] = address
+    if not found:
+        raise ValueError("--models is empty; give some, such as distillmos,models:/NAME@champion")
+    return found
+
+
+def load(
+    wanted: Mapping[str, str],
+    out: str,
+    weights: Mapping[str, str],
+    head: str | None = None,
+    tracking: str | None = None,
+    teacher_sha256: str | None = None,
+) -> list[Model]:
+    """All models of `listed`, each loaded once; students are copied below `out`, where every worker reads them.
+
+    `weights` are files by model name, `head` is for xlsr, `tracking` a folder of runs for addresses in MLflow where
+    MLFLOW_TRACKING_URI is not set. The model with `teacher_sha256` is the teacher. Raises `ValueError` that names all
+    models which cannot be loaded, with the reasons.
+    """
+    if unknown := sorted(set(weights) - set(wanted)):
+        raise ValueError(f"--weights names {unknown}, which --models does not; it has {list(wanted)}")
+    found, failed = [], []
+    uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
+    for name, address in wanted.items():
+        try:
+            if name not in weights and _is_student(address):
+                model = _student(name, address, out, uri)
+            else:
+                model = _built_in(name, address, weights.get(name), head if address == "xlsr" else None)
+            found.append(model._replace(series=TEACHER) if model.sha256 == teacher_sha256 else model)
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            failed.append(f"\n  {name}: {error}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(wanted)} models cannot be loaded:{''.join(failed)}")
+    keys: dict[str, str] = {}
+    for model in found:
+        if (other := keys.setdefault(model.key, model.name)) != model.name:
+            raise ValueError(f"{other} and {model.name} are the same model; give it once")
+    return found
+
+
+def _is_student(address: str) -> bool:
+    return address not in teachers.names() and ("/" in address or os.path.isdir(address))  # noqa: PTH112
+
+
+def _student(name: str, address: str, out: str, uri: str | None) -> Model:
+    from speechdistill import student_files
+
+    with registry.student_folder(address, uri) as folder:
+        student = student_files.load(folder)
+        copy = f"{out}/models/{student.weights_hash[:16]}"
+        student_files.copy(folder, copy)
+    parameters = sum(parameter.numel() for parameter in student.network.parameters())
+    about = (student.weights_hash, parameters, _series(student.provenance), student.provenance)
+    return Model(name, address, "student", copy, None, *about)
+
+
+def _built_in(name: str, address: str, weights: str | None, head: str | None) -> Model:
+    if weights and "://" not in weights:
+        weights = table.absolute(weights)
+    head = head and table.absolute(head)
+    # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
+    teacher = teachers.load(address, weights, "cpu", head=head).teacher
+    series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
+    return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
+
+
+def _parameters(teacher: teachers.Teacher) -> int | None:
+    """Counted where it is torch's; of other networks what the paper prints."""
+    import torch
+
+    from speechdistill.students.conv_transformer import ConvTransformer
+
+    networks = [value for value in vars(teacher).values() if isinstance(value, torch.nn.Module)]
+    if not networks:
+        row = paper.row_of(teacher.name)
+        return round(paper.rows()[row].params_m * 1e6) if row else None
+    if isinstance(networks[0], ConvTransformer):  # a scorer has replaced its convolutions
+        with torch.device("meta"):
+            networks = [ConvTransformer(networks[0].config)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def _series(provenance: Mapping[str, Any]) -> str:
+    if pruning := provenance.get("pruning"):
+        return f"pruned ({pruning.get('criterion', 'unknown')})"
+    return DISTILLED if provenance.get("shards") else LABELED_ONLY

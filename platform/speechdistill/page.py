@@ -1,0 +1,183 @@
+"""A comparison as one HTML file that asks for nothing else: table, plots, the worst clips to listen to, provenance."""
+
+import base64
+import json
+from collections.abc import Mapping
+from importlib import resources
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from speechdistill import audio, judged, plots, tables
+from speechdistill.comparison import Comparison
+from speechdistill.metrics import METRICS, Value
+from speechdistill.models import Model
+
+_WORST = 20
+_HEARD_S = 8.0  # of a clip; all of it would make a file of a long one
+_STEP_CHARACTERS = 300
+_CAPTIONS = {
+    "pcc_over_parameters": "PCC over parameters, as in the paper’s Figure 3; bars are 95% intervals",
+    "pcc_over_cost": "PCC over CPU time for a second of audio, one thread, measured while these clips were scored",
+    "residuals_by_step": "Score less the judge’s, by degradation step (clips that have it, each with all of its steps)",
+}
+
+
+class Cell(NamedTuple):
+    text: str
+    title: str
+    best: bool
+    small: str = ""
+
+
+def html(found: Comparison, figures: Mapping[str, Any]) -> str:
+    """The page; `figures` are those of `plots.all_plots`."""
+    text = (resources.files("speechdistill") / "page.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
+    scatters = {f"scatter_{number}": model.name for number, model in enumerate(found.models)}
+    made: str = template.render(
+        title=f"Speech quality models on {found.judged.source.rsplit('/', 1)[-1]}",
+        summary=_summary(found),
+        is_teacher=found.judged.teacher is not None,
+        columns=list(found.by_clip.clips.items()),
+        table=[_row(found, model) for model in found.models],
+        left_out=[f"{d}: {n} × {reason}" for d, reasons in found.left_out.items() for reason, n in reasons.items()],
+        beside=tables.beside_paper(found) if found.about.get("configuration", {}).get("paper") else [],
+        all_figures=_all_figures(found),
+        pairs=tables.pairs(found),
+        plots=[_plot(figures[name], name, _CAPTIONS[name]) for name in _CAPTIONS if name in figures],
+        scatters=[_plot(figures[name], name, f"Scores of {m}") for name, m in scatters.items() if name in figures],
+        worst=worst(found),
+        first=found.models[0].name,
+        provenance=_provenance(found),
+        models=_models(found),
+    )
+    # Names of files need not be UTF-8; Python carries such bytes as surrogates, which no file can hold.
+    return made.encode("utf-8", "backslashreplace").decode()
+
+
+def worst(found: Comparison, most: int = _WORST) -> list[dict[str, Any]]:
+    """The clips whose score by the first model is furthest from the judge's, as the page shows them."""
+    mos = np.array([clip.mos for clip in found.clips])
+    away = np.where(found.counts, np.abs(found.scores[found.models[0].name] - mos), np.nan)
+    order = [number for number in np.argsort(-away) if np.isfinite(away[number])]
+    return [_clip(found, int(number)) for number in order[:most]]
+
+
+def _clip(found: Comparison, number: int) -> dict[str, Any]:
+    clip = found.clips[number]
+    scores = {name: column[number] for name, column in found.scores.items()}
+    said = [f"{found.judged.judge} {clip.mos:.2f}"]
+    said += [f"{name} {score:.2f}" for name, score in scores.items() if np.isfinite(score)]
+    shown = {
+        "name": f"sample {clip.clip_id}" if clip.plan else clip.uri.rsplit("/", 1)[-1],
+        "dataset": clip.dataset,
+        "difference": f"{scores[found.models[0].name] - clip.mos:+.2f} MOS",
+        "scores": " · ".join(said),
+        "steps": _steps(clip.plan),
+        "problem": "",
+    }
+    try:
+        wave = judged.read(clip.uri)[: round(_HEARD_S * audio.SAMPLE_RATE)]
+    except (audio.AudioError, OSError) as error:  # it was there when it was scored
+        return {**shown, "problem": f"It cannot be played: {error}"}
+    return {
+        **shown,
+        "seconds": f"{len(wave) / audio.SAMPLE_RATE:.1f}",
+        "audio": _data("audio/flac", _flac(wave)),
+        "image": _data("image/png", plots.spectrogram(wave)),
+    }
+
+
+def _steps(plan: str | None) -> list[str]:
+    if plan is None:
+        return []
+    return [_words(step) for step in json.loads(plan)["steps"]] or ["as recorded"]
+
+
+def _words(step: dict[str, Any]) -> str:
+    settings = ", ".join(f"{key} {_setting(value)}" for key, value in step.items() if key != "step")
+    text = f"{step['step']}: {settings}" if settings else str(step["step"])
+    return text if len(text) <= _STEP_CHARACTERS else f"{text[:_STEP_CHARACTERS]}…"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _row(found: Comparison, model: Model) -> dict[str, Any]:
+    mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
+    cells = [
+        _mean(mean.weighted, model.name in found.best(None)),
+        _mean(mean.plain, model.name in found.best(None, True)),
+    ]
+    for dataset in found.datasets:
+        value = found.pcc(model.name, dataset)
+        cells.append(Cell(tables.cell(value), tables.interval(value), model.name in found.best(dataset)))
+    if mean.datasets < max(m["pcc"].datasets for m in found.by_clip.means.values()):
+        only = f"over {mean.datasets} of {len(found.datasets)} datasets"
+        cells[:2] = [cell._replace(small=only) for cell in cells[:2]]
+    parameters = tables.count(model.parameters)
+    return {"name": model.name, "cells": cells, "parameters": parameters, "cost": tables.number(cost, 1)}
+
+
+def _mean(value: Value, best: bool) -> Cell:
+    small = f"{value.low:.2f} to {value.high:.2f}" if value.low is not None else ""
+    return Cell(tables.cell(value), tables.interval(value), best, small)
+
+
+def _all_figures(found: Comparison) -> list[list[str]]:
+    rows = [["model", "of", *METRICS.values()]]
+    for level, figures in (("clips", found.by_clip), ("systems", found.by_system)):
+        for name, means in figures.means.items():
+            if figures.clips:
+                rows.append([name, level, *(tables.number(means[metric].weighted.value, 3) for metric in METRICS)])
+    return rows
+
+
+def _summary(found: Comparison) -> str:
+    count = int(found.counts.sum())
+    sets = f"{len(found.datasets)} dataset{'s' if len(found.datasets) > 1 else ''}"
+    hours = sum(row["duration_s"] or 0 for row in found.rows[:: len(found.models)]) / 3600
+    return (
+        f"{len(found.models)} models on {count:,} clips ({hours:.2f} h) of {sets}, "
+        f"compared with the scores of {found.judged.judge}."
+    )
+
+
+def _provenance(found: Comparison) -> list[tuple[str, str]]:
+    about = found.about
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    return [
+        ("made at", str(about.get("finished_at", ""))),
+        ("clips", found.judged.source),
+        ("sha256 over the clips", about.get("clips_sha256", "")),
+        ("versions", versions),
+        ("configuration", json.dumps(about.get("configuration", {}), ensure_ascii=False)),
+    ]
+
+
+def _models(found: Comparison) -> list[list[str]]:
+    rows = [["model", "address", "in Figure 3", "sha256 of its weights", "trained from"]]
+    for model in found.models:
+        known = json.dumps(model.provenance, ensure_ascii=False) if model.provenance else ""
+        rows.append([model.name, model.address, model.series, f"{model.sha256[:16]}…", known[:_STEP_CHARACTERS]])
+    return rows
+
+
+def _plot(figure: Any, name: str, caption: str) -> dict[str, Any]:
+    return {"caption": caption, "svg": Markup(plots.inline_svg(figure, name))}  # matplotlib escapes
+
+
+def _flac(wave: np.ndarray) -> bytes:
+    data = BytesIO()
+    soundfile.write(data, audio.quantise(wave), audio.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return data.getvalue()
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

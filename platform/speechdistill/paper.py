@@ -1,0 +1,68 @@
+"""Table I of Distill-MOS: the PCC of eleven models on sixteen test sets, as known answers."""
+
+import csv
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+_MEANS = ("weighted_mean", "unweighted_mean")
+_DATASETS = {  # as `ingest --corpus` calls them, where that differs
+    "voicemos2022_en": "voicemos_en",
+    "voicemos2022_cn": "voicemos_cn",
+    "blizzard2023_tts": "blizzard2023_fr_tts",
+    "blizzard2023_sa": "blizzard2023_fr_sa",
+    "dns_3": "dns3",
+    "dns_3_fb": "dns3_fb",
+    "plc_2024": "plc2024",
+    "sig_2024": "sig2024",
+}
+_MODELS = {  # as `--models` calls them, where that differs
+    "distillmos": "distillmos_v7",
+    "squim": "squim_pesq",
+    "xlsr": "orig_xlsr2b_l10_t",
+}
+
+
+class Row(NamedTuple):
+    """A model of the table: millions of parameters, PCC by dataset (None where its cell is empty), and both means."""
+
+    params_m: float
+    pcc: dict[str, float | None]
+    weighted: float
+    plain: float
+
+
+@cache
+def clips() -> dict[str, int]:
+    """Clips by dataset, in the table's order."""
+    counts = _lines()[0]
+    return {name: int(value) for name, value in counts.items() if value and name != "model"}
+
+
+@cache
+def rows() -> dict[str, Row]:
+    """By model, in the table's order."""
+    return {line["model"]: _row(line) for line in _lines()[1:]}
+
+
+def row_of(model: str) -> str | None:
+    """The table's name of a model of ours; None where it is not in the table."""
+    name = _MODELS.get(model, model)
+    return name if name in rows() else None
+
+
+def dataset_of(dataset: str) -> str | None:
+    """The table's name of a dataset of ours; None where it is not in the table."""
+    name = _DATASETS.get(dataset, dataset)
+    return name if name in clips() else None
+
+
+def _row(line: dict[str, str]) -> Row:
+    pcc = {name: float(line[name]) if line[name] else None for name in clips()}
+    weighted, plain = (float(line[name]) for name in _MEANS)
+    return Row(float(line["params_m"]), pcc, weighted, plain)
+
+
+def _lines() -> list[dict[str, str]]:
+    text = (resources.files("speechdistill") / "paper_table1.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))

@@ -1,0 +1,213 @@
+"""Scoring clips with models on the engine: decode once, ask every model that has not heard the clip, commit.
+
+What is committed is the cache: `OUT/scores/*/shards` has, by model and content of the clip, every score so far. Each
+call makes a run of the pairs that are missing, in a folder named after them; so a killed one is gone on with by the
+next, whatever models and clips that one has. Rejected clips are no part of the cache: the next call tries them again.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from speechdistill import audio, flow, judged, pools, shards, table, teachers
+from speechdistill.isolate import Row
+from speechdistill.models import Model
+from speechdistill.monitor import Report
+from speechdistill.shards import RunError
+
+SCHEMA = "clip_scores.v1"
+_ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
+_BATCH_ROWS = 8
+_WARM_UP_S = 1.0
+_THREADS = 32
+_ABOUT = [field for field in table.schema(SCHEMA) if field.name not in ("number", "scores")]
+DECODED = pa.schema([*_ABOUT, ("models", pa.list_(pa.string())), ("wave", pa.binary())])
+SCORED = pa.schema([table.schema(SCHEMA).field("scores")])
+
+
+class Score(NamedTuple):
+    """A model's score of a clip, or why it has none; `cpu_s` is None on a GPU."""
+
+    score: float | None
+    error: str | None
+    duration_s: float
+    cpu_s: float | None
+
+
+class Task(NamedTuple):
+    """A file, and the keys of the models that have not heard it."""
+
+    sha256: str
+    uri: str
+    models: tuple[str, ...]
+
+
+class Scores(NamedTuple):
+    """Scores by key of the model and sha256 of the clip, and the reasons of rejected files by their address."""
+
+    scores: dict[tuple[str, str], Score]
+    rejects: dict[str, str]
+
+
+def score(
+    models: Sequence[Model],
+    clips: Sequence[judged.Clip],
+    out: str,
+    max_reject_share: float = 0.05,
+    report: Report = lambda figures: None,
+) -> Scores:
+    """Every model's score of every clip; only what is not in `out` yet is made.
+
+    Files with the same bytes are one file. Raises `RunError` as `flow.run` does; what was scored is kept.
+    """
+    known = committed(out)
+    tasks = missing(models, clips, known)
+    if not tasks:
+        return Scores(known, {})
+    run = _flow(models, tasks, out, max_reject_share, report)
+    flow.run(run)
+    rows = table.read(f"{run.layout.out}/rejects/rejects.parquet", "reject.v1").to_pylist()
+    return Scores(committed(out), {tasks[int(row["id"])].uri: row["message"] for row in rows})
+
+
+def missing(
+    models: Sequence[Model], clips: Sequence[judged.Clip], known: Mapping[tuple[str, str], Score]
+) -> list[Task]:
+    """One task for each file that some model has not heard; one that could not be read is tried again."""
+    files = {clip.sha256 or clip.uri: clip for clip in clips}
+    tasks = (
+        Task(clip.sha256, clip.uri, tuple(m.key for m in models if (m.key, clip.sha256) not in known))
+        for clip in files.values()
+    )
+    return [task for task in tasks if task.models]
+
+
+def committed(out: str) -> dict[tuple[str, str], Score]:
+    """All scores in `out`, by key of the model and sha256 of the clip."""
+    fs, path = fsspec.url_to_fs(f"{out}/scores")
+    fs.invalidate_cache()
+    with table.storage(out):
+        files = sorted(fs.glob(f"{path}/*/shards/part-*.parquet")) if fs.exists(path) else []
+    found: dict[tuple[str, str], Score] = {}
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for rows in threads.map(lambda file: table.read(fs.unstrip_protocol(file), SCHEMA).to_pylist(), files):
+            for row in rows:
+                found |= answers(row)
+    return found
+
+
+def answers(row: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
+    """The scores in a row of a shard; none of a file whose bytes are not known."""
+    if not row["clip_sha256"]:
+        return {}
+    return {
+        (key, row["clip_sha256"]): Score(one["score"], one["error"], row["duration_s"], one["cpu_s"])
+        for key, one in json.loads(row["scores"]).items()
+    }
+
+
+def _flow(models: Sequence[Model], tasks: list[Task], out: str, max_reject_share: float, report: Report) -> flow.Flow:
+    wanted = {key for task in tasks for key in task.models}
+    asked = [model for model in models if model.key in wanted]
+    identity = {
+        "job": "compare",
+        "models": {model.key: {"teacher": model.teacher, "sha256": model.sha256} for model in asked},
+        "libraries": audio.codec_versions(),
+        "tasks": table.fingerprint(tasks),
+    }
+    rows = max(1, min(_ROWS_PER_PART, len(tasks) // 8))  # a few clips are spread over the pool, too
+    folder = f"{out}/scores/{table.fingerprint(identity)[:16]}"
+    layout = shards.Layout(folder, SCHEMA, "number", len(tasks), rows, _totals)
+    stages = partial(_stages, asked, tasks)
+    return flow.Flow(layout, identity, stages, max_reject_share, retry_rejected=True, report=report)
+
+
+def _stages(models: list[Model], tasks: list[Task], cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+    """All models live in each actor of the second pool: a wave is handed on once."""
+    sizes = pools.sized(pools.Wanted(), 0, cpus, gpus)
+    decode = flow.Stage("decode", partial(Decode, tasks), DECODED, sizes.degrade, sizes.degrade_cpus, isolated=True)
+    heavy = sizes.teach, sizes.heavy_cpus, sizes.heavy_gpus
+    return decode, flow.Stage("score", partial(Ask, models), SCORED, *heavy, _BATCH_ROWS, isolated=True)
+
+
+class Decode:
+    """Worker of the first stage: numbers of tasks to waves."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self._tasks = tasks
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        return [self._one(self._tasks[row["id"]]) for row in rows]
+
+    def _one(self, task: Task) -> Row | Exception:
+        try:
+            wave = judged.read(task.uri)
+        except Exception as error:
+            return error
+        return {
+            "clip_sha256": task.sha256,
+            "uri": task.uri,
+            "duration_s": len(wave) / audio.SAMPLE_RATE,
+            "models": list(task.models),
+            "wave": wave.astype(np.float32).tobytes(),
+        }
+
+
+class Ask:
+    """Worker of the second stage: each model's score of each wave that it has not heard.
+
+    A wave that a model cannot judge is an answer of that model, which no later call asks for again. Raises `RunError`
+    where a model has other weights on this node than on the driver.
+    """
+
+    def __init__(self, models: list[Model]) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # actors, not threads, fill the CPUs; and CPU time is what it costs
+        self._on_gpu = torch.cuda.is_available()
+        self._teachers = {model.key: _loaded(model) for model in models}
+
+    def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        waves = [np.frombuffer(row["wave"], np.float32).copy() for row in rows]
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        for key, teacher in self._teachers.items():
+            asked = [i for i, row in enumerate(rows) if key in row["models"]]
+            for group in [asked] if self._on_gpu else [[i] for i in asked]:
+                for i, answer in zip(group, self._answers(teacher, [waves[i] for i in group]), strict=True):
+                    answers[i][key] = answer
+        return [{"scores": json.dumps(answer), "wave": None} for answer in answers]
+
+    def _answers(self, teacher: teachers.Teacher, waves: list[np.ndarray]) -> list[dict[str, Any]]:
+        started = time.process_time()
+        labels = teacher.label(waves)
+        cpu_s = None if self._on_gpu else time.process_time() - started
+        return [{**_answer(label), "cpu_s": cpu_s} for label in labels]
+
+
+def _answer(label: teachers.Label | teachers.Unscorable) -> dict[str, Any]:
+    if isinstance(label, teachers.Unscorable):
+        return {"score": None, "error": str(label)}
+    if not math.isfinite(label.score):
+        return {"score": None, "error": "the model's score is NaN or infinite"}
+    return {"score": label.score, "error": None}
+
+
+def _loaded(model: Model) -> teachers.Teacher:
+    teacher = teachers.load(model.teacher, model.weights, head=model.head).teacher
+    if teacher.weights_hash != model.sha256:
+        raise RunError(f"{model.name} has other weights on this node than on the driver; install the same everywhere")
+    noise = 0.1 * np.random.default_rng(0).standard_normal(round(_WARM_UP_S * audio.SAMPLE_RATE))
+    teacher.label([noise.astype(np.float32)])  # the first call is slower, which is no clip's cost
+    return teacher
+
+
+def _totals(rows: pa.Table) -> dict[str, Any]:
+    return {"audio_s": float(np.sum(rows["duration_s"].to_numpy()))}

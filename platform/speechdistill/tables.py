@@ -1,0 +1,142 @@
+"""A comparison as tables: Table I in Markdown and CSV, all figures as rows, and ours beside the paper's."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from speechdistill import paper
+from speechdistill.comparison import Comparison
+from speechdistill.metrics import METRICS, Value
+
+_NONE = "–"
+
+
+def table_one(found: Comparison) -> list[list[str]]:
+    """Datasets as columns, the two means last, models as rows; the first two rows are the header and the clips."""
+    header = ["model", "parameters", "CPU ms/s", *found.datasets, "weighted", "unweighted"]
+    clips = ["clips", "", "", *map(str, found.by_clip.clips.values()), "", ""]
+    rows = []
+    for model in found.models:
+        mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
+        about = [model.name, count(model.parameters), number(cost, 1)]
+        values = [found.pcc(model.name, dataset) for dataset in found.datasets]
+        rows.append([*about, *(cell(value) for value in [*values, mean.weighted, mean.plain])])
+    return [header, clips, *rows]
+
+
+def markdown(found: Comparison) -> str:
+    """Table I, what its gaps mean, and which differences of the weighted mean are more than chance."""
+    lines = [f"PCC with {found.judged.judge}, by dataset; intervals and further figures are in metrics.csv.", ""]
+    lines += _markdown(table_one(found))
+    gaps = sorted({f"- {value.why}" for of_model in found.by_clip.values.values() for value in _gaps(of_model)})
+    lines += ["", f"{_NONE} stands for:", *gaps] if gaps else []
+    for dataset, reasons in found.left_out.items():
+        lines += ["", f"Of {dataset} {sum(reasons.values())} clips are in no figure:"]
+        lines += [f"- {count} × {reason}" for reason, count in reasons.most_common(5)]
+    if found.differences:
+        lines += ["", "Differences of the weighted mean, with 95% intervals of a bootstrap over clips:", ""]
+        lines += _markdown(pairs(found))
+    return "\n".join([*lines, ""])
+
+
+def pairs(found: Comparison) -> list[list[str]]:
+    """A row for every two models that have all figures: the difference of their weighted means, and its interval."""
+    rows = [["model", "less model", "difference", "interval", "more than chance"]]
+    for (one, other), by in found.differences.items():
+        is_real = "yes" if by.low > 0 or by.high < 0 else "no"
+        rows.append([one, other, f"{by.value:+.3f}", f"{by.low:+.3f} to {by.high:+.3f}", is_real])
+    return rows
+
+
+def long(found: Comparison) -> list[list[Any]]:
+    """A row per level (clip, system), dataset or mean, model and metric, with its interval or why there is none."""
+    rows: list[list[Any]] = [["level", "dataset", "clips", "model", "metric", "value", "low", "high", "why_none"]]
+    for level, figures in (("clip", found.by_clip), ("system", found.by_system)):
+        for model, of_model in figures.values.items():
+            for dataset, values in of_model.items():
+                for metric in METRICS:
+                    rows.append([level, dataset, figures.clips[dataset], model, metric, *_fields(values[metric])])
+            for metric, mean in figures.means[model].items():
+                clips = sum(figures.clips.values())
+                rows.append([level, "weighted mean", clips, model, metric, *_fields(mean.weighted)])
+                rows.append([level, "unweighted mean", clips, model, metric, *_fields(mean.plain)])
+    return rows
+
+
+def beside_paper(found: Comparison) -> list[list[str]]:
+    """For each model that the paper's Table I has: ours, the paper's and the difference, by dataset that both have.
+
+    A row's means are over those datasets, weighted by the clips of each side; so they differ from the paper's own.
+    """
+    pairs = [(name, theirs) for name in found.datasets if (theirs := paper.dataset_of(name))]
+    rows = [["model", "", *(ours for ours, _ in pairs), "weighted", "unweighted"]]
+    if not pairs:
+        return rows
+    clips = [found.by_clip.clips[ours] for ours, _ in pairs], [paper.clips()[theirs] for _, theirs in pairs]
+    for model in found.models:
+        if not (of_paper := paper.row_of(model.name) or paper.row_of(model.address)):
+            continue
+        mine = [found.pcc(model.name, name).value for name, _ in pairs]
+        its = [paper.rows()[of_paper].pcc[theirs] for _, theirs in pairs]
+        both = _with_means(clips[0], mine), _with_means(clips[1], its)
+        gaps = [a - b if a is not None and b is not None else None for a, b in zip(*both, strict=True)]
+        rows.append([model.name, "ours", *map(number, both[0])])
+        rows.append([of_paper, "paper", *map(number, both[1])])
+        rows.append(["", "difference", *(f"{gap:+.2f}" if gap is not None else _NONE for gap in gaps)])
+    return rows
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """For a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def cell(value: Value) -> str:
+    return number(value.value)
+
+
+def interval(value: Value) -> str:
+    """The interval in words, or why there is no figure; nothing for a figure without an interval."""
+    if value.value is None:
+        return value.why
+    return f"95% interval {value.low:.3f} to {value.high:.3f}" if value.low is not None else ""
+
+
+def _with_means(clips: Sequence[int], values: Sequence[float | None]) -> list[float | None]:
+    from speechdistill.metrics import means
+
+    return [*values, *means(clips, values)]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *others = (
+        f"| {' | '.join(word.replace('|', chr(92) + '|').replace(chr(10), ' ') for word in row)} |" for row in rows
+    )
+    return [header, f"|{'---|' * len(rows[0])}", *others]
+
+
+def _gaps(of_model: dict[str, dict[str, Value]]) -> list[Value]:
+    return [values["pcc"] for values in of_model.values() if values["pcc"].value is None]
+
+
+def _fields(value: Value) -> list[Any]:
+    return [value.value, value.low, value.high, value.why]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if value is not None else _NONE
+
+
+def count(parameters: int | None) -> str:
+    if parameters is None:
+        return _NONE
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters / 1e3:.0f} k"

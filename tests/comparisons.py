@@ -1,0 +1,80 @@
+"""Clips, label runs and comparisons for tests, made by the real workers without Ray."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import soundfile
+
+from manifests import corpus, row, voice
+from speechdistill import comparison, judged, models, plan, scoring, shards, table
+from speechdistill.comparison import Comparison
+from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
+
+RATE = 16_000
+
+
+def recordings(folder: Path, count: int = 24, datasets: Sequence[str] = ("pub", "tub"), seconds: float = 1.0) -> str:
+    """A list of noisy voices, whose listeners heard the noise; systems are the levels of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    with (folder / "list.csv").open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["path", "mos", "dataset", "system"])
+        for i in range(count):
+            level = i // len(datasets) % 5
+            noise = 0.02 * level * rng.standard_normal(round(RATE * seconds))
+            soundfile.write(folder / f"{i}.wav", voice(seconds, seed=i) + noise, RATE)
+            mos = np.clip(4.5 - 0.7 * level + 0.2 * rng.standard_normal(), 1, 5)
+            lines.writerow([f"{i}.wav", f"{mos:.2f}", datasets[i % len(datasets)], f"noise {level}"])
+    return str(folder / "list.csv")
+
+
+def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
+    """A complete run of degraded voices, with the scores of the student in folder `teacher`; parts of 16 samples."""
+    root = corpus(folder / "corpus", seconds=2.0)
+    files = [(kind, str(file)) for kind in ("speech", "noise", "rir") for file in sorted((root / kind).iterdir())]
+    seconds = [soundfile.info(uri).duration for _, uri in files]
+    manifest = table.from_rows([row(uri, kind, s) for (kind, uri), s in zip(files, seconds, strict=True)], "clip.v1")
+    table.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
+    recipe = plan.weights_free()
+    sha256 = models.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256
+    workers = (
+        Degrade(f"{folder}/clips.parquet", recipe, 0, "flac", False, libraries(recipe)),
+        Teach("student", teacher, None, "float32", None, sha256),
+    )
+    layout = shards.Layout(f"{folder}/labels", "pseudolabel.v1", "sample_id", num_samples, 16, lambda rows: {})
+    shards.claim(layout.out, {"recipe": {"name": recipe.name}, "teacher": {"name": "student", "sha256": sha256}})
+    for k in range(layout.num_parts):
+        rows = [{"id": i} for i in layout.ids(k)]
+        for worker in workers:
+            rows = [{**known, **result} for known, result in zip(rows, worker(rows), strict=True)]
+        schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
+        shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
+    shards.finish(layout)
+    table.publish_json({}, f"{layout.out}/summary.json")
+    return layout.out
+
+
+def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:
+    """What the two stages of the job say, one clip after another."""
+    tasks = scoring.missing(entries, clips, {})
+    decode, ask = scoring.Decode(tasks), scoring.Ask(list(entries))
+    found, rejects = {}, {}
+    for number, task in enumerate(tasks):
+        (decoded,) = decode([{"id": number}])
+        if isinstance(decoded, Exception):
+            rejects[task.uri] = str(decoded)
+            continue
+        (answer,) = ask([decoded])
+        found |= scoring.answers({**decoded, **answer})
+    return scoring.Scores(found, rejects)
+
+
+def compared(source: str, wanted: str, folder: Path, about: dict[str, object] | None = None) -> Comparison:
+    """Models compared on the clips of `source`."""
+    clips = judged.clips(source)
+    entries = models.load(models.listed(wanted), str(folder), {}, teacher_sha256=clips.teacher)
+    return comparison.compared(clips, entries, asked(entries, clips.clips), 100, 0, about or {})

@@ -1,0 +1,254 @@
+"""Comparing models: every model hears every clip once, whatever is killed, added or broken; and the tables say so."""
+
+import contextlib
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from comparisons import RATE, asked, compared, label_run, recordings
+from manifests import voice
+from mlflow_runs import student
+from speechdistill import audio, cli, compare, comparison, judged, models, scoring, shards, table, tables
+from speechdistill.compare import Compare
+from speechdistill.models import Model
+from speechdistill.shards import RunError
+from speechdistill.teachers import Label, Unscorable
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("students")
+    return [student(folder / str(seed), seed) for seed in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def heard(out: Path) -> Counter[tuple[str, str]]:
+    """How often each model has scored each content, over all that is committed."""
+    found: Counter[tuple[str, str]] = Counter()
+    for file in out.glob("scores/*/shards/*.parquet"):
+        for row in pq.read_table(file).to_pylist():
+            found.update((key, row["clip_sha256"]) for key in json.loads(row["scores"]))
+    return found
+
+
+def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_scored(
+    tmp_path: Path, students: list[str], local_ray: None
+) -> None:
+    source, out = recordings(tmp_path / "clips", 160), tmp_path / "out"
+    options = ["--clips", source, "--out", str(out), "--models", f"a={students[0]},b={students[1]}"]
+    driver = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "compare.py"), *options], start_new_session=True)
+    while not list(out.glob("scores/*/shards/part-*")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            driver.wait(timeout=0.02)
+            break
+    its_workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not psutil.wait_procs(its_workers, timeout=60)[1]
+    before = heard(out)
+    assert 0 < len(before) < 320 and not (out / "summary.json").exists()
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
+
+    (tmp_path / "clips" / "0.wav").write_bytes(b"RIFF this is no audio")
+    config = Compare(source, str(out), f"a={students[0]},b={students[1]}")
+    found = compare.run(config)
+    clips = {clip.sha256 for clip in found.clips}
+    assert before.keys() <= heard(out).keys() and set(heard(out).values()) == {1}, "a clip was scored twice"
+    wanted = {(model.key, clip) for model in found.models for clip in clips}
+    broken = {(model.key, found.clips[0].sha256) for model in found.models}
+    assert wanted - heard(out).keys() == broken, "a clip is missing"
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
+    assert found.by_clip.clips == {"pub": 79, "tub": 80}
+    ((reason, count),) = found.left_out["pub"].items()
+    assert "not audio" in reason and count == 1
+
+    rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
+    assert Counter(row["model"] for row in rows) == {"a": 160, "b": 160}
+    assert [row["error"] is not None for row in rows] == [row["uri"].endswith("/0.wav") for row in rows]
+    summary = table.read_json(f"{out}/summary.json")
+    assert summary["left_out"] == {"pub": {reason: 1}} and set(summary["models"]) == {"a", "b"}
+
+    more = models.load(models.listed(f"{config.models},c={students[2]}"), str(out), {})
+    tasks = scoring.missing(more, found.clips, scoring.committed(str(out)))
+    keys = [model.key for model in more]
+    assert Counter(task.models for task in tasks) == {(keys[2],): 159, tuple(keys): 1}
+
+
+def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    source, out = recordings(tmp_path / "clips", 12), tmp_path / "out"
+    wanted = f"a={students[0]},tub-expert={students[1]}"
+    commit(tmp_path / "out", models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips)
+    monkeypatch.setattr("speechdistill.flow.run", lambda flow: pytest.fail("there was something to score"))
+    assert cli.main(["compare", "--clips", source, "--out", str(out), "--models", wanted, "--paper"]) == 0
+    printed = capsys.readouterr().out
+    assert "tub-expert" in printed and "beside the paper's Table I" in printed and "metrics.csv" in printed
+    with (out / "table.csv").open() as file:
+        header, clips, first, second = csv.reader(file)
+    assert header == ["model", "parameters", "CPU ms/s", "pub", "tub", "weighted", "unweighted"]
+    assert clips[3:5] == ["6", "6"] and first[0] == "a" and second[0] == "tub-expert"
+    rows = [row for row in table.read(f"{out}/scores.parquet", "score.v1").to_pylist() if row["model"] == "a"]
+    assert cli.main(["score", *(row["uri"] for row in rows), "--model", students[0], "--out", f"{out}/s.json"]) == 0
+    said = [row["mos"] for row in table.read_json(f"{out}/s.json")]
+    assert said == pytest.approx([row["score"] for row in rows], abs=1e-6)
+    client = MlflowClient(tracking_uri=f"sqlite:///{out}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
+    assert run.info.status == "FINISHED" and "tub-expert/pcc_weighted" in run.data.metrics
+    assert {"table.md", "summary.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def commit(out: Path, entries: list[Model], clips: list[judged.Clip]) -> None:
+    """As the job does, in one part."""
+    tasks = scoring.missing(entries, clips, {})
+    layout = scoring._flow(entries, tasks, str(out), 1.0, lambda figures: None).layout
+    layout = replace(layout, rows_per_part=len(tasks))
+    rows = [{"id": i, **row} for i, row in enumerate(scoring.Decode(tasks)([{"id": i} for i in range(len(tasks))]))]
+    rows = [{**row, **answer} for row, answer in zip(rows, scoring.Ask(entries)(rows), strict=True)]
+    schema = scoring.DECODED.remove(scoring.DECODED.get_field_index("wave"))
+    known = [{**row, "wave": None} for row in rows]
+    shards.claim(layout.out, {})
+    fields = [scoring.pa.field("id", scoring.pa.int64()), *schema, *scoring.SCORED, *shards.REJECT]
+    shards.write_parts(scoring.pa.Table.from_pylist(known, scoring.pa.schema(fields)), layout)
+
+
+def test_a_clip_that_changes_is_scored_anew_and_a_copy_is_not(tmp_path: Path, students: list[str]) -> None:
+    source = recordings(tmp_path / "clips", 6)
+    entries = models.load({"a": students[0]}, str(tmp_path), {})
+    known = asked(entries, judged.clips(source).clips).scores
+    assert scoring.missing(entries, judged.clips(source).clips, known) == []
+    shutil.copy(tmp_path / "clips" / "1.wav", tmp_path / "clips" / "0.wav")
+    assert scoring.missing(entries, judged.clips(source).clips, known) == []
+    assert len(scoring.missing(entries, judged.clips(source).clips, {})) == 5
+    soundfile.write(tmp_path / "clips" / "0.wav", voice(1.0, seed=77), RATE)
+    (task,) = scoring.missing(entries, judged.clips(source).clips, known)
+    assert task.uri.endswith("/0.wav") and task.models == (entries[0].key,)
+
+
+def test_a_clip_is_decoded_once_for_all_models(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = audio.load
+    monkeypatch.setattr(audio, "load", lambda uri: (loads.append(uri), load(uri))[1])
+    found = compared(recordings(tmp_path / "clips", 6), f"{students[0]},{students[1]},distillmos", tmp_path)
+    assert len(loads) == len(set(loads)) == 6 and all(np.isfinite(scores).all() for scores in found.scores.values())
+
+
+def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[str]) -> None:
+    source = recordings(tmp_path / "clips", 8, datasets=("one",))
+    soundfile.write(tmp_path / "clips" / "3.wav", np.zeros(RATE), RATE)
+    found = compared(source, students[0], tmp_path)
+    assert found.left_out["one"] == {"silent (peak below -80 dBFS)": 1} and found.by_clip.clips == {"one": 7}
+    clips = judged.clips(source).clips
+    assert scoring.missing(found.models, clips, asked(found.models, clips).scores) == []
+    assert scoring._answer(Label(float("nan"), 0, None))["error"] == "the model's score is NaN or infinite"
+    assert scoring._answer(Unscorable("no samples")) == {"score": None, "error": "no samples"}
+
+
+def test_a_comparison_of_nothing_is_an_error_with_the_reason(tmp_path: Path, students: list[str]) -> None:
+    source, out = recordings(tmp_path / "clips", 3), tmp_path / "out"
+    for file in (tmp_path / "clips").glob("*.wav"):
+        soundfile.write(file, np.zeros(RATE + int(file.stem)), RATE)
+    commit(out, models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips)
+    with pytest.raises(RunError, match="no clip has a score of every model; the first because silent"):
+        compare.run(Compare(source, str(out), f"a={students[0]}"))
+    assert not (out / "summary.json").exists()
+
+
+def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_scores(
+    tmp_path: Path, students: list[str]
+) -> None:
+    run = label_run(tmp_path, students[0])
+    clips = judged.clips(run)
+    assert clips.judge == "the teacher student" and len(clips.clips) == 16
+    assert {clip.dataset for clip in clips.clips} == {"weights_free"}
+    assert all(json.loads(clip.plan or "")["sample_id"] == int(clip.clip_id) for clip in clips.clips)
+    found = compared(run, f"a={students[0]},b={students[1]},c={students[2]}", tmp_path)
+    assert found.scores["a"] == pytest.approx([clip.mos for clip in clips.clips], abs=1e-5)
+    assert found.pcc("a", "weights_free").value == pytest.approx(1)
+    assert found.best(None) <= {"b", "c"}, "the judge is not the best of all"
+    assert [model.series for model in found.models] == ["teacher", "distilled", "distilled"]
+    with pytest.raises(table.TableError, match="not a complete label run"):
+        judged.clips(str(tmp_path))
+
+
+def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Path) -> None:
+    source = recordings(tmp_path / "clips", 3)
+    config = Compare(source, str(tmp_path / "out"), "distillmos,dnsmos_9,x=models:/nothing@champion")
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 models cannot be loaded:.*dnsmos_9: .*choose from.*x: no MLflow"):
+        compare.run(config)
+    assert not (tmp_path / "out" / "scores").exists()
+    with pytest.raises(ValueError, match="'distillmos' twice"):
+        compare.run(replace(config, models="distillmos,distillmos"))
+    with pytest.raises(ValueError, match="distillmos and again are the same model"):
+        compare.run(replace(config, models="distillmos,again=distillmos"))
+    with pytest.raises(ValueError, match=r"--weights names \['y'\]"):
+        compare.run(replace(config, weights={"y": "file"}))
+    with pytest.raises(RunError, match="--resamples is 5"):
+        compare.run(replace(config, resamples=5))
+
+
+def test_models_have_names_sizes_and_places_in_figure_3(tmp_path: Path, students: list[str]) -> None:
+    assert models.listed("distillmos, v0=models:/a@champion,s3://b/x=y") == {
+        "distillmos": "distillmos",
+        "v0": "models:/a@champion",
+        "s3://b/x=y": "s3://b/x=y",
+    }
+    small, v7 = models.load({"small": students[0], "v7": "distillmos"}, str(tmp_path), {})
+    assert (v7.parameters, v7.series) == (4_133_226, "distilled") and v7.key != small.key
+    assert small.series == "distilled" and 1_000 < (small.parameters or 0) < 10_000
+    shutil.rmtree(tmp_path / "models", ignore_errors=True)
+    assert models._series({"shards": []}) == "labeled only"
+    assert models._series({"shards": [1], "pruning": {"criterion": "importance"}}) == "pruned (importance)"
+
+
+def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path, students: list[str]) -> None:
+    clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", "tub" if i < 30 else "flat|", None, 1 + i % 5) for i in range(34)]
+    clips[30:] = [clip._replace(mos=3.0) for clip in clips[30:]]
+    (good,) = models.load({"distillmos": students[0]}, str(tmp_path), {})
+    bad = good._replace(name="bad", sha256="another")
+    rng = np.random.default_rng(0)
+    given = {good.key: [clip.mos for clip in clips], bad.key: rng.uniform(1, 5, 34).tolist()}
+    scores = {
+        (key, clip.sha256): scoring.Score(score, None, 2.0, 0.1)
+        for key, column in given.items()
+        for clip, score in zip(clips, column, strict=True)
+    }
+    of_listeners = judged.Judged("list.csv", clips, "listeners")
+    found = comparison.compared(of_listeners, [good, bad], scoring.Scores(scores, {}), 100, 0, {})
+    text = tables.markdown(found)
+    assert "| distillmos | 2 k | 50.0 | – | 1.00 | 1.00 | 1.00 |" in text and r"flat\|" in text
+    assert "- the listeners' scores are all the same" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| distillmos | bad |")]
+    assert line.endswith("| yes |")
+    beside = tables.beside_paper(found)
+    assert beside[0] == ["model", "", "tub", "weighted", "unweighted"]
+    assert beside[1:4] == [
+        ["distillmos", "ours", "1.00", "1.00", "1.00"],
+        ["distillmos_v7", "paper", "0.76", "0.76", "0.76"],
+        ["", "difference", "+0.24", "+0.24", "+0.24"],
+    ]
+    rows = tables.long(found)
+    assert ["system", "weighted mean", 0, "bad", "pcc", None, None, None, "no dataset has this figure"] in rows
+    assert len(rows) == 1 + 2 * 7 * (2 + 2) + 2 * 7 * 2
