@@ -20,10 +20,15 @@ import soundfile
 from comparisons import RATE, asked, compared, label_run, recordings
 from manifests import voice
 from mlflow_runs import student
+from small_models import speech_encoder
 from speechdistill import audio, cli, compare, comparison, judged, models, scoring, shards, table, tables
 from speechdistill.compare import Compare
+from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.labels import Scale
 from speechdistill.models import Model
 from speechdistill.shards import RunError
+from speechdistill.speech_encoder import load as load_encoder
+from speechdistill.students.conv_transformer import QualityHead
 from speechdistill.teachers import Label, Unscorable
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +223,16 @@ def test_models_have_names_sizes_and_places_in_figure_3(tmp_path: Path, students
     small, v7 = models.load({"small": students[0], "v7": "distillmos"}, str(tmp_path), {})
     assert (v7.parameters, v7.series) == (4_133_226, "distilled") and v7.key != small.key
     assert small.series == "distilled" and 1_000 < (small.parameters or 0) < 10_000
+    place = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    head = TrainedHead(place, load_encoder(place, 2).digest, 2, Scale())
+    head.save(QualityHead(16, *HEAD), f"{tmp_path}/head", {})
+    moved = str((tmp_path / "encoder").rename(tmp_path / "moved"))
+    (teacher,) = models.load({"head": f"{tmp_path}/head"}, str(tmp_path), {"head": moved})
+    assert (teacher.series, teacher.weights) == ("teacher", moved)
+    alone = sum(p.numel() for p in QualityHead(16, *HEAD).parameters())
+    assert (
+        alone < (teacher.parameters or 0) == alone + sum(p.numel() for p in load_encoder(moved, 2).encoder.parameters())
+    )
     shutil.rmtree(tmp_path / "models", ignore_errors=True)
     assert models._series({"shards": []}) == "labeled only"
     assert models._series({"shards": [1], "pruning": {"criterion": "importance"}}) == "pruned (importance)"

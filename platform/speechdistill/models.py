@@ -28,7 +28,7 @@ class Model(NamedTuple):
     @property
     def key(self) -> str:
         """Equal keys, equal scores: of the network, its weights and the code that runs it."""
-        return table.fingerprint([self.teacher, self.sha256, __version__])[:16]
+        return table.fingerprint([self.sha256, __version__])[:16]
 
 
 def listed(text: str) -> dict[str, str]:
@@ -53,11 +53,11 @@ def load(
     tracking: str | None = None,
     teacher_sha256: str | None = None,
 ) -> list[Model]:
-    """All models of `listed`, each loaded once; students are copied below `out`, where every worker reads them.
+    """All models of `listed`, each loaded once; what was trained here is copied below `out`, where workers read it.
 
-    `weights` are files by model name, `head` is for xlsr, `tracking` a folder of runs for addresses in MLflow where
-    MLFLOW_TRACKING_URI is not set. The model with `teacher_sha256` is the teacher. Raises `ValueError` that names all
-    models which cannot be loaded, with the reasons.
+    `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
+    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set. The model with `teacher_sha256` is the teacher.
+    Raises `ValueError` that names all models which cannot be loaded, with the reasons.
     """
     if unknown := sorted(set(weights) - set(wanted)):
         raise ValueError(f"--weights names {unknown}, which --models does not; it has {list(wanted)}")
@@ -65,8 +65,8 @@ def load(
     uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
     for name, address in wanted.items():
         try:
-            if name not in weights and _is_student(address):
-                model = _student(name, address, out, uri)
+            if _is_trained(address):
+                model = _trained(name, address, out, uri, weights.get(name))
             else:
                 model = _built_in(name, address, weights.get(name), head if address == "xlsr" else None)
             found.append(model._replace(series=TEACHER) if model.sha256 == teacher_sha256 else model)
@@ -81,20 +81,25 @@ def load(
     return found
 
 
-def _is_student(address: str) -> bool:
+def _is_trained(address: str) -> bool:
     return address not in teachers.names() and ("/" in address or os.path.isdir(address))  # noqa: PTH112
 
 
-def _student(name: str, address: str, out: str, uri: str | None) -> Model:
+def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Model:
+    """What was trained here: a student, or a head above the speech encoder at `encoder`, or a pruned teacher."""
     from speechdistill import student_files
 
     with registry.student_folder(address, uri) as folder:
-        student = student_files.load(folder)
-        copy = f"{out}/models/{student.weights_hash[:16]}"
+        files = student_files.read(folder)
+        copy = f"{out}/models/{files.weights_hash[:16]}"
         student_files.copy(folder, copy)
-    parameters = sum(parameter.numel() for parameter in student.network.parameters())
-    about = (student.weights_hash, parameters, _series(student.provenance), student.provenance)
-    return Model(name, address, "student", copy, None, *about)
+    encoder = encoder and table.absolute(encoder)
+    teacher = teachers.load(copy, encoder, "cpu").teacher
+    is_student = files.architecture == student_files.CONV_TRANSFORMER
+    pruned = "pruning" in files.provenance
+    parameters = student_files.nonzero(files) if pruned else _parameters(teacher)
+    series = _series(files.provenance) if is_student or pruned else TEACHER
+    return Model(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
 
 
 def _built_in(name: str, address: str, weights: str | None, head: str | None) -> Model:
@@ -113,14 +118,15 @@ def _parameters(teacher: teachers.Teacher) -> int | None:
 
     from speechdistill.students.conv_transformer import ConvTransformer
 
-    networks = [value for value in vars(teacher).values() if isinstance(value, torch.nn.Module)]
+    parts = [*vars(teacher).values(), *vars(getattr(teacher, "scorer", teacher)).values()]
+    networks = [value for value in parts if isinstance(value, torch.nn.Module)]
     if not networks:
         row = paper.row_of(teacher.name)
         return round(paper.rows()[row].params_m * 1e6) if row else None
     if isinstance(networks[0], ConvTransformer):  # a scorer has replaced its convolutions
         with torch.device("meta"):
             networks = [ConvTransformer(networks[0].config)]
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return sum(parameter.numel() for network in networks[:1] for parameter in network.parameters())
 
 
 def _series(provenance: Mapping[str, Any]) -> str:

@@ -177,14 +177,13 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
         folder = f"{out}/{name}"
         figures = table.read_json(f"{folder}/figures.json") or {}
         files = student_files.read(folder)
-        sizes = [(int((tensor != 0).sum()), tensor.numel()) for tensor in files.weights.values()]
         cost = {f"{d}_s": _cost(first[d], trained.scorer(folder, device=d)) for d in devices}
         rows.append(
             {
                 "name": name,
                 "remaining": figures.get("remaining"),
-                "nonzero": sum(nonzero for nonzero, _ in sizes),
-                "parameters": sum(count for _, count in sizes),
+                "nonzero": student_files.nonzero(files),
+                "parameters": sum(tensor.numel() for tensor in files.weights.values()),
                 "size_mb": student_files.size(folder) / 1e6,
                 **cost,
                 "mse": figures.get("mse"),

@@ -119,7 +119,7 @@ def _flow(models: Sequence[Model], tasks: list[Task], out: str, max_reject_share
     asked = [model for model in models if model.key in wanted]
     identity = {
         "job": "compare",
-        "models": {model.key: {"teacher": model.teacher, "sha256": model.sha256} for model in asked},
+        "models": {model.key: model.sha256 for model in asked},
         "libraries": audio.codec_versions(),
         "tasks": table.fingerprint(tasks),
     }

@@ -78,6 +78,11 @@ def read(folder: str) -> Files:
         return Files(about["architecture"], about["config"], about["provenance"], _weights(data), digest)
 
 
+def nonzero(files: Files) -> int:
+    """How many numbers of its weights are not zero: what is left of a pruned network."""
+    return sum(int((tensor != 0).sum()) for tensor in files.weights.values())
+
+
 def size(folder: str) -> int:
     """Bytes of the weights file."""
     fs, path = fsspec.url_to_fs(f"{folder}/{WEIGHTS}")

@@ -32,13 +32,13 @@ class Teacher:
             raise ValueError("teacher 'student' has no released weights; give a checkpoint's folder as its weights")
         with registry.student_folder(weights) as folder:
             options = {"device": device, "dtype": dtype, "batch_s": batch_s, "hop_s": hop_s}
-            self._scorer = trained.scorer(folder, encoder, **options)
-        self.name, self.weights_hash = self._scorer.name, self._scorer.weights_hash
+            self.scorer = trained.scorer(folder, encoder, **options)
+        self.name, self.weights_hash = self.scorer.name, self.scorer.weights_hash
 
     def label(
         self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
     ) -> list[Label | Unscorable]:
-        return self._scorer.label(waves)
+        return self.scorer.label(waves)
 
     def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
-        return self._scorer.timeline(wave)
+        return self.scorer.timeline(wave)
