@@ -182,7 +182,8 @@ def test_a_head_loads_there_too_and_its_encoder_may_have_moved(tmp_path: Path) -
     expected = ours(f"{tmp_path}/head", wav(voice(3.0, RATE)), tmp_path)
     save_model(f"{tmp_path}/head", f"{tmp_path}/model")
     moved = (tmp_path / "encoder").rename(tmp_path / "moved")
-    assert elsewhere(tmp_path / "model", tmp_path / "clip.wav", str(moved)) == (expected, "None", "False")
+    score, *rest = elsewhere(tmp_path / "model", tmp_path / "clip.wav", str(moved))
+    assert (score, *rest) == (pytest.approx(expected, abs=1e-5), "None", "False")
 
 
 def ask(url: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
