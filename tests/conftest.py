@@ -1,6 +1,7 @@
 """One local Ray for the whole session, and the real audio beside the checkout where there is some."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: threads
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_package_first() -> Iterator[None]:
+    """MLflow puts the code stored with a model before everything else that can be imported, here and in children."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -58,10 +58,10 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*store.get_host_and_port()))
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mlflow.server_port}")
-        boto3.client("s3").create_bucket(Bucket="bucket")
+        boto3.client("s3").create_bucket(Bucket="doctors")
         needed = [f"--require={name}" for name in ("weights_free", "distillmos", "flac", "clips", "out")]
-        run = Run(*needed, "--out", "s3://bucket/labels", "--clips", f"{folder}/clips.parquet", "--json")
-        assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="bucket")  # nothing stays behind
+        run = Run(*needed, "--out", "s3://doctors/labels", "--clips", f"{folder}/clips.parquet", "--json")
+        assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="doctors")  # nothing stays behind
     mlflow.shutdown()
     store.stop()
     return run
@@ -103,7 +103,7 @@ def test_places_and_servers_that_work(healthy: Run) -> None:
     results = healthy.results()
     for name in ("storage:s3", "storage:out", "clips", "tracking"):
         assert results[name].state == "ok", results[name]
-    assert results["storage:out"].detail == "s3://bucket/labels: written, read, listed, deleted"
+    assert results["storage:out"].detail == "s3://doctors/labels: written, read, listed, deleted"
     assert results["clips"].detail.startswith("6 speech, 1 noise, 1 rir; ")
     assert "AWS_SECRET_ACCESS_KEY" in results["storage:s3"].detail
 
@@ -196,9 +196,9 @@ def test_tracking_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert "mlflow.db in each run's folder" in tracking()
     with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
-        tracking("s3://bucket/labels")
+        tracking("s3://doctors/labels")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert "can be written" in tracking("s3://bucket/labels")
+    assert "can be written" in tracking("s3://doctors/labels")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/missing/mlflow.db")
     with pytest.raises(Exception, match="unable to open database"):
