@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +16,16 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import audio, cli, speech_encoder, student_files, teachers
+from speechdistill import audio, cli, labeled, speech_encoder, student_files, table, teachers
+from speechdistill.batches import Mix
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import LabelTransform, Scale
-from speechdistill.recipes.pruned import normalised
+from speechdistill.pruning import Pruning
+from speechdistill.recipes.pruned import Pruned, normalised
 from speechdistill.students.conv_transformer import QualityHead
+from test_batches import label_run
 
+ROOT = Path(__file__).parents[1]
 RATE = audio.SAMPLE_RATE
 
 
@@ -59,9 +68,9 @@ def test_from_a_teacher_to_smaller_ones(
     command += ["--until", "0.5", "--share", "0.25", "--every", "2", "--keep", "0.75", "--crop-s", "0.5"]
     command += ["--batch-size", "4", "--cpus-per-worker", "0.5", "--register", "pruned"]
     assert cli.main(command) == 0
-    table = capsys.readouterr().out
+    printed = capsys.readouterr().out
     names = ["remaining-100", "remaining-75", "remaining-50"]
-    assert [line.split()[0] for line in table.splitlines() if line.startswith("remaining-")] == names
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("remaining-")] == names
     files = [student_files.read(f"{out}/pruned/{name}") for name in names]
     nonzero = [sum(int((value != 0).sum()) for value in of.weights.values()) for of in files]
     assert nonzero[0] > nonzero[1] > nonzero[2]
@@ -81,6 +90,52 @@ def test_from_a_teacher_to_smaller_ones(
     capsys.readouterr()
     assert cli.main([*command, "--share", "0.1"]) == 1
     assert "share: 0.25 -> 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(teacher: str, scores: str, tmp_path: Path) -> None:
+    def command(out: Path) -> list[str]:
+        sizes = ["--until", "0.4", "--share", "0.1", "--every", "4", "--keep", "0.7", "--crop-s", "0.5"]
+        how = ["--batch-size", "4", "--cpus-per-worker", "0.5", "--checkpoint-every-s", "0.5"]
+        places = ["--model", teacher, "--labeled", scores, "--out", str(out)]
+        return [sys.executable, str(ROOT / "jobs" / "prune.py"), *places, *sizes, *how]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True)
+    run = subprocess.Popen(command(killed), start_new_session=True)
+    reached = killed / "pruned" / "remaining-70" / "figures.json"
+    pause = threading.Event()
+    while not reached.exists():
+        assert run.poll() is None
+        pause.wait(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (killed / "pruned" / "remaining-40").exists()
+    subprocess.run(command(killed), check=True)
+    for name in ("remaining-70", "remaining-40"):
+        ours, theirs = (student_files.read(f"{out}/pruned/{name}").weights for out in (killed, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
+
+
+def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
+    teacher: str, scores: str, tmp_path: Path
+) -> None:
+    table.publish(table.parquet_bytes(labeled.manifest(scores)), f"{tmp_path}/clips.parquet")
+    mix = Mix((label_run(tmp_path / "labels", 24 * 20),), 50, batch_size=8, crop_s=0.1)
+    recipe = Pruned(teacher, None, mix, f"{tmp_path}/clips.parquet", Pruning()).make()
+    batch = next(recipe.batches.stream(0, 1, 0, 1))
+    assert set(batch.datasets[:4]) == {0, 1} and set(batch.datasets[4:]) == {-1}
+    network = recipe.network().eval()
+    inputs, targets, datasets = map(torch.from_numpy, (batch.inputs, batch.targets.astype(np.float32), batch.datasets))
+    with torch.no_grad():
+        found = recipe.losses(network, inputs, targets, datasets)
+        logits = network(*normalised(inputs))
+    scales = {0: Scale(0.8, -0.3)}  # "b" is a listening test that the teacher has not heard
+    for loss, logit, target, dataset in zip(found, logits, targets, batch.datasets, strict=True):
+        scale = scales.get(int(dataset), Scale(1.2, 0.1))
+        expected = (1 + 4 * torch.sigmoid(scale.a * logit + scale.b) - target) ** 2
+        assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_crops_are_prepared_as_the_encoder_wants_them() -> None:
