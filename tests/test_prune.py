@@ -16,10 +16,11 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import audio, cli, labeled, speech_encoder, student_files, table, teachers
+from speechdistill import audio, cli, labeled, prune, speech_encoder, student_files, table, teachers
 from speechdistill.batches import Mix
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import LabelTransform, Scale
+from speechdistill.prune import Prune
 from speechdistill.pruning import Pruning
 from speechdistill.recipes.pruned import Pruned, normalised
 from speechdistill.students.conv_transformer import QualityHead
@@ -90,6 +91,15 @@ def test_from_a_teacher_to_smaller_ones(
     capsys.readouterr()
     assert cli.main([*command, "--share", "0.1"]) == 1
     assert "share: 0.25 -> 0.1" in capsys.readouterr().err
+
+
+def test_shares_that_are_reached_at_once_are_one_checkpoint(teacher: str, scores: str, tmp_path: Path) -> None:
+    config = Prune(teacher, scores, str(tmp_path), share=0.03)  # 0.3 and 0.29 remain after 24 times
+    recipe, identity = prune._recipe(config)
+    milestones = prune._job(config, recipe, identity, (1, 1), 0.0).training.milestones
+    assert len({step for step, _ in milestones}) == len(milestones)
+    assert [name for _, name in milestones][-2:] == ["remaining-40", "remaining-29"]
+    assert milestones[-1][0] == recipe.pruning.updates == 25 * 30
 
 
 @pytest.mark.slow
@@ -164,6 +174,7 @@ def test_what_cannot_be_pruned_is_told_before_the_work(
         (["--model", str(tmp_path)], "holds no student"),
         (["--until", "1.5"], "share and until are between 0 and 1"),
         (["--labeled-percent", "0"], "no label shards"),
+        (["--shards", label_run(tmp_path / "labels", 8)], "give --labeled-percent below 100"),
     ):
         command = ["prune", "--model", teacher, "--labeled", scores, "--out", f"{tmp_path}/out", *options]
         assert cli.main(command) == 1

@@ -27,8 +27,8 @@ _SEGMENT_S, _TIMINGS = 7.68, 5
 class Prune:
     """Prune a trained teacher's encoder step by step, fine-tuning it between (Distill-MOS, section IV-C).
 
-    OUT/pruned/remaining-50 is what it has become with half of its weights left; each such folder is a teacher of the
-    other commands. The same command goes on where it stopped; another configuration needs another --out. The defaults
+    OUT/pruned/remaining-50 is what it has become with half of its weights left (structured: of its heads, and of its
+    neurons); each such folder is a teacher of the other commands. The same command goes on where it stopped; another configuration needs another --out. The defaults
     are the paper's. Ends with a table: what remains, size, cost and validation of each checkpoint.
     """
 
@@ -75,7 +75,8 @@ class Prune:
     crop_s: float = 7.68
     """Seconds of each sample that are trained on."""
     checkpoint_every_s: float = 1800.0
-    """Seconds between checkpoints, each of which has the optimiser's state, too: four times the model."""
+    """Seconds between checkpoints, each of which has the optimiser's state, too: five times the model, on the node's
+    temporary disk first."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision."""
     seed: int = 0
@@ -126,6 +127,10 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     from speechdistill.recipes.pruned import Pruned
 
     labels = [LabelRun(place) for place in config.shards]
+    if labels and config.labeled_percent == 100:
+        raise ValueError(
+            "--shards are not used with 100% labeled clips in each batch; give --labeled-percent below 100"
+        )
     places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
     mix = Mix(places, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
     pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
@@ -139,7 +144,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     sources = {
         "teacher": files.weights_hash,
         "labeled": fingerprint,
-        "shards": [run.fingerprint for run in labels],
+        "shards": [{"fingerprint": run.fingerprint, "weight": run.weight} for run in labels],
     }
     recipe = Pruned(teacher, config.encoder, mix, clips, pruning, {**sources, "git_commit": launch.git_commit()})
     identity = {"job": "prune", "mix": {**asdict(mix), "shards": None}, "pruning": asdict(pruning), **sources}
@@ -152,14 +157,15 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 
     steps = recipe.pruning.updates
     kept = sorted({share for share in config.keep if share > config.until} | {config.until}, reverse=True)
-    updates = [(replace(recipe.pruning, until=share).updates, share) for share in kept]
+    # Shares that are near each other may be reached at once: then the smaller one names it.
+    updates = {replace(recipe.pruning, until=share).updates: share for share in kept}
     training = Training(
         steps,
         config.learning_rate,
         validate_every=steps,
         checkpoint_every_s=config.checkpoint_every_s,
         dtype=config.dtype,
-        milestones=((0, "remaining-100"), *((step, f"remaining-{100 * share:g}") for step, share in updates)),
+        milestones=((0, "remaining-100"), *((step, f"remaining-{100 * share:g}") for step, share in updates.items())),
     )
     identity = {**identity, "training": {**asdict(training), "checkpoint_every_s": None, "compile": None}}
     return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)

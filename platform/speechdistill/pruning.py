@@ -249,7 +249,9 @@ def _weights(encoder: nn.Module, criterion: str) -> list[list[_Units]]:
 
 
 def _blocks(encoder: Any) -> list[list[_Units]]:
-    """All heads, and all neurons, of transformers' encoder."""
+    """All heads, and all neurons, of transformers' encoder; `ValueError` for a kind whose heads share more."""
+    if (kind := encoder.config.model_type) == "wavlm":
+        raise ValueError(f"heads of a {kind} encoder share a position bias: prune it by importance or magnitude")
     heads, neurons = [], []
     for number, block in enumerate(encoder.encoder.layers):
         attention, feed = block.attention, block.feed_forward

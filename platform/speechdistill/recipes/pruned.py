@@ -47,22 +47,25 @@ class Recipe:
     def __init__(self, config: Pruned) -> None:
         self._config = config
         rows = labeled.split(table.read(config.labeled, "clip.v1"))
-        if not all(map(len, rows)):
+        if not len(rows[1]) or (config.mix.labeled_lanes and not len(rows[0])):
             raise table.TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
         self._transform = transform(config.teacher)
-        train = Labeled(rows[0], LabelTransform())
+        train = Labeled(rows[0], LabelTransform()) if config.mix.labeled_lanes else None
         self._validation = list(Labeled(rows[1], self._transform).clips())
-        self.batches = Batches(config.mix, train if config.mix.labeled_lanes else None)
+        self.batches = Batches(config.mix, train)
         universal = self._transform.universal
         of = [self._transform.datasets.get(name, universal) for name in self.batches.datasets]
         # The universal one last, where the number -1 of a teacher's label finds it.
         self._scales = torch.tensor([(scale.a, scale.b) for scale in (*of, universal)])
         self._pruner: Pruner | None = None
+        self._normalises = True
 
     def network(self) -> nn.Module:
         config = self._config
         files = student_files.read(config.teacher)
-        return encoder_scorer.network(files, config.teacher, config.encoder).train().requires_grad_(True)
+        network = encoder_scorer.network(files, config.teacher, config.encoder)
+        self._normalises = network.encoder.normalises
+        return network.train().requires_grad_(True)
 
     def pruner(self, network: nn.Module) -> Pruner:
         assert isinstance(network, Network)
@@ -71,7 +74,7 @@ class Recipe:
 
     def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
         scales = self._scales.to(targets)[datasets]
-        logits = network(*normalised(inputs))
+        logits = network(*normalised(inputs, self._normalises))
         return (1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1]) - targets).square()
 
     def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
@@ -112,8 +115,11 @@ def transform(teacher: str) -> LabelTransform:
     return LabelTransform(datasets, Scale(**found["universal"]))
 
 
-def normalised(waves: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Crops (batch, num_samples), zeros behind shorter ones, as an encoder's arguments: zero mean and unit variance."""
+def normalised(waves: Tensor, normalises: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Crops (batch, num_samples) as an encoder's arguments: with zero mean and unit variance if it `normalises`.
+
+    Zeros at a crop's end are taken for padding, digital silence too.
+    """
     places = torch.arange(1, waves.shape[1] + 1, device=waves.device)
     lengths = (places * (waves != 0)).amax(dim=1).clamp(min=min(800, waves.shape[1]))  # what is behind is padding
     there = places <= lengths[:, None]
@@ -121,7 +127,7 @@ def normalised(waves: Tensor) -> tuple[Tensor, Tensor | None]:
     centred = (waves - mean[:, None]) * there
     variance = centred.square().sum(dim=1) / lengths
     padded = None if bool((lengths == waves.shape[1]).all()) else lengths
-    return centred / (variance + 1e-7).sqrt()[:, None], padded
+    return centred / (variance + 1e-7).sqrt()[:, None] if normalises else waves, padded
 
 
 def _samples(clip: Clip) -> int:
