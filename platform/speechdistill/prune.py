@@ -28,8 +28,9 @@ class Prune:
     """Prune a trained teacher's encoder step by step, fine-tuning it between (Distill-MOS, section IV-C).
 
     OUT/pruned/remaining-50 is what it has become with half of its weights left (structured: of its heads, and of its
-    neurons); each such folder is a teacher of the other commands. The same command goes on where it stopped; another configuration needs another --out. The defaults
-    are the paper's. Ends with a table: what remains, size, cost and validation of each checkpoint.
+    neurons); each such folder is a teacher of the other commands. The same command goes on where it stopped; another
+    configuration needs another --out. The defaults are the paper's. Ends with a table: what remains, size, cost and
+    validation of each checkpoint.
     """
 
     model: str
@@ -105,7 +106,10 @@ def run(config: Prune) -> list[dict[str, Any]]:
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "prune", NAME, about)
     tracking = Tracking(job.out, "prune", config.criterion, about, parent)
-    parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
+    made = recipe.make()
+    network = made.network()
+    made.pruner(network)  # what cannot be pruned is told before the work
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
     if trained["state"] != "done":
         raise RunError(f"{trained['error']}; what was reached is in {job.out}")
@@ -128,9 +132,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
 
     labels = [LabelRun(place) for place in config.shards]
     if labels and config.labeled_percent == 100:
-        raise ValueError(
-            "--shards are not used with 100% labeled clips in each batch; give --labeled-percent below 100"
-        )
+        raise ValueError("--shards are not used where 100% of a batch are labeled; give --labeled-percent below 100")
     places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
     mix = Mix(places, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
     pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
@@ -141,7 +143,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
             raise RunError(f"{config.model} is a student; a teacher's encoder can be pruned (see train-teacher)")
         teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
         student_files.copy(folder, teacher)
-    sources = {
+    sources: dict[str, Any] = {
         "teacher": files.weights_hash,
         "labeled": fingerprint,
         "shards": [{"fingerprint": run.fingerprint, "weight": run.weight} for run in labels],
