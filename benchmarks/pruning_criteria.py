@@ -6,9 +6,7 @@ It is validated on 300 samples of speakers that it has not heard, and nothing is
 magnitude removes kernels of the convolutions, and the same share of each matrix.
 """
 
-import tempfile
-import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ import tyro
 from distillation import SAMPLES, SHARED, label_run, samples
 from torch import nn
 
-from speechdistill import audio
+from speechdistill import audio, student_files, table
 from speechdistill.batches import LabelRun, Mix
 from speechdistill.loop import Loop, Training
 from speechdistill.pruning import Pruner, Pruning
@@ -26,12 +24,12 @@ from speechdistill.scorer import Scorer
 from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.teachers import Label
 
-CRITERIA = ("importance", "magnitude", "random")
+COLUMNS = ("before", "none", "importance", "magnitude", "random")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Half an hour on one core, where the labels are there already."""
+    """Half an hour on one core, where the labels are there already. The same command goes on."""
 
     out: str = "distillation-out"
     """The folder of distillation.py, whose labels are used, and made where there are none."""
@@ -89,12 +87,11 @@ def main(options: Options) -> None:
     _, _, test_run = (_run(split, options.data, out) for split in SAMPLES)
     test = Test(test_run)
     print(f"{len(test.scores)} test samples, whose scores have the variance {test.scores.var():.3f}")
-    columns = ("before", "none", *CRITERIA)
     results = [_seed(seed, options, test) for seed in range(options.seeds)]
-    print(f"\n{options}\n\n| seed | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    print(f"\n{options}\n\n| seed | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for seed, figures in enumerate(results):
-        print(f"| {seed} | {' | '.join(f'{figures[name]:.4f}' for name in columns)} |")
-    means = [f"{np.mean([figures[name] for figures in results]):.4f}" for name in columns]
+        print(f"| {seed} | {' | '.join(f'{figures[name]:.4f}' for name in COLUMNS)} |")
+    means = [f"{np.mean([figures[name] for figures in results]):.4f}" for name in COLUMNS]
     print(f"| mean | {' | '.join(means)} |")
 
 
@@ -105,20 +102,27 @@ def _run(split: str, data: str, out: Path) -> LabelRun:
 
 def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     """The MSE of a student before pruning, and after equal fine-tuning without and with each criterion."""
+    which = table.fingerprint(asdict(replace(options, out="", data="", seeds=0)))[:8]
+    folder = f"{options.out}/pruning-{which}-{seed}"
     student = ConvTransformerConfig(options.width, stride_convs=4, dim=options.width, heads=4, layers=2)
     mix = Mix((f"{options.out}/train",), 0, crop_s=options.crop_s, seed=seed)
     pruning = Pruning(share=options.share, every=options.every, until=options.remaining, seed=seed)
-    with tempfile.TemporaryDirectory() as folder:
+    if not Path(folder, "student.json").is_file():
         recipe = Distill(student, mix).make()
-        trained = _train(recipe, options.steps, options.learning_rate)
-        recipe.save(trained, folder)
-        figures = {"before": test.mse(trained)}
-        config = Distill(student, replace(mix, seed=seed + 1_000), init=folder)
-        for name in ("none", *CRITERIA):
+        recipe.save(_train(recipe, options.steps, options.learning_rate), folder)
+    config = Distill(student, replace(mix, seed=seed + 1_000), init=folder)
+    figures: dict[str, float] = dict(table.read_json(f"{folder}/mse.json") or {})
+    for name in COLUMNS:
+        if name in figures:
+            continue
+        if name == "before":
+            network = student_files.load(folder).network
+        else:
             recipe = config.make() if name == "none" else Pruned(config, replace(pruning, criterion=name))
-            start = time.monotonic()
-            figures[name] = test.mse(_train(recipe, pruning.updates, options.learning_rate / 5))
-            print(f"seed {seed}, {name}: MSE {figures[name]:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+            network = _train(recipe, pruning.updates, options.learning_rate / 5)
+        figures[name] = test.mse(network)
+        table.publish_json(figures, f"{folder}/mse.json")
+        print(f"seed {seed}, {name}: MSE {figures[name]:.4f}", flush=True)
     return figures
 
 
