@@ -303,7 +303,7 @@ def test_the_command_names_a_model_that_is_not_there(tmp_path: Path, capsys: pyt
     soundfile.write(tmp_path / "a.wav", voice(1.0), audio.SAMPLE_RATE)
     for model, reason in (
         ("models:/nobody@champion", "models:/nobody@champion: no version has this alias"),
-        (f"{tmp_path}/nothing", f"{tmp_path}/nothing holds no student"),
+        (f"{tmp_path}/nothing", f"{tmp_path}/nothing holds no checkpoint"),
         ("dnsmos9", "teacher 'dnsmos9' is unknown; choose from ['distillmos', 'dnsmos_p808', 'dnsmos_p835', "),
     ):
         assert cli.main(["score", str(tmp_path / "a.wav"), "--model", model]) == 1

@@ -27,7 +27,7 @@ def test_a_student_comes_back_as_it_was(folder: str) -> None:
 
 
 def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
-    with pytest.raises(table.TableError, match=f"{tmp_path} holds no student"):
+    with pytest.raises(table.TableError, match=f"{tmp_path} holds no checkpoint"):
         student_files.load(str(tmp_path))
 
 
@@ -40,5 +40,5 @@ def test_a_damaged_student_is_named_with_the_reason(folder: str, damage: str) ->
         about = table.read_json(f"{folder}/student.json")
         about["config"]["dim"] = 16
         table.publish_json(about, f"{folder}/student.json")
-    with pytest.raises(table.TableError, match=f"{folder} holds no student of this version"):
+    with pytest.raises(table.TableError, match=f"{folder} holds no checkpoint of this version"):
         student_files.load(folder)

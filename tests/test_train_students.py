@@ -88,7 +88,7 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
         (["--shards", "nowhere"], "nowhere: not a complete label run"),
         (["--label-transform", "none.json"], r"none\.json: no such file"),
         (["--shards", "small"], "nothing is left to validate on"),
-        (["--init", "nowhere"], "nowhere holds no student"),
+        (["--init", "nowhere"], "nowhere holds no checkpoint"),
         (["--labeled", "none.csv"], r"none\.csv"),
     ],
 )

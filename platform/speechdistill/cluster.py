@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from speechdistill import table
 from speechdistill.shards import RunError
 
 T = TypeVar("T")
@@ -58,16 +59,29 @@ def be_patient() -> None:
 
 def _set_up_worker() -> None:
     """Ray Train's cleaner of placement groups asks the dashboard of any Ray on this machine, and says each second that
-    there is none; another Ray's does not answer, which makes each run's end wait for its timeout.
+    there is none; another Ray's does not answer, which makes each run's end wait for its timeout. Its reports' logger,
+    which is named after a file and heeds no setting, repeats what MLflow and the progress line have.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     for name in ("execution.controller.placement_group_cleaner", "callbacks.placement_group_callback"):
         logging.getLogger(f"ray.train.v2._internal.{name}").setLevel(logging.CRITICAL)
+    reports = Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execution" / "context.py"
+    logging.getLogger(str(reports)).setLevel(logging.WARNING)
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
     """Where a task or actor runs that belongs to this process."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def cause(error: Exception) -> Exception:
+    """What a task raised: our errors as they stand, which say all that a user needs; others with Ray's traceback."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return error
+    raised: Exception = error.cause
+    if isinstance(raised, RunError | table.TableError | table.StorageError):
+        return raised
+    return error.as_instanceof_cause()
 
 
 def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
@@ -148,7 +162,5 @@ def _live_nodes() -> list[dict[str, Any]]:
 def _answer(reference: Any) -> Any:
     try:
         return ray.get(reference, timeout=0)
-    except ray.exceptions.RayTaskError as error:
-        return error.as_instanceof_cause()
     except Exception as error:
-        return error
+        return cause(error)

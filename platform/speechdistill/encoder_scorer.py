@@ -153,7 +153,7 @@ def network(files: student_files.Files, folder: str, encoder: str | None = None)
     found, digest = speech_encoder.load(place, about.layer)
     if digest != about.encoder_sha256:
         raise ValueError(
-            f"{place}: not the encoder that the head in {folder} was trained on; give its place (--weights)"
+            f"{place}: not the encoder that the head in {folder} was trained on; give the place of that one"
         )
     return Network(found, head)
 

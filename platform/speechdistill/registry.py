@@ -64,7 +64,7 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
 
     `uri` is the MLflow (default: MLFLOW_TRACKING_URI). The checkpoint's provenance becomes metadata and tags of the
     model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
-    the folder holds no student and `RegistryError` where MLflow does not know the run or does not answer.
+    the folder holds no checkpoint and `RegistryError` where MLflow does not know the run or does not answer.
     """
     student = student_files.read(folder)
     registry = Registry(uri)

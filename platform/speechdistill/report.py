@@ -48,13 +48,15 @@ def students(rows: list[dict[str, Any]]) -> str:
 def pruned(rows: list[dict[str, Any]]) -> str:
     on_gpu = "cuda_s" in rows[0]
     gpu = "  GPU time" if on_gpu else ""
-    lines = [f"checkpoint       remaining      nonzero   parameters       MB  CPU time{gpu}   MSE     PCC"]
+    version = "     version" if "version" in rows[0] else ""
+    lines = [f"checkpoint       remaining      nonzero   parameters       MB  CPU time{gpu}   MSE     PCC{version}"]
     for row in rows:
         times = "  ".join(f"{row[key]:8.2f}" for key in ("cpu_s", "cuda_s") if key in row)
         pcc = f"{row['pcc']:.4f}" if row["pcc"] is not None else "–"
         lines.append(
             f"{row['name']:<16} {row['remaining']:>9.3f} {row['nonzero']:>12,} {row['parameters']:>12,} "
-            f"{row['size_mb']:>8.1f}  {times}   {row['mse']:.4f}  {pcc}"
+            f"{row['size_mb']:>8.1f}  {times}   {row['mse']:.4f}  {pcc:<6}"
+            + (f"  {row['version']:>8}" if "version" in row else "")
         )
     folder = rows[-1]["folder"].rpartition("/")[0]
     return "\n".join([*lines, "times are those of the unpruned teacher's for the same audio", f"they are in {folder}"])

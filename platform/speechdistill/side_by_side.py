@@ -48,7 +48,10 @@ def train(runs: list[Run], at_once: int) -> None:
             for one in going.values():
                 _listen(one)
             for reference in ended:
-                _end(going.pop(reference), reference)
+                one = going.pop(reference)
+                _end(one, reference)
+                if one.error and len(runs) > 1:  # the others may take days
+                    tqdm.write(f"{one.name} failed: {one.error}")
             bars.show()
 
 
@@ -65,9 +68,8 @@ def _end(run: Run, reference: Any) -> None:
     try:
         run.summary, run.state = ray.get(reference), "done"
     except Exception as error:
-        cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
+        cause = cluster.cause(error)
         run.error, run.state = str(cause) or repr(cause), "failed"
-        tqdm.write(f"{run.name} failed: {run.error}")
     if run.state == "done":
         best = {f"best_val_{key}": value for key, value in run.summary["best"].items() if key != "step"}
         run.tracking.metrics(best, run.summary["steps"])
@@ -95,9 +97,8 @@ class _Bars:
                 continue
             workers = f"{run.told.workers} workers" if run.told.workers else "waiting for resources"
             bar.n = max(bar.n, run.told.step)
-            bar.set_postfix_str(
-                f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, {workers}", refresh=True
-            )
+            figures = f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, " if run.told.step else ""
+            bar.set_postfix_str(figures + workers, refresh=True)
             if run.state in ("done", "failed"):
                 bar.close()
                 del self._bars[run.name]

@@ -71,7 +71,7 @@ def read(folder: str) -> Files:
     """What `write` wrote; raises `TableError` naming the file that is missing or damaged."""
     about = table.read_json(f"{folder}/{ABOUT}")
     if about is None:
-        raise table.TableError(f"{folder} holds no student ({ABOUT} is missing); give the folder of a checkpoint")
+        raise table.TableError(f"{folder} holds no checkpoint ({ABOUT} is missing); give the folder of a checkpoint")
     with fitting(folder):
         data = _read(f"{folder}/{WEIGHTS}")
         digest = hashlib.sha256(data).hexdigest()
@@ -98,7 +98,7 @@ def fitting(folder: str) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise table.TableError(
-            f"{folder} holds no student of this version ({type(error).__name__}: {reason})"
+            f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})"
         ) from error
 
 
