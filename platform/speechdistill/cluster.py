@@ -78,10 +78,9 @@ def cause(error: Exception) -> Exception:
     """What a task raised: our errors as they stand, which say all that a user needs; others with Ray's traceback."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return error
-    raised: Exception = error.cause
-    if isinstance(raised, RunError | table.TableError | table.StorageError):
-        return raised
-    return error.as_instanceof_cause()
+    ours = isinstance(error.cause, RunError | table.TableError | table.StorageError)
+    raised: Exception = error.cause if ours else error.as_instanceof_cause()
+    return raised
 
 
 def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
