@@ -80,6 +80,8 @@ def test_from_a_teacher_to_smaller_ones(
     remaining = [json.loads(Path(f"{out}/pruned/{name}/figures.json").read_text())["remaining"] for name in names]
     assert remaining == pytest.approx([1, 0.75, 0.5], abs=0.01)
 
+    with pytest.raises(ValueError, match="remaining-50 holds its own encoder; elsewhere would not be used"):
+        teachers.load(f"{out}/pruned/remaining-50", "elsewhere", device="cpu")
     wave = voice(2.0, seed=99)
     before, after = (teachers.load(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}"))
     assert before == pytest.approx(after, abs=1e-5)

@@ -140,8 +140,10 @@ def network(files: student_files.Files, folder: str, encoder: str | None = None)
     """The encoder and head of a checkpoint; `encoder` is where that of a head alone is now.
 
     Raises `TableError` for files of another network, `FileNotFoundError` where the encoder is not, and `ValueError`
-    where there is another one.
+    where there is another one, or none is wanted.
     """
+    if encoder and files.architecture == ENCODER_AND_HEAD:
+        raise ValueError(f"{folder} holds its own encoder; {encoder} would not be used, leave it out")
     with student_files.fitting(folder):
         config = {**files.config, "scale": Scale(**files.config["scale"])}
         if files.architecture == ENCODER_AND_HEAD:
