@@ -273,6 +273,7 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
     assert [type(result) for result in work(rows)] == [audio.AudioError] * 3
 
 
+@pytest.mark.slow  # waits for all tries of each request
 def test_an_outage_ends_the_run_which_then_goes_on(store: Store, recordings: str, tmp_path: Path) -> None:
     out = f"{recordings}/labels"
     command = ["pseudolabel", "--clips", f"{recordings}/clips.parquet", "--out", out, "--rows-per-part", "2"]
