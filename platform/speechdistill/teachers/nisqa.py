@@ -34,7 +34,7 @@ class Teacher(Released):
     name = "nisqa"
     model = "NISQA"
     url = "https://github.com/gabrielmittag/NISQA/raw/master/weights/nisqa.tar"
-    terms = "1.1 MB, CC BY-NC-SA 4.0: not for commercial use"
+    terms = "1 MB, CC BY-NC-SA 4.0: not for commercial use"
     whole_s = 52.0  # 1300 segments 40 ms apart
 
     def _place(self) -> str:
