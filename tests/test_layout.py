@@ -43,6 +43,7 @@ TIERS = (
         "encoder_scorer",
         "trained",
         "dnsmos",
+        "released",
         "mlflow_model",
         "plan",
         "score",
@@ -70,6 +71,7 @@ WITHIN_TIER = {
     ("scorer", "teachers"),  # the family's contract
     ("teachers", "scorer"),  # what members share
     ("teachers", "dnsmos"),
+    ("teachers", "released"),
     ("teachers", "encoder_scorer"),
     ("teachers", "trained"),
     ("trained", "scorer"),
@@ -78,6 +80,8 @@ WITHIN_TIER = {
     ("encoder_scorer", "scorer"),
     ("dnsmos", "scorer"),
     ("dnsmos", "teachers"),  # the family's contract
+    ("released", "scorer"),
+    ("released", "teachers"),  # the family's contract
     ("mlflow_model", "teachers"),
 }
 ONLY_IN = {
@@ -98,8 +102,11 @@ HEAVY = {
 NEURAL = {  # are nothing without torch
     "students.conv_transformer",
     "teachers.distillmos",
+    "teachers.nisqa",
     "teachers.squim",
+    "teachers.utmos",
     "teachers.xlsr",
+    "released",
     "speech_encoder",
     "encoder_scorer",
     "trained",

@@ -38,6 +38,7 @@ def test_paper_table_means() -> None:
 def test_our_names_lead_to_the_papers() -> None:
     assert paper.rows()["squim_pesq"].pcc["dns3_fb"] is None
     assert paper.row_of("distillmos") == "distillmos_v7" and paper.row_of("dnsmos_p808") == "dnsmos_p808"
+    assert paper.row_of("nisqa") == "nisqa" and paper.row_of("utmos") == "utmos"
     assert paper.dataset_of("voicemos2022_en") == "voicemos_en" and paper.dataset_of("tub") == "tub"
     assert paper.row_of("v0") is None and paper.dataset_of("mine") is None
 

@@ -37,8 +37,8 @@ class Score:
     timeline: bool = False
     """A score for every second of audio instead of one per file."""
     model: str = "distillmos"
-    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, or one that was trained here: its
-    checkpoint's folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student;
+    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or one that was
+    trained here: its checkpoint's folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student;
     ensemble:NAME=0.7,NAME=0.3 is their weighted mean."""
     weights: str | None = None
     """The model's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or

@@ -27,12 +27,12 @@ class Compare:
     out: str
     """Folder of the comparison, a local path or URL."""
     models: str = "distillmos"
-    """Names separated by commas: distillmos, xlsr, dnsmos_p808, dnsmos_p835, or students: folders of checkpoints,
-    models:/NAME@champion and the like. NAME=ADDRESS gives one another name. The first is the one whose worst clips are
-    shown."""
+    """Names separated by commas: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or students: folders
+    of checkpoints, models:/NAME@champion and the like. NAME=ADDRESS gives one another name. The first is the one whose
+    worst clips are shown."""
     weights: dict[str, str] = field(default_factory=dict)
-    """Weights of a model that are not the released ones, NAME and a file, of xlsr the encoder's folder or
-    hf://OWNER/NAME. May be repeated."""
+    """Weights of a model that are not where its usual tools keep them, NAME and a file or URL, of xlsr the encoder's
+    folder or hf://OWNER/NAME. May be repeated."""
     head: str | None = None
     """Of model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     paper: bool = False

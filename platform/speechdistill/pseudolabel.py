@@ -55,8 +55,8 @@ class Pseudolabel:
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
     teacher: str = "distillmos"
-    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, one that was trained here (the folder of
-    its checkpoint or models:/NAME@champion), pesq_oracle, which compares with the clean segment, or
+    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, one that was trained here
+    (the folder of its checkpoint or models:/NAME@champion), pesq_oracle, which compares with the clean segment, or
     ensemble:NAME=0.7,NAME=0.3, their weighted mean."""
     weights: str | None = None
     """The teacher's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
