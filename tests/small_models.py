@@ -35,9 +35,10 @@ def speech_encoder(folder: Path, kind: str, large: bool, seed: int = 0) -> str:
     kinds = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     norms = {"do_stable_layer_norm": large, "feat_extract_norm": "layer" if large else "group", "conv_bias": large}
+    convolutions = {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 16}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{kinds[kind]}Config")(**small, **norms, conv_dim=[8] * 7)
+        config = getattr(transformers, f"{kinds[kind]}Config")(**small, **norms, **convolutions)
         getattr(transformers, f"{kinds[kind]}Model")(config).save_pretrained(folder)
     return str(folder)
 

@@ -38,7 +38,8 @@ BATCH, SAMPLES = 2, 1600
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("xlsr")
-    return small_xlsr(folder / "encoder"), xlsr_head(folder / "head.pt")
+    # A convolution of positions no wider than the four frames of a batch: all of it is heard.
+    return small_xlsr(folder / "encoder", num_conv_pos_embeddings=4), xlsr_head(folder / "head.pt")
 
 
 def network(files: Files) -> Network:
@@ -336,7 +337,7 @@ def test_the_slim_model_is_a_teacher_that_scores_as_the_masked_one(halved: tuple
     for teacher.network in (slim, masked, whole):
         scores.append([label.score for label in teacher.label(waves) if isinstance(label, Label)])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert scores[1] != pytest.approx(scores[2], abs=1e-3)
+    assert scores[1] != pytest.approx(scores[2], abs=1e-4)
     sizes = [sum(weight.numel() for weight in matrices(n.encoder.model.encoder.layers)) for n in (slim, masked)]
     assert sizes[0] == 0.5 * sizes[1]
     bytes_saved = 4 * (sizes[1] - sizes[0])

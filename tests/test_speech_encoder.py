@@ -49,6 +49,15 @@ def test_padding_is_not_heard(kind: str, large: bool, tmp_path: Path) -> None:
     assert difference < 1e-4 < float(together[1, : counts[1]].abs().max())
 
 
+@pytest.mark.parametrize(("kind", "large"), KINDS, ids=NAMES)
+def test_all_weights_are_parameters(kind: str, large: bool, tmp_path: Path) -> None:
+    encoder, _ = speech_encoder.load(small(tmp_path, kind, large), 3)
+    weights = {name for name, value in encoder.model.state_dict().items() if value.is_floating_point()}
+    parameters = dict(encoder.model.named_parameters())
+    assert weights == set(parameters)
+    assert not any(parameter.requires_grad for parameter in parameters.values())
+
+
 def test_waves_are_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     folder = small(tmp_path, "wavlm", large=False)
     encoder, digest = speech_encoder.load(folder, 1)

@@ -215,6 +215,7 @@ def _without_weight_norm(model: Any) -> None:
     conv = getattr(model.encoder.pos_conv_embed, "conv", None)
     if conv is not None and nn.utils.parametrize.is_parametrized(conv):
         nn.utils.parametrize.remove_parametrizations(conv, "weight")
+        conv.weight = nn.Parameter(conv.weight.detach())  # of frozen weights it leaves what is not a parameter
 
 
 def located(place: str, only_here: bool = False) -> Path:

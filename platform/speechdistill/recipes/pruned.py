@@ -68,7 +68,13 @@ class Recipe:
         return network.train().requires_grad_(True)
 
     def pruner(self, network: nn.Module) -> Pruner:
+        """Raises `ValueError` for crops so short that some weights get no gradient: they would be the first to go."""
         assert isinstance(network, Network)
+        least_s = least_crop_s(network.encoder.model.config)
+        if self._config.pruning.criterion == "importance" and self._config.mix.crop_s < least_s:
+            raise ValueError(
+                f"crops of {self._config.mix.crop_s:g} s do not reach all weights: give --crop-s {least_s:g}"
+            )
         self._pruner = Pruner(network.encoder.model, self._config.pruning)
         return self._pruner
 
@@ -128,6 +134,14 @@ def normalised(waves: Tensor, normalises: bool = True) -> tuple[Tensor, Tensor |
     variance = centred.square().sum(dim=1) / lengths
     padded = None if bool((lengths == waves.shape[1]).all()) else lengths
     return centred / (variance + 1e-7).sqrt()[:, None] if normalises else waves, padded
+
+
+def least_crop_s(encoder: Any) -> float:
+    """The seconds, rounded up to 10 ms, in which all of the position convolution's kernel meets frames."""
+    samples = encoder.num_conv_pos_embeddings // 2 + 1  # frames
+    for kernel, stride in zip(reversed(encoder.conv_kernel), reversed(encoder.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return float(np.ceil(100 * samples / audio.SAMPLE_RATE) / 100)
 
 
 def _samples(clip: Clip) -> int:

@@ -85,8 +85,6 @@ def network(saved: Mapping[str, Tensor]) -> Network:
     hidden, projection = saved["blstm.weight_hh_l0"].shape[1], saved["projection.0.bias"].shape[0]
     with torch.device("meta"):
         built = Network(_encoder(saved), saved["domain_emb"].shape[1], hidden, projection)
-    positions = built.encoder.model.encoder.pos_conv_embed.conv
-    positions.weight = nn.Parameter(positions.weight)  # a buffer would not be counted
     built.load_state_dict(state, assign=True)
     return built.requires_grad_(False)
 
