@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from functools import wraps
+from typing import Annotated, Any, Literal, ParamSpec
 
 import tyro
 from tqdm import tqdm
@@ -21,6 +22,8 @@ from speechdistill.prune import Prune
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.train_students import TrainStudents
 from speechdistill.train_teacher import TrainTeacher
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -130,75 +133,77 @@ def entry() -> None:
     sys.exit(main())
 
 
-def _guarded(action: Callable[[], int], resume: str) -> int:
-    try:
-        return action()
-    except KeyboardInterrupt:
-        print(f"\nstopped; {resume}", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _guarded(resume: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """An error of a command as one line and exit code 1; `resume` says what Ctrl-C leaves."""
+
+    def guard(command: Callable[P, int]) -> Callable[P, int]:
+        @wraps(command)
+        def guarded(*args: P.args, **options: P.kwargs) -> int:
+            try:
+                return command(*args, **options)
+            except KeyboardInterrupt:
+                print(f"\nstopped; {resume}", file=sys.stderr)
+                return 130
+            except (ValueError, RuntimeError, OSError, ImportError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+
+        return guarded
+
+    return guard
 
 
+@_guarded("nothing was changed")
 def _doctor(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import doctor
+    from speechdistill import doctor
 
-        results = doctor.run(config)
-        print(doctor.as_json(results) if config.json else doctor.report(config, results))
-        return 1 if doctor.unmet(config, results) else 0
-
-    return _guarded(action, "nothing was changed")
+    results = doctor.run(config)
+    print(doctor.as_json(results) if config.json else doctor.report(config, results))
+    return 1 if doctor.unmet(config, results) else 0
 
 
+@_guarded("what is scored is kept, and the same command goes on from there")
 def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import compare, tables
+    from speechdistill import compare, tables
 
-        found = compare.run(config)
-        print(tables.as_text(tables.table_one(found)))
-        for dataset, reasons in found.left_out.items():
-            print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
-        if config.paper:
-            beside = tables.beside_paper(found)
-            none = "none of these models on these datasets is in it"
-            print(f"\nbeside the paper's Table I:\n{tables.as_text(beside) if len(beside) > 1 else none}")
-        print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
-        return 0
-
-    return _guarded(action, "what is scored is kept, and the same command goes on from there")
+    found = compare.run(config)
+    print(tables.as_text(tables.table_one(found)))
+    for dataset, reasons in found.left_out.items():
+        print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
+    if config.paper:
+        beside = tables.beside_paper(found)
+        none = "none of these models on these datasets is in it"
+        print(f"\nbeside the paper's Table I:\n{tables.as_text(beside) if len(beside) > 1 else none}")
+    print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
+    return 0
 
 
+@_guarded("the same command goes on where it stopped")
 def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import ingest
+    from speechdistill import ingest
 
-        summary = ingest.run(config)
-        kinds = ", ".join(f"{n:,} {kind} ({summary['hours'][kind]:.2f} h)" for kind, n in summary["clips"].items())
-        print(f"{kinds} in {summary['manifest']}")
-        if summary["rejected"]:
-            print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
-        if summary["ignored_extensions"]:
-            print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
-        return 0
-
-    return _guarded(action, "the same command goes on where it stopped")
+    summary = ingest.run(config)
+    kinds = ", ".join(f"{n:,} {kind} ({summary['hours'][kind]:.2f} h)" for kind, n in summary["clips"].items())
+    print(f"{kinds} in {summary['manifest']}")
+    if summary["rejected"]:
+        print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
+    if summary["ignored_extensions"]:
+        print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
+    return 0
 
 
+@_guarded("what is labelled is kept, and the same command goes on from there")
 def _pseudolabel(config: Annotated[tyro.conf.UseAppendAction[Pseudolabel], tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import pseudolabel
+    from speechdistill import pseudolabel
 
-        if config.dry_run:
-            print(report.estimate(pseudolabel.dry_run(config), config.price))
-        else:
-            print(report.labels(pseudolabel.run(config), config.out))
-        return 0
-
-    return _guarded(action, "what is labelled is kept, and the same command goes on from there")
+    if config.dry_run:
+        print(report.estimate(pseudolabel.dry_run(config), config.price))
+    else:
+        print(report.labels(pseudolabel.run(config), config.out))
+    return 0
 
 
+@_guarded("nothing was written")
 def _recipe(
     command: Annotated[
         Annotated[tyro.conf.UseAppendAction[Show], tyro.conf.subcommand("show")]
@@ -207,98 +212,82 @@ def _recipe(
     ],
 ) -> int:
     """Degradation recipes: what they do, and how a sample sounds."""
+    from speechdistill import plan, preview
 
-    def action() -> int:
-        from speechdistill import plan, preview
-
-        recipe = plan.chosen(command.name, command.without, command.assets, command.lpcnet)
-        if isinstance(command, Show):
-            print(preview.show(recipe))
-            return 0
-        sample = preview.listen(recipe, command.clips, command.seed, command.index, command.out)
-        print(json.dumps(json.loads(sample.to_json()), indent=2, ensure_ascii=False))
+    recipe = plan.chosen(command.name, command.without, command.assets, command.lpcnet)
+    if isinstance(command, Show):
+        print(preview.show(recipe))
         return 0
+    sample = preview.listen(recipe, command.clips, command.seed, command.index, command.out)
+    print(json.dumps(json.loads(sample.to_json()), indent=2, ensure_ascii=False))
+    return 0
 
-    return _guarded(action, "nothing was written")
 
-
+@_guarded("what is trained is kept, and the same command goes on from the last checkpoints")
 def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import train_students
+    from speechdistill import train_students
 
-        rows = train_students.run(config)
-        print(report.students(rows))
-        return 0 if all(row["state"] == "done" for row in rows) else 1
-
-    return _guarded(action, "what is trained is kept, and the same command goes on from the last checkpoints")
+    rows = train_students.run(config)
+    print(report.students(rows))
+    return 0 if all(row["state"] == "done" for row in rows) else 1
 
 
+@_guarded("what is computed and trained is kept, and the same command goes on from there")
 def _train_teacher(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import train_teacher
+    from speechdistill import train_teacher
 
-        rows = train_teacher.run(config)
-        print(report.students(rows))
-        return 0 if all(row["state"] == "done" for row in rows) else 1
-
-    return _guarded(action, "what is computed and trained is kept, and the same command goes on from there")
+    rows = train_teacher.run(config)
+    print(report.students(rows))
+    return 0 if all(row["state"] == "done" for row in rows) else 1
 
 
+@_guarded("what is pruned and trained is kept, and the same command goes on from the last checkpoint")
 def _prune(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import prune
+    from speechdistill import prune
 
-        print(report.pruned(prune.run(config)))
-        return 0
-
-    return _guarded(action, "what is pruned and trained is kept, and the same command goes on from the last checkpoint")
+    print(report.pruned(prune.run(config)))
+    return 0
 
 
+@_guarded("the same command goes on; the champion is moved last")
 def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import promote
+    from speechdistill import promote
 
-        decision = promote.run(config)
-        print(json.dumps(decision, indent=2, ensure_ascii=False))
-        return 3 if decision["decision"] == "kept" else 0
-
-    return _guarded(action, "the same command goes on; the champion is moved last")
+    decision = promote.run(config)
+    print(json.dumps(decision, indent=2, ensure_ascii=False))
+    return 3 if decision["decision"] == "kept" else 0
 
 
+@_guarded("what is sent stays sent; the same command sends the rest")
 def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import tracking
+    from speechdistill import tracking
 
-        left = 0
-        for out in config.outs:
-            result = tracking.sync(out)
-            print(f"{out}: {result.sent:,} events sent, {result.left:,} left; MLflow run {result.run_id}")
-            left += result.left
-        return 1 if left or not config.outs else 0
-
-    return _guarded(action, "what is sent stays sent; the same command sends the rest")
+    left = 0
+    for out in config.outs:
+        result = tracking.sync(out)
+        print(f"{out}: {result.sent:,} events sent, {result.left:,} left; MLflow run {result.run_id}")
+        left += result.left
+    return 1 if left or not config.outs else 0
 
 
+@_guarded("nothing was written")
 def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    def action() -> int:
-        from speechdistill import score, teachers
+    from speechdistill import score, teachers
 
-        paths = score.expand(config.paths)
-        score.writer(config.out)  # a wrong extension is told before the work
-        with _local(config.model, config.tracking) as model:
-            teacher = teachers.load(
-                model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
-            ).teacher
-        if teacher.intrusive:
-            raise ValueError(f"model {config.model} compares with clean speech, which only the labelling job knows")
-        scored = _Scored(len(paths))
-        score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
-        if scored.stopped:
-            print(f"\nstopped after {scored.files} of {len(paths)} files; their rows are written", file=sys.stderr)
-            return 130
-        return 1 if scored.failed else 0
-
-    return _guarded(action, "nothing was written")
+    paths = score.expand(config.paths)
+    score.writer(config.out)  # a wrong extension is told before the work
+    with _local(config.model, config.tracking) as model:
+        teacher = teachers.load(
+            model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
+        ).teacher
+    if teacher.intrusive:
+        raise ValueError(f"model {config.model} compares with clean speech, which only the labelling job knows")
+    scored = _Scored(len(paths))
+    score.write(scored.watch(score.score_files(paths, teacher, config.timeline)), config.out)
+    if scored.stopped:
+        print(f"\nstopped after {scored.files} of {len(paths)} files; their rows are written", file=sys.stderr)
+        return 130
+    return 1 if scored.failed else 0
 
 
 @contextmanager
