@@ -21,6 +21,7 @@ import tyro
 
 from speechdistill import assets, audio, degradations, plan, table
 from speechdistill.clips import Clips, clip_id
+from speechdistill.degradation_recipes import RECIPES, RecipeName, network_passes, paper, weights_free, with_assets
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -42,7 +43,7 @@ class Options:
     samples: int = 600
     """Samples of each recipe, and of each component where it is alone; a sixth of a recipe with networks, a thirtieth
     of a network. Recipes draw their components: of 600 samples 100 are coded by Opus."""
-    recipes: tuple[plan.RecipeName, ...] = ("paper", "weights_free", "voip", "as_is")
+    recipes: tuple[RecipeName, ...] = ("paper", "weights_free", "voip", "as_is")
     """These and their components."""
     assets: dict[str, str] = field(default_factory=dict)
     """Weights and texts, by name, as for the labelling job."""
@@ -60,10 +61,10 @@ def main(options: Options) -> None:
 
 
 def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> None:
-    chosen = {name: plan.paper(lpcnet=True) if name == "paper" else plan.RECIPES[name]() for name in options.recipes}
+    chosen = {name: paper(lpcnet=True) if name == "paper" else RECIPES[name]() for name in options.recipes}
     recipes = {str(name): _complete(recipe, sources) for name, recipe in chosen.items()}
     if "weights_free" in recipes and "texts" in sources:
-        recipes["weights_free, spoken"] = _complete(plan.weights_free(texts=True), sources)
+        recipes["weights_free, spoken"] = _complete(weights_free(texts=True), sources)
     stages = [stage for recipe in recipes.values() for stage in recipe.stages]
     found = {name: asset for recipe in recipes.values() for name, asset in recipe.assets.items()}
     # The same recordings with and without noise and rooms of their own: simulated rooms, coloured noise, babble.
@@ -75,11 +76,11 @@ def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> No
         costs = [_alone(name, Clips(rows), number, found) for rows in (manifest, poor)]
         print(f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
     for name, recipe in recipes.items():
-        number = -(-options.samples // 6) if plan.network_passes(recipe) else options.samples
+        number = -(-options.samples // 6) if network_passes(recipe) else options.samples
         costs = [_cost(recipe, Clips(rows), number) for rows in (manifest, poor)]
         shown = " | ".join(f"{cost:.2f} ± {error:.2f}" for cost, error in costs)
         print(f"| recipe `{name}` | {shown} | {KNOWN.get(name, '–')} |", flush=True)
-    costs = [_storing(plan.weights_free(), Clips(rows), options.samples) for rows in (manifest, poor)]
+    costs = [_storing(weights_free(), Clips(rows), options.samples) for rows in (manifest, poor)]
     print(f"| storing | {costs[0]:.2f} | {costs[1]:.2f} | – |", flush=True)
 
 
@@ -97,14 +98,14 @@ def _complete(recipe: plan.Recipe, sources: dict[str, str]) -> plan.Recipe:
     """The recipe with its assets, less the components that lack something."""
     given = replace(recipe, assets={name: assets.Asset(source) for name, source in sources.items()})
     try:
-        return plan.with_assets(given)
+        return with_assets(given)
     except assets.MissingError as error:
         print(f"recipe {recipe.name} is without {', '.join(error.components)}, which lack something")
         stages = [
             replace(stage, odds={name: p for name, p in stage.odds.items() if name not in error.components})
             for stage in recipe.stages
         ]
-        return plan.with_assets(replace(given, stages=tuple(stages)))
+        return with_assets(replace(given, stages=tuple(stages)))
 
 
 def _random_weights(folder: Path) -> dict[str, str]:

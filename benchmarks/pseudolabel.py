@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from speechdistill import audio, plan, score, table
+from speechdistill import audio, score, table
 from speechdistill.clips import Clips, clip_id
+from speechdistill.degradation_recipes import weights_free
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -99,7 +100,7 @@ def memory(folder: Path) -> None:
 
 def planning() -> None:
     """CPU time of a plan from manifests of two sizes, over ids in the order in which the job walks them."""
-    plans = [Plans(plan.weights_free(), _clips(count), SEED) for count in PLANNED_CLIPS]
+    plans = [Plans(weights_free(), _clips(count), SEED) for count in PLANNED_CLIPS]
     seconds = np.zeros((PLANNED_ROUNDS, len(plans)))
     for turn in range(PLANNED_ROUNDS):
         for i, planned in enumerate(plans):
@@ -123,7 +124,7 @@ def loop(clips: str, core: int, first: int) -> None:
     from speechdistill import teachers
 
     torch.set_num_threads(1)
-    plans = Plans(plan.weights_free(), Clips.read(clips), SEED)
+    plans = Plans(weights_free(), Clips.read(clips), SEED)
     teacher = teachers.load("distillmos", device="cpu").teacher
 
     def label(sample_id: int) -> None:

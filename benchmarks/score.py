@@ -19,8 +19,9 @@ import numpy as np
 import soundfile
 import tyro
 
-from speechdistill import audio, plan, score, table, teachers
+from speechdistill import audio, score, table, teachers
 from speechdistill.clips import Clips, clip_id
+from speechdistill.degradation_recipes import weights_free
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -150,7 +151,7 @@ def _degraded(recordings: Sequence[str], options: Options, folder: Path) -> Iter
         soundfile.write(path, wave, audio.SAMPLE_RATE)
         known = {"kind": "speech", "duration_s": len(wave) / audio.SAMPLE_RATE, "sample_rate": 16000, "channels": 1}
         rows.append({"clip_id": clip_id("speech", path), "uri": path, **known})
-    recipe = replace(plan.weights_free(), segment_s=max(CLIP_LENGTHS_S))  # whole clips
+    recipe = replace(weights_free(), segment_s=max(CLIP_LENGTHS_S))  # whole clips
     plans = Plans(recipe, Clips(table.from_rows(rows, "clip.v1")), options.seed)
     for i in range(options.clips):
         path = str(folder / f"degraded{i}.flac")

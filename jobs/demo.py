@@ -17,7 +17,8 @@ import tyro
 
 from speechdistill import audio, cli, table
 from speechdistill.batches import LabelRun
-from speechdistill.plan import Plan, weights_free
+from speechdistill.degradation_recipes import weights_free
+from speechdistill.plan import Plan
 from speechdistill.samples import libraries, make_sample
 from speechdistill.tracking import run_id
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import comparison, judged, models, plan, scoring, shards, table
+from speechdistill import comparison, judged, models, scoring, shards, table
 from speechdistill.comparison import Comparison
+from speechdistill.degradation_recipes import weights_free
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
 RATE = 16_000
@@ -39,7 +40,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     seconds = [soundfile.info(uri).duration for _, uri in files]
     manifest = table.from_rows([row(uri, kind, s) for (kind, uri), s in zip(files, seconds, strict=True)], "clip.v1")
     table.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
-    recipe = plan.weights_free()
+    recipe = weights_free()
     sha256 = models.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256
     workers = (
         Degrade(f"{folder}/clips.parquet", recipe, 0, "flac", False, libraries(recipe)),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import manifests
-from speechdistill import audio, cli, doctor, plan, table, teachers, trials
+from speechdistill import audio, cli, doctor, table, teachers, trials
+from speechdistill.degradation_recipes import WEIGHTS_FREE
 from speechdistill.degradations import denoisers
 from speechdistill.doctor import Doctor, Node, Result
 from speechdistill.trials import Places
@@ -89,7 +90,7 @@ def test_what_the_platform_needs_works_here(healthy: Run) -> None:
     assert list(results) == doctor.names()
     assert healthy.code == 0
     needed = ["teacher:distillmos", *(name for name in results if name.startswith("format:"))]
-    needed += [f"degradation:{name}" for name in plan.WEIGHTS_FREE]
+    needed += [f"degradation:{name}" for name in WEIGHTS_FREE]
     needed += ["machine", "recipe:weights_free", "recipe:as_is", "demo"]
     assert {name: results[name].detail for name in needed if results[name].state != "ok"} == {}
     assert all(bool(result.fix) == (result.state != "ok") for result in results.values())

@@ -50,7 +50,7 @@ TIERS = (
         "cluster",
         "parts",
     },
-    {"monitor", "samples", "labeled", "scored", "pruning"},
+    {"monitor", "samples", "degradation_recipes", "labeled", "scored", "pruning"},
     {"flow", "trials", "batches", "models"},
     {"cost", "loop", "pools", "feature_batches", "validation", "judged"},
     {"features", "scoring"},

@@ -12,9 +12,10 @@ import pytest
 
 import small_models
 from manifests import corpus, row, voice
-from speechdistill import assets, audio, cli, degradations, flow, plan, pseudolabel, samples, table
+from speechdistill import assets, audio, cli, degradations, flow, pseudolabel, samples, table
 from speechdistill.assets import Asset, Need
 from speechdistill.clips import Clips
+from speechdistill.degradation_recipes import chosen, network_passes, paper, with_assets
 from speechdistill.degradations import Neural, codecs, generated
 from speechdistill.plan import Plan, Plans, Recipe, Stage
 from speechdistill.pseudolabel import Pseudolabel
@@ -137,7 +138,7 @@ def two_passes(encodec: Asset) -> Recipe:
 
 def test_pools_make_what_the_plan_says_in_its_order(clips: str, encodec: Asset) -> None:
     recipe = two_passes(encodec)
-    assert plan.network_passes(recipe) == 2
+    assert network_passes(recipe) == 2
     degrade = samples.Degrade(clips, recipe, 0, "pcm16", True, samples.libraries(recipe))
     enhance = samples.Enhance(recipe)
     rows: list[dict[str, Any]] = [{"id": i} for i in range(40)]
@@ -165,7 +166,7 @@ def test_a_node_without_the_weights_cannot_start(tmp_path: Path, encodec: Asset)
 def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     clips: str, tmp_path: Path, encodec: Asset, local_ray: None
 ) -> None:
-    without = [name for stage in plan.paper().stages for name in stage.odds if name != "codecs.encodec"]
+    without = [name for stage in paper().stages for name in stage.odds if name != "codecs.encodec"]
     without = [name for name in without if degradations.network(name)]
     config = Pseudolabel(
         *(clips, str(tmp_path / "run"), "paper", {"encodec": encodec.source}, tuple(without)),
@@ -206,7 +207,7 @@ def test_options_may_be_repeated(clips: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(("gpus", "actors"), [(0, None), (1, None), (1, 2), (2, 3), (8, None)])
 def test_the_pools_of_networks_fit_any_machine(lpcnet: bool, cpus: int, gpus: int, actors: int | None) -> None:
     config = Pseudolabel("clips.parquet", "out", "paper", network_actors=actors)
-    recipe = plan.paper(lpcnet)
+    recipe = paper(lpcnet)
     stages = pseudolabel._stages(config, recipe, list, "0", cpus, gpus)
     flow.check_pools(stages, cpus, gpus)
     names = ["degrade", "network 1", "degrade 2", *(["network 2", "degrade 3"] if lpcnet else []), "teach"]
@@ -219,20 +220,20 @@ def test_the_pools_of_networks_fit_any_machine(lpcnet: bool, cpus: int, gpus: in
 
 def test_gpus_are_shared_equally_with_networks() -> None:
     with pytest.raises(RunError, match="--teach-gpus cannot be given"):
-        pseudolabel._stages(Pseudolabel("c", "o", teach_gpus=0.5), plan.paper(), list, "0", 8, 1)
+        pseudolabel._stages(Pseudolabel("c", "o", teach_gpus=0.5), paper(), list, "0", 8, 1)
 
 
 def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
     (tmp_path / "en.txt").write_text("One sentence.\n")
-    recipe = plan.with_assets(plan.chosen("weights_free", (), {"texts": str(tmp_path)}))
+    recipe = with_assets(chosen("weights_free", (), {"texts": str(tmp_path)}))
     samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("Another one.\n")
     generated._sentences.cache_clear()
     with pytest.raises(ValueError, match="is not what the run began with"):
         samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("12 34\n")
-    recipe = plan.with_assets(plan.chosen("weights_free", (), {"texts": str(tmp_path)}))
+    recipe = with_assets(chosen("weights_free", (), {"texts": str(tmp_path)}))
     with pytest.raises(ValueError, match="hardly a word"):
         Plans(recipe, Clips.read(clips), 0)
 

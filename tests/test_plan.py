@@ -16,88 +16,12 @@ from scipy.stats import chisquare, kstest, norm, uniform
 from manifests import clips
 from speechdistill import assets, degradations, plan
 from speechdistill.assets import Asset
+from speechdistill.degradation_recipes import RECIPES, as_is, paper, weights_free
 from speechdistill.plan import Plan, Plans, Stage
 
 
 def steps_of(sample: Plan) -> list[str]:
     return [json.loads(sample.to_json())["steps"][i]["step"].split(".")[1] for i in range(len(sample.steps))]
-
-
-def test_weights_free_gives_missing_components_to_none() -> None:
-    odds = {stage.name: (dict(stage.odds), stage.none()) for stage in plan.weights_free().stages}
-    assert odds == {
-        "room": ({"rooms.room": 0.33}, pytest.approx(0.67)),
-        "noise": ({"noise.noise": 0.67}, pytest.approx(0.33)),
-        "denoiser": ({"denoisers.spectral_gating": 0.2}, pytest.approx(0.8)),
-        "codec": (
-            {"codecs.opus": pytest.approx(1 / 6), "codecs.band_limit": pytest.approx(1 / 6)},
-            pytest.approx(2 / 3),
-        ),
-    }
-
-
-def test_paper_has_the_papers_odds_and_says_what_is_missing_before_any_work() -> None:
-    assert {stage.name: round(stage.none(), 9) for stage in plan.paper().stages} == {
-        "generation": 0.85,
-        "room": 0.67,
-        "noise": 0.33,
-        "denoiser": 0.2,
-        "vocoder": 0.67,
-        "codec": 0.5,
-    }
-    assert plan.paper(lpcnet=True).stages[4].odds == {"vocoders.hifigan": 0.165, "vocoders.lpcnet_codec2": 0.165}
-    with pytest.raises(assets.MissingError) as caught:
-        plan.with_assets(plan.paper())
-    neural = {c for stage in plan.paper().stages for c in stage.odds if degradations.network(c)}
-    assert neural <= set(caught.value.components)
-    for part in (
-        "denoisers.nsnet2: ",
-        "nsnet2-20ms-baseline.onnx",
-        "licence: MIT",
-        "github.com",
-        "--assets nsnet2 PATH",
-    ):
-        assert part in str(caught.value)
-    assert "recipe 'weights_free' works without them; --without " in str(caught.value)
-
-
-def test_a_recipe_is_chosen_with_what_the_user_leaves_out_and_gives() -> None:
-    recipe = plan.chosen("paper", ("denoisers.demucs", "generated.text_to_speech"), {"encodec": "/e"}, lpcnet=True)
-    assert [stage.name for stage in recipe.stages] == ["room", "noise", "denoiser", "vocoder", "codec"]
-    assert recipe.stages[2].none() == pytest.approx(2 / 5) and recipe.assets == {"encodec": Asset("/e")}
-    spoken = plan.chosen("weights_free", (), {"texts": "/t"})
-    assert spoken.stages[0] == Stage("generation", {"generated.espeak": 0.15}, ends=True)
-    for name, without, given, lpcnet, message in (
-        ("voip", ("codecs.opus",), {}, False, r"--without codecs.opus: recipe voip has rooms.room, .*codecs.amr_nb"),
-        ("weights_free", (), {"nsnet2": "/n"}, False, "--assets nsnet2: recipe weights_free has use for texts"),
-        ("as_is", (), {}, True, "--lpcnet is an option of recipe paper"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plan.chosen(name, without, given, lpcnet)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("kinds", "passes"),
-    [
-        ("", 0),
-        ("c", 0),
-        ("n", 1),
-        ("cnc", 1),
-        ("nnn", 1),
-        ("ncn", 2),
-        ("ncncn", 3),
-        ("b", 1),
-        ("bnb", 1),
-        ("bbb", 2),
-        ("e", 1),
-        ("ecn", 1),
-    ],
-)
-def test_a_recipe_goes_to_its_networks_as_often_as_its_samples_may_need(kinds: str, passes: int) -> None:
-    odds = {"c": {"codecs.opus": 0.5}, "n": {"codecs.encodec": 0.5}, "e": {"codecs.encodec": 0.1}}
-    odds["b"] = {**odds["c"], **odds["n"]}
-    stages = tuple(Stage(str(i), odds[kind], ends=kind == "e") for i, kind in enumerate(kinds))
-    assert plan.network_passes(plan.Recipe("r", stages)) == passes
 
 
 EXPECTED = {  # of each step, over all samples
@@ -137,7 +61,7 @@ EXPECTED = {  # of each step, over all samples
 def test_steps_have_their_probabilities_and_parameters_their_distributions(
     recipe: str, total: int, tmp_path: Path
 ) -> None:
-    plans = Plans(replace(plan.RECIPES[recipe](), assets=given(tmp_path)), clips(), seed=11)
+    plans = Plans(replace(RECIPES[recipe](), assets=given(tmp_path)), clips(), seed=11)
     counts: Counter[str] = Counter()
     values: dict[str, list[float]] = defaultdict(list)
     for i in range(total):
@@ -170,7 +94,7 @@ def given(folder: Path) -> dict[str, Asset]:
     """Sentences in the five languages, and names of networks that are not there: plans open none."""
     for language in ("en", "de", "fr", "es", "pt"):
         (folder / f"{language}.txt").write_text("One sentence.\nAnother one.\n")
-    names = {need.name: need for stage in plan.paper().stages for c in stage.odds for need in degradations.needs(c)}
+    names = {need.name: need for stage in paper().stages for c in stage.odds for need in degradations.needs(c)}
     return {name: Asset(f"/{name}", "0") for name in names} | {"texts": assets.looked_up(names["texts"], str(folder))}
 
 
@@ -186,7 +110,7 @@ def assert_uniform(values: Sequence[float], low: float, high: float) -> None:
 
 def test_steps_come_in_the_papers_order() -> None:
     order = ["MeasuredRoom", "RecordedNoise", "SpectralGating", "Opus", "BandLimit"]
-    plans = Plans(plan.weights_free(), clips(), seed=0)
+    plans = Plans(weights_free(), clips(), seed=0)
     most = 0
     for i in range(2000):
         places = [order.index(name) for name in steps_of(plans[i])]
@@ -196,7 +120,7 @@ def test_steps_come_in_the_papers_order() -> None:
 
 
 def test_each_epoch_uses_every_clip_once_and_more_samples_only_add() -> None:
-    plans = Plans(plan.weights_free(), clips(speech=50), seed=3)
+    plans = Plans(weights_free(), clips(speech=50), seed=3)
     assert len(plans) == 50
     first, second = ([plans[i].clip_id for i in range(k, k + 50)] for k in (0, 50))
     assert len(set(first)) == len(set(second)) == 50
@@ -205,25 +129,25 @@ def test_each_epoch_uses_every_clip_once_and_more_samples_only_add() -> None:
 
 def test_a_plan_does_not_depend_on_process_or_order() -> None:
     code = (
-        "from manifests import clips; from speechdistill import plan;"
-        "p = plan.Plans(plan.weights_free(), clips(), 5);"
+        "from manifests import clips; from speechdistill.degradation_recipes import weights_free;"
+        "from speechdistill.plan import Plans; p = Plans(weights_free(), clips(), 5);"
         "print('\\n'.join(p[i].to_json() for i in (77, 3, 1_000_000)))"
     )
     paths = [str(Path(plan.__file__).parents[1]), str(Path(__file__).parent)]
     run = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r};{code}"]
     there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split("\n")[:3]
-    here = Plans(plan.weights_free(), clips(), 5)
+    here = Plans(weights_free(), clips(), 5)
     assert [here[i].to_json() for i in (3, 77, 1_000_000)] == [there[1], there[0], there[2]]
 
 
 def test_json_round_trip() -> None:
-    plans = Plans(plan.weights_free(), clips(noise=0, rir=0), seed=9)
+    plans = Plans(weights_free(), clips(noise=0, rir=0), seed=9)
     for i in range(300):
         assert Plan.from_json(plans[i].to_json()) == plans[i]
 
 
 def test_seeds_and_samples_differ() -> None:
-    a, b = (Plans(plan.weights_free(), clips(), seed) for seed in (1, 2))
+    a, b = (Plans(weights_free(), clips(), seed) for seed in (1, 2))
     texts = {p[i].to_json() for p in (a, b) for i in range(50)}
     assert len(texts) == 100
 
@@ -231,7 +155,7 @@ def test_seeds_and_samples_differ() -> None:
 def test_segments_lie_inside_their_clips() -> None:
     manifest = clips()
     lengths = {manifest.speech[i].clip_id: manifest.speech[i].num_samples for i in range(50)}
-    plans = Plans(plan.weights_free(), manifest, seed=0)
+    plans = Plans(weights_free(), manifest, seed=0)
     for i in range(500):
         sample = plans[i]
         assert sample.start >= 0 and sample.start + sample.num_samples <= lengths[sample.clip_id]
@@ -240,7 +164,7 @@ def test_segments_lie_inside_their_clips() -> None:
 
 def test_as_is_covers_whole_files_in_order_without_degrading() -> None:
     manifest = clips(speech=20)
-    plans = Plans(plan.as_is(), manifest, seed=0)
+    plans = Plans(as_is(), manifest, seed=0)
     covered: dict[str, list[tuple[int, int]]] = {}
     for i in range(len(plans)):
         assert plans[i].steps == ()
@@ -259,10 +183,10 @@ def test_as_is_covers_whole_files_in_order_without_degrading() -> None:
 
 def test_a_stage_that_ends_leaves_the_sample_undegraded() -> None:
     ends = Stage("generation", {"codecs.band_limit": 1.0}, ends=True)
-    recipe = replace(plan.weights_free(), stages=(ends, *plan.weights_free().stages))
+    recipe = replace(weights_free(), stages=(ends, *weights_free().stages))
     assert steps_of(Plans(recipe, clips(), 0)[0]) == ["BandLimit"]
 
 
 def test_a_manifest_without_speech_is_refused() -> None:
     with pytest.raises(ValueError, match="--speech DIR"):
-        Plans(plan.weights_free(), clips(speech=0), 0)
+        Plans(weights_free(), clips(speech=0), 0)

@@ -8,8 +8,9 @@ import pytest
 import soundfile
 
 from manifests import corpus, row
-from speechdistill import audio, cli, degradations, plan, table
+from speechdistill import audio, cli, degradations, table
 from speechdistill.clips import Clips
+from speechdistill.degradation_recipes import RECIPES, voip
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -23,13 +24,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{root}/clips.parquet"
 
 
-@pytest.mark.parametrize("name", plan.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_shown_with_every_component_and_probability(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "show", name]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {(words[0], words[1]): words[2:] for words in lines if len(words) > 2 and words[2].endswith("%")}
     asked = {words[0].rstrip(":") for words in lines if words and words[0].endswith(":")} - {f"{name}:", "SNR"}
-    for stage in plan.RECIPES[name]().stages:
+    for stage in RECIPES[name]().stages:
         for component, probability in [*stage.odds.items(), ("none", stage.none())]:
             percent, *note = shown.pop((stage.name, component))
             assert float(percent[:-1]) == pytest.approx(100 * probability, abs=0.05)
@@ -46,7 +47,7 @@ def test_a_sample_is_the_one_that_the_labelling_job_makes(
 ) -> None:
     where = ["--clips", clips, "--seed", "1", "--index", "17", "--out", f"{tmp_path}/x.wav"]
     assert cli.main(["recipe", "listen", "voip", *where]) == 0
-    expected = Plans(plan.voip(), Clips.read(clips), 1)[17]
+    expected = Plans(voip(), Clips.read(clips), 1)[17]
     assert json.loads(capsys.readouterr().out) == json.loads(expected.to_json())
     for wave, name in zip(make_sample(expected), ("x.wav", "x-clean.wav"), strict=True):
         written, rate = soundfile.read(tmp_path / name, dtype="int16")

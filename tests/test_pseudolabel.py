@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, cli, flow, ingest, plan, pseudolabel, samples, shards, table, teachers, tracking
+from speechdistill import audio, cli, flow, ingest, pseudolabel, samples, shards, table, teachers, tracking
 from speechdistill.clips import Clips
+from speechdistill.degradation_recipes import as_is, weights_free
 from speechdistill.ingest import Ingest
 from speechdistill.plan import Plan, Plans
 from speechdistill.pseudolabel import Pseudolabel
@@ -177,9 +178,9 @@ def test_a_run_whose_time_is_up_says_how_to_go_on(
 
 
 def test_a_node_with_other_libraries_is_refused_with_what_differs(clips: str) -> None:
-    expected = {**samples.libraries(plan.as_is()), "soxr": "0.0.1"}
+    expected = {**samples.libraries(as_is()), "soxr": "0.0.1"}
     with pytest.raises(ValueError, match=r'soxr: "0.0.1" -> .*requirements.lock'):
-        samples.Degrade(clips, plan.as_is(), 0, "flac", False, expected)
+        samples.Degrade(clips, as_is(), 0, "flac", False, expected)
 
 
 def test_pools_can_be_sized_for_what_a_cluster_grows_to(clips: str, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_numbers_that_cannot_be_meant_are_refused_before_work(tmp_path: Path, op
 @pytest.mark.parametrize(("gpus", "share"), [(0, None), (1, None), (1, 0.5), (2, 0.1), (8, 0.25)])
 def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None) -> None:
     config = Pseudolabel("clips.parquet", "out", teach_gpus=share)
-    degrade, teach = pseudolabel._stages(config, plan.weights_free(), list, "0", cpus, gpus)
+    degrade, teach = pseudolabel._stages(config, weights_free(), list, "0", cpus, gpus)
     flow.check_pools((degrade, teach), cpus, gpus)
     assert teach.actors == (gpus / (share or 1) if gpus else cpus)
     assert teach.batch_rows == (64 if gpus else 8)
@@ -429,7 +430,7 @@ def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
     rows += [manifests.row(str(any_audio / f"other{i}.wav"), duration_s=1.0) for i in range(4)]
     if given_noise:
         rows += [manifests.row(str(any_audio / f"{kind}.wav"), kind, length / rate) for kind in ("noise", "rir")]
-    plans = Plans(plan.weights_free(), Clips(table.from_rows(rows, "clip.v1")), seed=0)
+    plans = Plans(weights_free(), Clips(table.from_rows(rows, "clip.v1")), seed=0)
     of_it = (plans[i] for i in range(sample_id, sample_id + 1000))
     sample = next(sample for sample in of_it if sample.uri.endswith("speech.wav"))
     try:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from speechdistill import report
 from speechdistill.compare import Compare
+from speechdistill.degradation_recipes import RecipeName
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
-from speechdistill.plan import RecipeName
 from speechdistill.promote import Promote
 from speechdistill.prune import Prune
 from speechdistill.pseudolabel import Pseudolabel
@@ -212,9 +212,9 @@ def _recipe(
     ],
 ) -> int:
     """Degradation recipes: what they do, and how a sample sounds."""
-    from speechdistill import plan, preview
+    from speechdistill import degradation_recipes, preview
 
-    recipe = plan.chosen(command.name, command.without, command.assets, command.lpcnet)
+    recipe = degradation_recipes.chosen(command.name, command.without, command.assets, command.lpcnet)
     if isinstance(command, Show):
         print(preview.show(recipe))
         return 0

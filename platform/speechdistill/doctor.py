@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from speechdistill import __version__, audio, degradations, plan, table, trials
+from speechdistill import __version__, audio, degradations, table, trials
+from speechdistill.degradation_recipes import COMPONENTS
 from speechdistill.isolate import ChildDied, Isolated, Row
 from speechdistill.shards import RunError
 from speechdistill.trials import Missing, Places
@@ -86,7 +87,7 @@ def run(config: Doctor) -> list[Result]:
     `assets`."""
     required(config.require)
     out, clips = (place and table.absolute(place) for place in (config.out, config.clips))
-    known = sorted({need.name for component in plan.COMPONENTS for need in degradations.needs(component)})
+    known = sorted({need.name for component in COMPONENTS for need in degradations.needs(component)})
     if unknown := sorted(set(config.assets) - set(known)):
         raise ValueError(f"--assets {' '.join(unknown)} is unknown; choose from {', '.join(known)}")
     places = Places(out, clips, tuple((name, table.absolute(place)) for name, place in config.assets.items()))
@@ -279,4 +280,4 @@ def _node(places: Places, wanted: list[str]) -> Node:
 def _versions() -> dict[str, str]:
     """What must be equal everywhere: Python and Ray to talk at all, the rest because labels depend on it."""
     ours = {"python": platform.python_version(), "ray": version("ray"), "speechdistill": __version__}
-    return {**ours, **audio.codec_versions(), **degradations.library_versions(plan.COMPONENTS)}
+    return {**ours, **audio.codec_versions(), **degradations.library_versions(COMPONENTS)}

@@ -1,34 +1,25 @@
 """What sample i is: a pure function of (recipe, clips, seed, i) that opens no audio.
 
-A recipe lists stages in order; each stage draws one of its components, or none. Probabilities and order are those
-of Distill-MOS, section IV-B.
+A recipe lists stages in order; each stage draws one of its components, or none. The recipes that there are stand in
+`degradation_recipes.py`.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from speechdistill import assets, degradations
-from speechdistill.assets import Asset, MissingError
+from speechdistill import degradations
+from speechdistill.assets import Asset
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clip, Clips
 from speechdistill.degradations import Scene, Step
 
 SEGMENT_S = 7.68
 """The student's input and the teacher's centre crop: 384 frames of 20 ms."""
-
-WEIGHTS_FREE = (
-    "rooms.room",
-    "noise.noise",
-    "denoisers.spectral_gating",
-    "codecs.opus",
-    "codecs.band_limit",
-)
-"""The paper's components that need no trained weights."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Recipe:
 
     `snr_sigma_db` is 10, or √10 where the paper's "variance 10 dB" is read literally. `whole_files` covers every
     clip with segments in manifest order; otherwise each sample is one segment drawn from one clip. `assets` are what
-    its components need beside the code, by name (`with_assets`).
+    its components need beside the code, by name.
     """
 
     name: str
@@ -71,150 +62,6 @@ class Recipe:
     @property
     def segment_samples(self) -> int:
         return round(self.segment_s * SAMPLE_RATE)
-
-
-def paper(lpcnet: bool = False) -> Recipe:
-    """The recipe of Distill-MOS, section IV-B.
-
-    The paper's second vocoder, LPCNet on features that are not quantised, is not to be had as a library: with `lpcnet`
-    the codec of libcodec2 stands for it, which is harsher; without it HiFi-GAN has the probability of both.
-    """
-    vocoders = ["vocoders.hifigan", *(["vocoders.lpcnet_codec2"] if lpcnet else [])]
-    return Recipe(
-        "paper",
-        (
-            Stage("generation", {"generated.text_to_speech": 0.15}, ends=True),
-            Stage("room", {"rooms.room": 0.33}),
-            Stage("noise", {"noise.noise": 0.67}),
-            Stage(
-                "denoiser",
-                {
-                    "denoisers.deepfilternet3": 1 / 5,
-                    "denoisers.nsnet2": 1 / 5,
-                    "denoisers.demucs": 1 / 5,
-                    "denoisers.spectral_gating": 1 / 5,
-                },
-            ),
-            Stage("vocoder", {name: 0.33 / len(vocoders) for name in vocoders}),
-            Stage("codec", {"codecs.opus": 0.5 / 3, "codecs.encodec": 0.5 / 3, "codecs.band_limit": 0.5 / 3}),
-        ),
-    )
-
-
-def weights_free(texts: bool = False) -> Recipe:
-    """`paper` without the components that need trained weights: their probability goes to 'none' of their stage.
-
-    With `texts`, sentences for it to say, espeak-ng stands for the paper's text-to-speech.
-    """
-    stages = [
-        replace(stage, odds={name: p for name, p in stage.odds.items() if name in WEIGHTS_FREE})
-        for stage in paper().stages
-    ]
-    generation = [Stage("generation", {"generated.espeak": 0.15}, ends=True)] if texts else []
-    return replace(paper(), name="weights_free", stages=(*generation, *(stage for stage in stages if stage.odds)))
-
-
-def as_is() -> Recipe:
-    """Recordings as they are, whole files in segments."""
-    return Recipe("as_is", whole_files=True)
-
-
-def voip() -> Recipe:
-    """Beyond the paper: what calls do to speech. Rooms and noise as in the paper; the other odds are ours."""
-    return Recipe(
-        "voip",
-        (
-            Stage("room", {"rooms.room": 0.33}),
-            Stage("noise", {"noise.noise": 0.67}),
-            Stage("clipping", {"levels.clipping": 0.2}),
-            Stage("level", {"levels.level_changes": 0.3}),
-            Stage(
-                "transmission",
-                {"packets.opus_loss": 0.5, "codecs.g711": 0.1, "codecs.g722": 0.1, "codecs.amr_nb": 0.1},
-            ),
-        ),
-    )
-
-
-RECIPES = {"paper": paper, "weights_free": weights_free, "voip": voip, "as_is": as_is}
-COMPONENTS = tuple(
-    dict.fromkeys(
-        name
-        for recipe in (*(make() for make in RECIPES.values()), paper(lpcnet=True), weights_free(texts=True))
-        for name in recipe.components
-    )
-)
-"""All that recipes have."""
-RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
-
-
-def chosen(
-    name: RecipeName, without: Collection[str] = (), sources: Mapping[str, str] | None = None, lpcnet: bool = False
-) -> Recipe:
-    """The recipe as a user asks for it: less the components `without`, with `sources` of assets, not looked at.
-
-    Raises `ValueError` for a name that the recipe has no use for.
-    """
-    if lpcnet and name != "paper":
-        raise ValueError("--lpcnet is an option of recipe paper")
-    recipe = paper(lpcnet) if name == "paper" else RECIPES[name]()
-    sources = sources or {}
-    if name == "weights_free" and "texts" in sources:
-        recipe = weights_free(texts=True)
-    known = recipe.components
-    if unknown := sorted(set(without) - set(known)):
-        raise ValueError(f"--without {' '.join(unknown)}: recipe {name} has {', '.join(known) or 'no components'}")
-    stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
-    wanted = {need.name for component in known for need in degradations.needs(component)}
-    wanted |= {"texts"} if name == "weights_free" else set()
-    if unknown := sorted(set(sources) - wanted):
-        use = ", ".join(sorted(wanted)) or "none"
-        raise ValueError(f"--assets {' '.join(unknown)}: recipe {name} has use for {use}")
-    given = {name: Asset(source) for name, source in sources.items()}
-    return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
-
-
-def with_assets(recipe: Recipe) -> Recipe:
-    """The recipe with all that its components need looked up and hashed.
-
-    Raises `MissingError` telling for each component that lacks something what it is, where to get it and its licence.
-    """
-    found: dict[str, Asset] = {}
-    lacks: dict[str, list[str]] = {}
-    for component in recipe.components:
-        try:
-            degradations.check(component)
-        except ImportError as error:
-            lacks.setdefault(str(error), []).append(component)
-        for need in degradations.needs(component):
-            try:
-                if need.name not in found:
-                    given = recipe.assets.get(need.name)
-                    found[need.name] = assets.looked_up(need, given.source if given else None)
-            except MissingError as error:
-                lacks.setdefault(str(error), []).append(component)
-    if lacks:
-        lines = "".join(f"\n  {', '.join(components)}: {reason}" for reason, components in lacks.items())
-        components = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
-        left_out = " ".join(f"--without {name}" for name in components)
-        raise MissingError(
-            f"recipe {recipe.name!r} has components that lack what they need:{lines}\n"
-            f"recipe 'weights_free' works without them; {left_out} leaves out just these",
-            components,
-        )
-    return replace(recipe, assets=found)
-
-
-def network_passes(recipe: Recipe) -> int:
-    """How many times a sample's steps change, at most, from ordinary ones to those of networks."""
-    ordinary, network, most = 0, 0, 0
-    for stage in recipe.stages:
-        kinds = {degradations.network(name) is not None for name in stage.odds}
-        after_network = max(network, ordinary + 1) if True in kinds else network
-        most = max(most, after_network)
-        if not stage.ends:
-            ordinary, network = max(ordinary, network) if False in kinds else ordinary, after_network
-    return most
 
 
 @dataclass(frozen=True)

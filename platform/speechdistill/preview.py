@@ -7,7 +7,8 @@ import soundfile
 from speechdistill import audio, degradations, table
 from speechdistill.assets import Need
 from speechdistill.clips import Clips
-from speechdistill.plan import Plan, Plans, Recipe, with_assets
+from speechdistill.degradation_recipes import with_assets
+from speechdistill.plan import Plan, Plans, Recipe
 from speechdistill.samples import make_sample
 
 

@@ -12,10 +12,11 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, cluster, cost, flow, plan, pools, shards, table, teachers
+from speechdistill import audio, cluster, cost, degradation_recipes, flow, plan, pools, shards, table, teachers
 from speechdistill.clips import Clips
+from speechdistill.degradation_recipes import RecipeName
 from speechdistill.isolate import Worker
-from speechdistill.plan import Plans, Recipe, RecipeName
+from speechdistill.plan import Plans, Recipe
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.shards import RunError, Totals
 from speechdistill.tracking import MODEL_ADDRESSES, Tracking, tracking_uri
@@ -149,8 +150,9 @@ def dry_run(config: Pseudolabel) -> cost.Estimate:
 
 def resolved(config: Pseudolabel) -> Recipe:
     """The recipe of a configuration with its assets: one that is missing is told before any work."""
-    recipe = plan.chosen(config.recipe, config.without, config.assets, config.lpcnet)
-    return plan.with_assets(replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db))
+    recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
+    recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
+    return degradation_recipes.with_assets(recipe)
 
 
 def histogram(summary: Mapping[str, Any]) -> Any:
@@ -292,7 +294,7 @@ def _stages(
     config: Pseudolabel, recipe: Recipe, degrade: Callable[[], Worker], teacher_sha256: str, cpus: float, gpus: float
 ) -> tuple[flow.Stage, ...]:
     """The pools for a cluster."""
-    passes = plan.network_passes(recipe)
+    passes = degradation_recipes.network_passes(recipe)
     if gpus and passes and config.teach_gpus is not None:
         raise RunError(
             "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally"

@@ -29,6 +29,7 @@ from speechdistill import audio, degradations, plan, table, teachers, tracking
 from speechdistill.assets import Asset, MissingError
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clips
+from speechdistill.degradation_recipes import COMPONENTS, RECIPES, with_assets
 from speechdistill.samples import check_step, make_sample
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
@@ -60,8 +61,8 @@ def names() -> list[str]:
     return [
         "machine",
         *(f"teacher:{name}" for name in teachers.names()),
-        *(f"degradation:{name}" for name in plan.COMPONENTS),
-        *(f"recipe:{name}" for name in plan.RECIPES),
+        *(f"degradation:{name}" for name in COMPONENTS),
+        *(f"recipe:{name}" for name in RECIPES),
         *(f"format:{name}" for name in (*_SOUNDFILE, *_AV)),
         *("gpu", "storage:s3", "storage:out", "clips", "tracking", "demo", "torchaudio"),
     ]
@@ -109,7 +110,7 @@ def _degradation(name: str, places: Places) -> str:
     """Drawn with and without recordings of noise and rooms at hand, and applied."""
     recipe = plan.Recipe(name, (plan.Stage("only", {name: 1.0}),), assets=_given(places))
     try:
-        found = plan.with_assets(recipe).assets
+        found = with_assets(recipe).assets
     except MissingError as error:
         reason = str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
         raise Missing(reason, f"get it, or give the jobs --without {name}") from error
@@ -130,7 +131,7 @@ def _degradation(name: str, places: Places) -> str:
 
 def _recipe(name: str, places: Places) -> str:
     try:
-        recipe = plan.with_assets(replace(plan.RECIPES[name](), assets=_given(places)))
+        recipe = with_assets(replace(RECIPES[name](), assets=_given(places)))
     except MissingError as error:
         raise Missing(f"{', '.join(error.components)} lack what they need", str(error).splitlines()[-1]) from error
     for stage in recipe.stages:

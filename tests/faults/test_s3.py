@@ -29,8 +29,9 @@ import soundfile
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
-from speechdistill import audio, cli, flow, plan, samples, shards, table
+from speechdistill import audio, cli, flow, samples, shards, table
 from speechdistill.corpora import folder
+from speechdistill.degradation_recipes import as_is
 from speechdistill.isolate import CannotWork
 from speechdistill.samples import DEGRADED, TAUGHT
 
@@ -250,9 +251,7 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
     store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    work = samples.Degrade(
-        f"{recordings}/clips.parquet", plan.as_is(), 0, "flac", False, samples.libraries(plan.as_is())
-    )
+    work = samples.Degrade(f"{recordings}/clips.parquet", as_is(), 0, "flac", False, samples.libraries(as_is()))
     rows = [{"id": i} for i in range(3)]
     assert all(isinstance(result, dict) for result in work(rows))
     for kind in ("500 InternalError", "reset"):
