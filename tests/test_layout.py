@@ -52,7 +52,7 @@ TIERS = (
     },
     {"monitor", "samples", "degradation_recipes", "labeled", "scored", "pruning"},
     {"flow", "trials", "batches", "models"},
-    {"cost", "loop", "pools", "feature_batches", "validation", "judged"},
+    {"cost", "label_figures", "loop", "pools", "feature_batches", "validation", "judged"},
     {"features", "scoring"},
     {"comparison"},
     {"tables", "plots"},

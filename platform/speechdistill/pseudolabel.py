@@ -1,7 +1,6 @@
 """The main job: plan -> degrade (CPU actors) -> teach (teacher actors) -> label shards, on the engine."""
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -9,20 +8,18 @@ from functools import partial
 from typing import Any, Literal
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, cluster, cost, degradation_recipes, flow, plan, pools, shards, table, teachers
+from speechdistill import cluster, cost, degradation_recipes, flow, label_figures, plan, pools, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import RecipeName
 from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
-from speechdistill.shards import RunError, Totals
+from speechdistill.shards import RunError
 from speechdistill.tracking import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
-SCORE_EDGES = np.linspace(1.0, 5.0, 41)
 
 
 @dataclass(frozen=True)
@@ -111,23 +108,23 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
     num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
-    session = Session()
+    session = label_figures.Session()
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     job = replace(
         _flow(config, recipe, num_samples, identity, _manifest(config)),
         on_part=session.add,
-        report=lambda figures: tracking.metrics(_live(figures), step=int(figures["done"])),
+        report=lambda figures: tracking.metrics(label_figures.live(figures), step=int(figures["done"])),
     )
     try:
         totals = flow.run(job)
         complete = totals.complete
         if not complete:
             session.count(totals.done - sum(there.values()))
-        summary = _summary(config, totals, session, table.fingerprint(identity))
+        summary = {**label_figures.summary(config.out, totals, session), **_about(config, identity)}
         earlier = complete and table.read_json(f"{config.out}/summary.json")
         if complete and (session.samples or not earlier):  # otherwise it was complete, and is left as it is
             table.publish_json(summary, f"{config.out}/summary.json")
-            tracking.figure(histogram(summary), "scores.png")
+            tracking.figure(label_figures.histogram(summary), "scores.png")
             tracking.document(summary, "summary.json")
         if session.samples or not earlier:
             numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
@@ -148,34 +145,16 @@ def dry_run(config: Pseudolabel) -> cost.Estimate:
     return cost.estimate(trial, num_samples, cost.amounts("--price", config.price))
 
 
-def resolved(config: Pseudolabel) -> Recipe:
-    """The recipe of a configuration with its assets: one that is missing is told before any work."""
-    recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
-    recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
-    return degradation_recipes.with_assets(recipe)
-
-
-def histogram(summary: Mapping[str, Any]) -> Any:
-    """The histogram of scores as a matplotlib figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.stairs(summary["score_histogram"]["counts"], summary["score_histogram"]["edges"], fill=True)
-    axes.set(xlabel="score (MOS)", ylabel="samples", xlim=(1, 5))
-    mean = f", mean {summary['score_mean']:.2f}" if summary["labelled"] else ""
-    axes.set_title(f"{summary['labelled']:,} samples, {summary['hours']:.2f} h{mean}")
-    return figure
-
-
 def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, Any]]:
     """The configuration with absolute paths, its recipe, number of samples and identity: all checked, none written."""
     _validate(config)
     cluster.be_patient()
     weights, head = (path and table.absolute(path) for path in (config.weights, config.head))
-    config = replace(config, weights=weights, head=head)
-    config = replace(config, clips=table.absolute(config.clips), out=table.absolute(config.out))
-    recipe = resolved(config)
+    clips, out = table.absolute(config.clips), table.absolute(config.out)
+    config = replace(config, clips=clips, out=out, weights=weights, head=head)
+    recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
+    recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
+    recipe = degradation_recipes.with_assets(recipe)  # one that is missing is told before any work
     plans = Plans(recipe, Clips.read(config.clips), config.seed)
     num_samples = len(plans) if config.num_samples is None else config.num_samples
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
@@ -204,7 +183,7 @@ def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[
     reference = config.reference or identity["teacher"].get("intrusive", False)
     degrade = partial(Degrade, clips, recipe, config.seed, config.audio_format, reference, identity["libraries"])
     return flow.Flow(
-        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, _totals),
+        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, label_figures.of_part),
         identity,
         partial(_stages, config, recipe, degrade, identity["teacher"]["sha256"]),
         config.max_reject_share,
@@ -316,62 +295,13 @@ def _stages(
     return (*stages, flow.Stage("teach", teach, TAUGHT, sizes.teach, *heavy, rows, isolated=True))
 
 
-def _totals(rows: pa.Table) -> dict[str, Any]:
-    scores = rows["score"].to_numpy()
+def _about(config: Pseudolabel, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the summary beside the figures."""
     return {
-        "audio_s": float(np.sum(rows["num_samples"].to_numpy()) / audio.SAMPLE_RATE),
-        "score_sum": float(np.sum(scores)),
-        "score_counts": np.histogram(scores, SCORE_EDGES)[0].tolist(),
-    }
-
-
-class Session:
-    """What this process made, and how fast; the earlier sessions of a resumed run are not counted."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.samples, self._audio_s = 0, 0.0
-
-    def add(self, part: Mapping[str, Any]) -> None:
-        self.samples += part["ids"]
-        self._audio_s += part["totals"]["audio_s"]
-
-    def count(self, samples: int) -> None:
-        """Of a run that was stopped: parts may be committed that were not told."""
-        self._audio_s *= max(1.0, samples / max(1, self.samples))
-        self.samples = max(self.samples, samples)
-
-    def throughput(self) -> dict[str, float]:
-        seconds = time.monotonic() - self._started
-        return {
-            "session_s": seconds,
-            "session_samples": self.samples,
-            "session_samples_per_s": self.samples / seconds,
-            "session_audio_hours_per_hour": self._audio_s / seconds,
-        }
-
-
-def _live(figures: Mapping[str, float]) -> dict[str, float]:
-    """The monitor's figures, with the audio's in the field's terms."""
-    audio_s = {"audio_hours_per_s": figures["per_s/audio_s"] / 3600} if "per_s/audio_s" in figures else {}
-    return {**{key: value for key, value in figures.items() if not key.startswith("per_s/")}, **audio_s}
-
-
-def _summary(config: Pseudolabel, totals: Totals, session: Session, fingerprint: str) -> dict[str, Any]:
-    counts = totals.sums.get("score_counts")
-    return {
-        "num_samples": totals.done,
-        "labelled": totals.labelled,
-        "rejected": totals.rejected,
-        "hours": totals.sums.get("audio_s", 0.0) / 3600,
-        "score_mean": totals.sums["score_sum"] / totals.labelled if totals.labelled else None,
-        "score_histogram": {"edges": SCORE_EDGES.round(3).tolist(), "counts": counts or [0] * (len(SCORE_EDGES) - 1)},
-        "reject_reasons": dict(shards.reject_reasons(config.out).most_common(10)),
-        **session.throughput(),
         "recipe": config.recipe,
         "teacher": config.teacher,
         "seed": config.seed,
-        "fingerprint": fingerprint,
+        "fingerprint": table.fingerprint(identity),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
