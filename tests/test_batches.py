@@ -14,9 +14,10 @@ import soundfile
 from manifests import row
 from milli import Degrade, Teach
 from speechdistill import audio, labeled, shards, table
-from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk, share
+from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform, Scale
+from speechdistill.lanes import share
 from speechdistill.samples import DEGRADED, TAUGHT
 
 

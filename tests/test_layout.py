@@ -26,6 +26,7 @@ TIERS = (
         "shards",
         "event_log",
         "labels",
+        "lanes",
         "global_norm",
         "metrics",
     },

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manifests import row, voice
 from speechdistill import table
-from speechdistill.batches import Mix, share
+from speechdistill.batches import Mix
+from speechdistill.lanes import share
 from speechdistill.loop import Loop, NotFiniteError, Training
 from speechdistill.recipes.distill import Distill, tiny
 from test_batches import label_run

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from small_models import speech_encoder as small_encoder
 from speechdistill import shards, speech_encoder, table, teachers
-from speechdistill.batches import share
 from speechdistill.feature_batches import FeatureBatches
 from speechdistill.labels import LabelTransform, Scale
+from speechdistill.lanes import share
 from speechdistill.loop import Loop, Training
 from speechdistill.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal
 from speechdistill.students.conv_transformer import QualityHead

@@ -1,15 +1,14 @@
 """Which samples make global batch t, and reading them.
 
-`refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream.
-Workers take their share of the lanes, so their number only says who reads what, and t is all that a resumed run
-needs. A lane of labelled shards walks over its own row groups; a lane of listeners' scores draws its clips.
+`refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream, so
+t is all that a resumed run needs. A lane of labelled shards walks over its own row groups; a lane of listeners' scores
+draws its clips. Which lanes a worker reads is in `lanes.py`.
 """
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from speechdistill import audio, table
 from speechdistill.labeled import Labeled
+from speechdistill.lanes import Batch, read_ahead, rng, share
 from speechdistill.shards import ROW_GROUP
 
 _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
@@ -67,18 +67,6 @@ class Ref(NamedTuple):
     group: int
     row: int
     crop: float
-
-
-class Batch(NamedTuple):
-    """What a network takes, (samples, ...): waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or
-    features; targets (samples,) MOS; ids for messages; per sample the number of its dataset, -1 for a teacher's label.
-    """
-
-    step: int
-    inputs: np.ndarray
-    targets: np.ndarray
-    ids: list[str]
-    datasets: np.ndarray
 
 
 class LabelRun:
@@ -185,12 +173,10 @@ class Batches:
         """The names behind the numbers of `Batch.datasets`."""
         return self._labeled.datasets.names if self._labeled else []
 
-    def stream(self, start: int, stop: int, rank: int, world: int, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
+    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
-        return read_ahead(
-            lambda t: self.read(t, [self._ref(t, lane) for lane in lanes]), range(start, stop), threads, ahead
-        )
+        return read_ahead(lambda t: self.read(t, [self._ref(t, lane) for lane in lanes]), range(start, stop))
 
     def read(self, t: int, refs: Sequence[Ref]) -> Batch:
         """The samples `refs` of batch t."""
@@ -237,35 +223,6 @@ class Batches:
         start = int(ref.crop * (max(0, row["num_samples"] - self.mix.crop_samples) + 1))
         wave = audio.decode(row["audio"], row["audio_format"], start, self.mix.crop_samples)
         return wave, row["score"], f"{run.out}#{row['sample_id']}"
-
-
-def share(batch_size: int, rank: int, world: int) -> list[int]:
-    """The lanes of a worker; `ValueError` where there are more workers than lanes."""
-    if world > batch_size:
-        raise ValueError(f"{world} workers for batches of {batch_size}: give at most as many workers")
-    lanes: list[int] = np.array_split(np.arange(batch_size), world)[rank].tolist()
-    return lanes
-
-
-def read_ahead(read: Callable[[int], Batch], steps: range, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
-    """`read` of each step in order, `ahead` of them begun on other threads before they are asked for."""
-    waiting: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for t in steps:
-                waiting.append(pool.submit(read, t))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def rng(seed: int, *key: int) -> np.random.Generator:
-    """A generator of its own for each key of a run's seed."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 class _Cache:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speechdistill import table
-from speechdistill.batches import Batch, read_ahead, rng, share
 from speechdistill.labeled import Datasets
+from speechdistill.lanes import Batch, read_ahead, rng, share
 
 _FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
