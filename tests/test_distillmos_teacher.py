@@ -229,7 +229,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*pip install --no-deps distillmos==0\.9\.1"):
         Teacher(str(tmp_path / "nowhere.pt"))
-    monkeypatch.setattr(distillmos.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps distillmos==0\.9\.1"):
         Teacher()
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechdistill import audio, dnsmos, teachers
+from speechdistill import audio, dnsmos, teachers, weights_file
 from speechdistill.teachers import Label, dnsmos_p808, dnsmos_p835
 
 RATE = audio.SAMPLE_RATE
-HAS_WHEEL = Path(dnsmos._released(dnsmos_p808.Teacher.file)).is_file()
+HAS_WHEEL = Path(weights_file.of_package("speechmos", dnsmos_p808.Teacher.file)).is_file()
 needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel speechmos")
 
 # Scores of the wheel's own code (speechmos 0.0.1.1 with librosa 0.11, onnxruntime on a CPU) of `speech` of so many

@@ -16,7 +16,7 @@ TIERS = (
     {"tar_files"},
     {"audio_files"},
     {"audio_decoders"},
-    {"audio", "table", "isolate", "watch", "evaluate", "model_code", "paper"},
+    {"audio", "table", "isolate", "watch", "evaluate", "model_code", "paper", "weights_file"},
     {
         "assets",
         "espeak_ng",

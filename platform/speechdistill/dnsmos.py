@@ -3,15 +3,12 @@
 The wheel is not imported: it needs librosa. Scores equal those of its version 0.0.1.1.
 """
 
-import hashlib
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
+from speechdistill import weights_file
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.scorer import HOP_S, Windowed, check, torch_device
 from speechdistill.teachers import logits
@@ -20,7 +17,7 @@ WINDOW_S = 9.01
 SEGMENT_SAMPLES = 144_160
 
 _BATCH_SEGMENTS = 4
-_MISSING = "{}: no such ONNX file; `pip install --no-deps speechmos==0.0.1.1` (9 MB, MIT) brings it, or give its path"
+_MISSING = "no such ONNX file; `pip install --no-deps speechmos==0.0.1.1` (9 MB, MIT) brings it, or give its path"
 
 
 class Dnsmos(Windowed):
@@ -49,9 +46,8 @@ class Dnsmos(Windowed):
         self._segment = SEGMENT_SAMPLES
         self._batch = max(1, int(batch_s / WINDOW_S + 1e-6)) if batch_s else _BATCH_SEGMENTS
         self._hop_s = max(1, int(hop_s))  # windows start at whole seconds
-        path = weights or _released(self.file)
-        data = _read(path)
-        self.weights_hash = hashlib.sha256(data).hexdigest()
+        path = weights or weights_file.of_package("speechmos", self.file)
+        data, self.weights_hash = weights_file.read(path, _MISSING)
         self._session = _session(data, path, torch_device(device).type)
 
     def _starts(self, wave: np.ndarray) -> list[int]:
@@ -82,19 +78,6 @@ class Dnsmos(Windowed):
     def _run(self, inputs: np.ndarray) -> np.ndarray:
         """(batch, ...) float32 through the network."""
         return np.asarray(self._session.run(None, {self._session.get_inputs()[0].name: inputs})[0])
-
-
-def _released(file: str) -> str:
-    spec = importlib.util.find_spec("speechmos")  # finds the package without importing it
-    return str((Path(spec.origin).parent if spec and spec.origin else Path("speechmos")) / file)
-
-
-def _read(path: str) -> bytes:
-    try:
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(_MISSING.format(path)) from error
 
 
 def _session(data: bytes, path: str, device: str) -> Any:

@@ -1,25 +1,21 @@
 """What teachers share whose network is one file of torch's, as others have released it, and hears waves whole."""
 
-import hashlib
-import pickle
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import groupby
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from speechdistill import weights_file
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.scorer import HOP_S, Windowed, check, segment_starts, torch_device
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES
 from speechdistill.teachers import logits
 
 _BATCH_SEGMENTS = {"cpu": 1, "cuda": 8}
-_BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError)
-"""What reading a file that is another gives."""
 
 
 class Released(Windowed):
@@ -55,13 +51,10 @@ class Released(Windowed):
         at_once = batch_s * SAMPLE_RATE / SEGMENT_SAMPLES if batch_s else _BATCH_SEGMENTS.get(self._device.type, 1)
         self._batch = max(1, int(at_once + 1e-6))
         path = weights or self._place()
-        data = self._read(path)
-        self.weights_hash = hashlib.sha256(data).hexdigest()
-        try:
+        ask = f"give {self.url} ({self.terms}), or the path of that file"
+        data, self.weights_hash = weights_file.read(path, f"no weights of {self.model} there; {ask}")
+        with weights_file.fitting(path, f"{self.model}'s weights"):
             network = self._network(torch.load(BytesIO(data), map_location="cpu", weights_only=True))
-        except _BROKEN as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-            raise ValueError(f"{path}: not {self.model}'s weights ({reason})") from error
         self.network = network.to(self._device).eval()
 
     def _place(self) -> str:
@@ -92,11 +85,3 @@ class Released(Windowed):
                 batch = torch.from_numpy(np.stack(list(alike)).astype(np.float32))
                 scores.append(self._mos(batch.to(self._device)).cpu().numpy())
         return logits(np.concatenate(scores))
-
-    def _read(self, path: str) -> bytes:
-        try:
-            with fsspec.open(path, "rb") as file:
-                return bytes(file.read())
-        except FileNotFoundError as error:
-            ask = f"give {self.url} ({self.terms}), or the path of that file"
-            raise FileNotFoundError(f"{path}: no weights of {self.model} there; {ask}") from error

@@ -4,19 +4,15 @@ The weights come from the `distillmos` wheel (MIT), which is not imported: it ne
 line only. Scores equal that package's, with memory that does not grow with the length of the audio.
 """
 
-import hashlib
-import importlib.util
-import pickle
 from io import BytesIO
-from pathlib import Path
 
-import fsspec
 import torch
 
+from speechdistill import weights_file
 from speechdistill.scorer import HOP_S, Scorer
 from speechdistill.students.conv_transformer import ConvTransformer
 
-_MISSING = "{}: no such weights file; `pip install --no-deps distillmos==0.9.1` brings it, or give its path"
+_MISSING = "no such weights file; `pip install --no-deps distillmos==0.9.1` brings it, or give its path"
 
 
 class Teacher(Scorer):
@@ -35,30 +31,16 @@ class Teacher(Scorer):
         hop_s: float = HOP_S,
     ) -> None:
         path = weights or _released_weights()
-        data = _read(path)
-        digest = hashlib.sha256(data).hexdigest()
+        data, digest = weights_file.read(path, _MISSING)
         super().__init__(_network(data, path), "distillmos", digest, device, dtype, batch_s, hop_s)
 
 
 def _released_weights() -> str:
-    spec = importlib.util.find_spec("distillmos")  # finds the package without importing it
-    folder = Path(spec.origin).parent if spec and spec.origin else Path("distillmos")
-    return str(folder / "weights" / "distill_mos_v7.pt")
-
-
-def _read(path: str) -> bytes:
-    try:
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(_MISSING.format(path)) from error
+    return weights_file.of_package("distillmos", "weights/distill_mos_v7.pt")
 
 
 def _network(data: bytes, path: str) -> ConvTransformer:
     network = ConvTransformer()
-    try:
+    with weights_file.fitting(path, "Distill-MOS v7 weights"):
         network.load_state_dict(torch.load(BytesIO(data), map_location="cpu", weights_only=True)["model"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"{path}: not Distill-MOS v7 weights ({reason})") from error
     return network.eval()

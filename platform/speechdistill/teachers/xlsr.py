@@ -5,22 +5,19 @@ The encoder (Apache 2.0) is a folder in the format of transformers or a model of
 """
 
 import hashlib
-import importlib.util
 from io import BytesIO
-from pathlib import Path
 
-import fsspec
 import torch
 
-from speechdistill import speech_encoder
+from speechdistill import speech_encoder, weights_file
 from speechdistill.encoder_scorer import HEAD, EncoderScorer
 from speechdistill.scorer import HOP_S, check
-from speechdistill.speech_encoder import BROKEN, XLSR_2B
+from speechdistill.speech_encoder import XLSR_2B
 from speechdistill.students.conv_transformer import QualityHead
 
 LAYER = 10
 
-_NO_HEAD = "{}: no such head; `pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
+_NO_HEAD = "no such head; `pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
 
 
 class Teacher(EncoderScorer):
@@ -52,24 +49,15 @@ class Teacher(EncoderScorer):
 
 
 def _released_head() -> str:
-    spec = importlib.util.find_spec("xls_r_sqa")  # finds the package without importing it
-    folder = Path(spec.origin).parent if spec and spec.origin else Path("xls_r_sqa")
     # Version 2: the files of the first are the wrong checkpoint, says the wheel.
-    return str(folder / "models" / "sqa-v2" / "xls-r-2b" / "model_2b_lay10_full.pt")
+    return weights_file.of_package("xls_r_sqa", "models/sqa-v2/xls-r-2b/model_2b_lay10_full.pt")
 
 
 def _head(path: str) -> tuple[QualityHead, str]:
     """The head in a file, and the file's sha256."""
-    try:
-        with fsspec.open(path, "rb") as file:
-            data = bytes(file.read())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(_NO_HEAD.format(path)) from error
-    try:
+    data, digest = weights_file.read(path, _NO_HEAD)
+    with weights_file.fitting(path, "a head of XLS-R"):
         state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
         head = QualityHead(len(state["norm_input.weight"]), *HEAD)
         head.load_state_dict(state)
-    except BROKEN as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"{path}: not a head of XLS-R ({reason})") from error
-    return head.eval(), hashlib.sha256(data).hexdigest()
+    return head.eval(), digest

@@ -1,0 +1,40 @@
+"""The file that a teacher's weights are in, perhaps of an installed package that is not imported."""
+
+import hashlib
+import importlib.util
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+_BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError)
+"""What reading a file that is another gives."""
+
+
+def of_package(package: str, file: str) -> str:
+    """Where a package has a file; a path that is not there where it is not installed."""
+    spec = importlib.util.find_spec(package)  # finds the package without importing it
+    folder = Path(spec.origin).parent if spec and spec.origin else Path(package)
+    return str(folder / file)
+
+
+def read(path: str, missing: str) -> tuple[bytes, str]:
+    """The bytes of a path or URL, and their sha256; where it is not there, `FileNotFoundError` says `missing` of it."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            data = bytes(file.read())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {missing}") from error
+    return data, hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def fitting(path: str, what: str) -> Iterator[None]:
+    """Within it a file's contents become a network; `ValueError` where they are not `what`."""
+    try:
+        yield
+    except _BROKEN as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise ValueError(f"{path}: not {what} ({reason})") from error
