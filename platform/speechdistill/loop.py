@@ -6,7 +6,7 @@ worker's loss is weighted by its share of the batch. (Sums in another order: 1e-
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -43,6 +43,10 @@ class Training:
     def __post_init__(self) -> None:
         if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:
             raise ValueError(f"{self}: steps and learning rate are above 0, weight decay at least 0")
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the result."""
+        return {**asdict(self), "checkpoint_every_s": None, "compile": None}
 
 
 class Source(Protocol):

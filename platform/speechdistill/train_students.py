@@ -186,7 +186,7 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         "data": {
             key: value for key, value in (recipe.provenance or {}).items() if key not in ("git_commit", "variant")
         },
-        "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
+        "training": training.identity(),
     }
     return Job(recipe.make, training, f"{config.out}/{name}", identity, workers, config.cpus_per_worker, gpus)
 

@@ -159,6 +159,6 @@ def _job(config: TrainTeacher, recipe: "Teacher", features: str, workers: tuple[
         "job": "train-teacher",
         "recipe": {**asdict(recipe), "features": None, "encoder": None, "provenance": None},
         "features": features,
-        "training": {**asdict(training), "checkpoint_every_s": None, "compile": None},
+        "training": training.identity(),
     }
     return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
