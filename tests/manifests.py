@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
-from speechdistill import table
+from speechdistill import audio, table
 from speechdistill.clips import Clips, clip_id
 
 
@@ -58,3 +58,11 @@ def corpus(root: Path, speech: int = 6, seconds: float = 4.0) -> Path:
     decay[0] = 4.0
     soundfile.write(root / "rir" / "room.wav", 0.2 * decay, 16000)
     return root
+
+
+def corpus_manifest(root: Path) -> str:
+    """The manifest of such a corpus in `root`, without an ingest job."""
+    files = [(str(path), path.parent.name) for path in sorted(corpus(root).rglob("*.*"))]
+    rows = [row(path, kind, audio.probe(path).duration_s) for path, kind in files]
+    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{root}/clips.parquet")
+    return f"{root}/clips.parquet"

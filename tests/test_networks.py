@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import small_models
-from manifests import corpus, row, voice
-from speechdistill import assets, audio, cli, degradations, flow, pseudolabel, samples, table
+from manifests import corpus_manifest, voice
+from speechdistill import assets, cli, degradations, flow, pseudolabel, samples, table
 from speechdistill.assets import Asset, Need
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import chosen, network_passes, paper, with_assets
@@ -52,11 +52,7 @@ def encodec(tmp_path_factory: pytest.TempPathFactory) -> Asset:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = corpus(tmp_path_factory.mktemp("corpus"))
-    files = [(str(path), path.parent.name) for path in sorted(root.rglob("*.*"))]
-    rows = [row(path, kind, audio.probe(path).duration_s) for path, kind in files]
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{root}/clips.parquet")
-    return f"{root}/clips.parquet"
+    return corpus_manifest(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from manifests import corpus, row
-from speechdistill import audio, cli, degradations, table
+from manifests import corpus_manifest
+from speechdistill import cli, degradations
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import RECIPES, voip
 from speechdistill.plan import Plans
@@ -17,11 +17,7 @@ from speechdistill.samples import make_sample
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = corpus(tmp_path_factory.mktemp("corpus"))
-    files = [(str(path), path.parent.name) for path in sorted(root.rglob("*.*"))]
-    rows = [row(path, kind, audio.probe(path).duration_s) for path, kind in files]
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{root}/clips.parquet")
-    return f"{root}/clips.parquet"
+    return corpus_manifest(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
