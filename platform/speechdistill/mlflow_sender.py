@@ -1,4 +1,4 @@
-"""The one importer of mlflow: sends the log of a run to an MLflow server or database.
+"""Sends the log of a run to an MLflow server or database; models go there by `registry.py`.
 
 `OUT/tracking/sent.json` holds for each MLflow its run, the bytes it has of each segment and the artifacts it lacks.
 Every event is sent at least once. MLflow keeps equal points once, and a run is found again by its tag, so a killed
