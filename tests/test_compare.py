@@ -1,6 +1,5 @@
 """Comparing models: every model hears every clip once, whatever is killed, added or broken; and the tables say so."""
 
-import contextlib
 import csv
 import json
 import shutil
@@ -8,7 +7,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from comparisons import RATE, asked, compared, label_run, recordings
+from comparisons import RATE, asked, compared, label_run, recordings, without_ray
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import audio, cli, compare, comparison, judged, models, scoring, shards, table, tables
+from speechdistill import audio, cli, compare, comparison, flow, judged, models, scoring, table, tables
 from speechdistill.compare import Compare
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import Scale
-from speechdistill.models import Model
 from speechdistill.shards import RunError
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
@@ -54,6 +54,26 @@ def heard(out: Path) -> Counter[tuple[str, str]]:
     return found
 
 
+def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
+    tmp_path: Path, students: list[str], local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
+    config = Compare(source, str(out), f"a={students[0]},b={students[1]}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+        compare.run(config)
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
+    assert len(heard(out)) == 2 * 2 * 3 and not (out / "summary.json").exists()
+    found = compare.run(config)
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in found.models for clip in found.clips}
+    assert len(list(out.glob("scores/*"))) == 1, "it is another run"
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
+    rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
+    assert Counter(row["model"] for row in rows) == {"a": 24, "b": 24}
+    assert set(table.read_json(f"{out}/summary.json")["models"]) == {"a", "b"}
+
+
+@pytest.mark.slow
 def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_scored(
     tmp_path: Path, students: list[str], local_ray: None
 ) -> None:
@@ -61,7 +81,7 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     options = ["--clips", source, "--out", str(out), "--models", f"a={students[0]},b={students[1]}"]
     driver = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "compare.py"), *options], start_new_session=True)
     while not list(out.glob("scores/*/shards/part-*")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             driver.wait(timeout=0.02)
             break
     its_workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
@@ -97,6 +117,63 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     assert Counter(task.models for task in tasks) == {(keys[2],): 159, tuple(keys): 1}
 
 
+def test_a_worker_that_outlives_its_driver_scores_nothing_twice(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
+    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    runs: list[flow.Flow] = []
+
+    def stopped(run: flow.Flow) -> None:
+        runs.append(run)
+        without_ray(run, stop_after=2)
+
+    def late(run: flow.Flow) -> None:
+        with suppress(KeyboardInterrupt):
+            without_ray(runs[0], stop_after=1)  # the next part, after the second driver has listed what is missing
+        without_ray(run)
+
+    monkeypatch.setattr("speechdistill.flow.run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score([a], clips, str(out))
+    monkeypatch.setattr("speechdistill.flow.run", late)
+    scoring.score([a, b], clips, str(out))
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+
+
+def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
+    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    monkeypatch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score([a, b], clips, str(out))
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    scoring.score([a], clips[:12], str(out))
+    assert set(heard(out).values()) == {1} and len(heard(out)) == 2 * 6 + 6
+    scoring.score([a, b], clips, str(out))
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+
+
+def test_rejects_are_judged_among_all_files_whenever_they_are_tried_again(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
+    (tmp_path / "clips" / "0.wav").write_bytes(b"RIFF this is no audio")
+    entries, clips = models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    for _ in range(2):  # the second time the broken file is all there is to do
+        found = scoring.score(entries, clips, str(out))
+        assert len(found.scores) == 23 and list(found.rejects) == [clips[0].uri]
+    for i in range(1, 4):
+        (tmp_path / "clips" / f"{i}.wav").write_bytes(b"RIFF nor is this")
+    with pytest.raises(RunError, match="2 of 22 samples were rejected"):  # files of equal bytes are one
+        scoring.score(entries, judged.clips(source).clips, str(out), max_reject_share=0.05)
+
+
 def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +181,9 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
 
     source, out = recordings(tmp_path / "clips", 12), tmp_path / "out"
     wanted = f"a={students[0]},tub-expert={students[1]}"
-    commit(tmp_path / "out", models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips)
+    with monkeypatch.context() as patch:
+        patch.setattr("speechdistill.flow.run", without_ray)
+        scoring.score(models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips, str(out))
     monkeypatch.setattr("speechdistill.flow.run", lambda flow: pytest.fail("there was something to score"))
     assert cli.main(["compare", "--clips", source, "--out", str(out), "--models", wanted, "--paper"]) == 0
     printed = capsys.readouterr().out
@@ -121,20 +200,6 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
     assert run.info.status == "FINISHED" and "tub-expert/pcc_weighted" in run.data.metrics
     assert {"table.md", "summary.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
-
-
-def commit(out: Path, entries: list[Model], clips: list[judged.Clip]) -> None:
-    """As the job does, in one part."""
-    tasks = scoring.missing(entries, clips, {})
-    layout = scoring._flow(entries, tasks, str(out), 1.0, lambda figures: None).layout
-    layout = replace(layout, rows_per_part=len(tasks))
-    rows = [{"id": i, **row} for i, row in enumerate(scoring.Decode(tasks)([{"id": i} for i in range(len(tasks))]))]
-    rows = [{**row, **answer} for row, answer in zip(rows, scoring.Ask(entries)(rows), strict=True)]
-    schema = scoring.DECODED.remove(scoring.DECODED.get_field_index("wave"))
-    known = [{**row, "wave": None} for row in rows]
-    shards.claim(layout.out, {})
-    fields = [scoring.pa.field("id", scoring.pa.int64()), *schema, *scoring.SCORED, *shards.REJECT]
-    shards.write_parts(scoring.pa.Table.from_pylist(known, scoring.pa.schema(fields)), layout)
 
 
 def test_a_clip_that_changes_is_scored_anew_and_a_copy_is_not(tmp_path: Path, students: list[str]) -> None:
@@ -171,11 +236,13 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
     assert scoring._answer(Unscorable("no samples")) == {"score": None, "error": "no samples"}
 
 
-def test_a_comparison_of_nothing_is_an_error_with_the_reason(tmp_path: Path, students: list[str]) -> None:
+def test_a_comparison_of_nothing_is_an_error_with_the_reason(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
     source, out = recordings(tmp_path / "clips", 3), tmp_path / "out"
     for file in (tmp_path / "clips").glob("*.wav"):
         soundfile.write(file, np.zeros(RATE + int(file.stem)), RATE)
-    commit(out, models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips)
     with pytest.raises(RunError, match="no clip has a score of every model; the first because silent"):
         compare.run(Compare(source, str(out), f"a={students[0]}"))
     assert not (out / "summary.json").exists()
