@@ -11,21 +11,24 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
 from comparisons import RATE, asked, compared, label_run, recordings, without_ray
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import audio, cli, compare, comparison, flow, judged, models, scoring, table, tables
+from speechdistill import audio, cli, compare, comparison, flow, judged, models, prune, scoring, table, tables, teachers
 from speechdistill.compare import Compare
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import Scale
+from speechdistill.prune import Prune
 from speechdistill.shards import RunError
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
@@ -261,8 +264,14 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
     assert found.pcc("a", "weights_free").value == pytest.approx(1)
     assert found.best(None) <= {"b", "c"}, "the judge is not the best of all"
     assert [model.series for model in found.models] == ["teacher", "distilled", "distilled"]
-    with pytest.raises(table.TableError, match="not a complete label run"):
-        judged.clips(str(tmp_path))
+    Path(run, "summary.json").unlink()
+    for place, message in (
+        (run, "not a complete label run"),
+        (str(tmp_path), "nor the folder of a label run"),
+        (f"{tmp_path}/none.csv", "none.csv: no such list"),
+    ):
+        with pytest.raises(table.TableError, match=message):
+            judged.clips(place)
 
 
 def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Path) -> None:
@@ -277,6 +286,8 @@ def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Pat
         compare.run(replace(config, models="distillmos,again=distillmos"))
     with pytest.raises(ValueError, match=r"--weights names \['y'\]"):
         compare.run(replace(config, weights={"y": "file"}))
+    with pytest.raises(ValueError, match="--head file is for xlsr"):
+        compare.run(replace(config, models="distillmos", head="file"))
     with pytest.raises(RunError, match="--resamples is 5"):
         compare.run(replace(config, resamples=5))
 
@@ -300,7 +311,52 @@ def test_models_have_names_sizes_and_places_in_figure_3(tmp_path: Path, students
     assert teacher.parameters == alone + sum(p.numel() for p in load_encoder(moved, 2).encoder.parameters())
     shutil.rmtree(tmp_path / "models", ignore_errors=True)
     assert models._series({"shards": []}) == "labeled only"
-    assert models._series({"shards": [1], "pruning": {"criterion": "importance"}}) == "pruned (importance)"
+    assert models._series({"shards": [], "init": {"shards": [1]}}) == "distilled", "it was fine-tuned from one"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "structured"])
+def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_path: Path) -> None:
+    encoder = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    head = TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, Scale())
+    head.save(QualityHead(16, *HEAD), f"{tmp_path}/teacher", {})
+    config = Prune(f"{tmp_path}/teacher", recordings(tmp_path / "clips", 20), str(tmp_path), criterion=criterion)
+    recipe = prune._recipe(replace(config, share=0.5, until=0.5))[0].make()
+    network = recipe.network()
+    pruner = recipe.pruner(network)
+    network(torch.randn(2, 8000)).sum().backward()
+    pruner.collect()
+    recipe.save(network, f"{tmp_path}/before")
+    pruner.prune()
+    recipe.save(network, f"{tmp_path}/after")
+    folders = {name: f"{tmp_path}/{name}" for name in ("teacher", "before", "after")}
+    teacher, before, after = models.load(folders, str(tmp_path / "out"), {})
+    assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
+    encoders = sum(p.numel() for p in network.encoder.parameters())
+    assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
+    (there,) = teachers.load(after.teacher, device="cpu").teacher.label([voice(1.0)])
+    (here,) = teachers.load(folders["after"], device="cpu").teacher.label([voice(1.0)])
+    assert there == here, "what workers load is not what was given"
+
+
+def test_an_ensemble_is_one_model_and_what_needs_a_clean_original_is_none(tmp_path: Path, students: list[str]) -> None:
+    ensemble = f"ensemble:{students[0]}=0.7,{students[1]}=0.3"
+    wanted = models.listed(f"mix={ensemble},b={students[1]},{ensemble}, dnsmos_p808")
+    assert wanted == {"mix": ensemble, "b": students[1], ensemble: ensemble, "dnsmos_p808": "dnsmos_p808"}
+    (mix,) = models.load({"mix": ensemble}, str(tmp_path), {})
+    assert (mix.series, mix.parameters) == ("baseline", None)
+    with pytest.raises(ValueError, match="pesq_oracle compares with clean originals"):
+        models.load({"pesq_oracle": "pesq_oracle"}, str(tmp_path), {})
+
+
+def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
+    encoder = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    network = QualityHead(16, *HEAD)
+    for name, scale in (("plain", Scale()), ("scaled", Scale(1.5, 0.5))):
+        TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, scale).save(network, f"{tmp_path}/{name}", {})
+    both = models.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
+    one, other = (teachers.load(model.teacher, device="cpu").teacher for model in both)
+    assert [one.weights_hash, other.weights_hash] == [model.sha256 for model in both]
+    assert one.label([voice(1.0)]) != other.label([voice(1.0)])
 
 
 def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path, students: list[str]) -> None:
@@ -319,7 +375,7 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
     found = comparison.compared(of_listeners, [good, bad], scoring.Scores(scores, {}), 100, 0, {})
     text = tables.markdown(found)
     assert "| distillmos | 2 k | 50.0 | – | 1.00 | 1.00 | 1.00 |" in text and r"flat\|" in text
-    assert "- the listeners' scores are all the same" in text
+    assert "- flat|: the listeners' scores are all the same" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| distillmos | bad |")]
     assert line.endswith("| yes |")
     beside = tables.beside_paper(found)
@@ -329,6 +385,37 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
         ["distillmos_v7", "paper", "0.76", "0.76", "0.76"],
         ["", "difference", "+0.24", "+0.24", "+0.24"],
     ]
+    assert tables.gaps(found) == ["flat|: the listeners' scores are all the same"]
     rows = tables.long(found)
     assert ["system", "weighted mean", 0, "bad", "pcc", None, None, None, "no dataset has this figure"] in rows
     assert len(rows) == 1 + 2 * 7 * (2 + 2) + 2 * 7 * 2
+
+
+def test_means_are_of_the_same_datasets_wherever_two_are_compared(tmp_path: Path, students: list[str]) -> None:
+    names = ("tub", "dns_3_fb")
+    clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", names[i // 20], None, 1 + i % 5) for i in range(40)]
+    (good,) = models.load({"squim": students[0]}, str(tmp_path), {})
+    flat = good._replace(name="flat", sha256="flat")  # says the same of every clip of dns_3_fb
+    half = good._replace(name="half", sha256="half")  # can judge none of dns_3_fb
+    other = good._replace(name="other", sha256="other")  # and this none of tub
+    rng = np.random.default_rng(0)
+    scores = {}
+    for i, clip in enumerate(clips):
+        said = {"squim": clip.mos + 0.3 * rng.standard_normal(), "flat": clip.mos if i < 20 else 3.0}
+        said |= {"half": clip.mos} if i < 20 else {"other": clip.mos}
+        for model in (good, flat, half, other):
+            score = said.get(model.name)
+            scores[model.key, clip.sha256] = scoring.Score(score, None if score else "too long", 2.0, 0.1)
+    entries = [good, flat, half, other]
+    found = comparison.compared(judged.Judged("x", clips, "listeners"), entries, scoring.Scores(scores, {}), 100, 0, {})
+    assert found.counts.all() and found.whole == ["squim"] and found.differences == {}
+    assert found.best("tub") == {"flat", "half"} and found.best(None) == set()
+    assert tables.gaps(found) == [
+        "dns_3_fb: the model could score none of its clips (half)",
+        "dns_3_fb: the model's scores are all the same (flat)",
+        "tub: the model could score none of its clips (other)",
+    ]
+    header, ours, theirs, difference = tables.beside_paper(found)
+    assert header[2:] == ["dns_3_fb", "tub", "weighted", "unweighted"]
+    assert theirs[2:] == ["–", "0.69", "0.69", "0.69"] and ours[3] == ours[4] == ours[5] != ours[2]
+    assert difference[2] == "–" and difference[4] == difference[3]

@@ -158,6 +158,8 @@ def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg
 
         found = compare.run(config)
         print(tables.as_text(tables.table_one(found)))
+        for line in tables.gaps(found):
+            print(f"no figure of {line}")
         for dataset, reasons in found.left_out.items():
             print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
         if config.paper:

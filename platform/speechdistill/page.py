@@ -118,7 +118,7 @@ def _row(found: Comparison, model: Model) -> dict[str, Any]:
     for dataset in found.datasets:
         value = found.pcc(model.name, dataset)
         cells.append(Cell(tables.cell(value), tables.interval(value), model.name in found.best(dataset)))
-    if mean.datasets < max(m["pcc"].datasets for m in found.by_clip.means.values()):
+    if mean.datasets and model.name not in found.whole:
         only = f"over {mean.datasets} of {len(found.datasets)} datasets"
         cells[:2] = [cell._replace(small=only) for cell in cells[:2]]
     parameters = tables.count(model.parameters)
