@@ -120,7 +120,7 @@ def scatter(found: Comparison, model: str) -> Any:
         mos = np.array([clip.mos for clip in found.clips])[here]
         panel.axline((1, 1), slope=1, color=_INK, alpha=0.3, lw=0.8)
         size, is_crowd = 6 if len(mos) > 50 else 16, found.counts.sum() > _MANY
-        look = {"alpha": 0.5, "color": _COLOURS[0], "lw": 0, "clip_on": False, "rasterized": is_crowd}
+        look = {"alpha": 0.7, "color": _COLOURS[0], "lw": 0, "clip_on": False, "rasterized": is_crowd}
         panel.scatter(mos, scores[here], s=size, **look)
         value = found.pcc(model, dataset).value
         panel.set(xlim=(0.9, 5.1), ylim=(0.9, 5.1), xticks=(1, 3, 5), yticks=(1, 3, 5))
