@@ -233,6 +233,12 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
     soundfile.write(tmp_path / "clips" / "3.wav", np.zeros(RATE), RATE)
     found = compared(source, students[0], tmp_path)
     assert found.left_out["one"] == {"silent (peak below -80 dBFS)": 1} and found.by_clip.clips == {"one": 7}
+    assert tables.left_out(found) == ["one: 1 × silent (peak below -80 dBFS)"]
+    many = replace(found, left_out={"one": Counter({f"{i}.wav is broken": 9 - i for i in range(9)})})
+    assert tables.left_out(many)[4:] == [
+        "one: 5 × 4.wav is broken",
+        "one: 4 further reasons, which are in scores.parquet",
+    ]
     clips = judged.clips(source).clips
     assert scoring.missing(found.models, clips, asked(found.models, clips).scores) == []
     assert scoring._answer(Label(float("nan"), 0, None))["error"] == "the model's score is NaN or infinite"

@@ -46,7 +46,7 @@ def html(found: Comparison, figures: Mapping[str, Any]) -> str:
         is_teacher=found.judged.teacher is not None,
         columns=list(found.by_clip.clips.items()),
         table=[_row(found, model) for model in found.models],
-        left_out=[f"{d}: {n} × {reason}" for d, reasons in found.left_out.items() for reason, n in reasons.items()],
+        left_out=tables.left_out(found),
         beside=tables.beside_paper(found) if found.about.get("configuration", {}).get("paper") else [],
         all_figures=_all_figures(found),
         pairs=tables.pairs(found),

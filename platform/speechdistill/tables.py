@@ -10,6 +10,7 @@ from speechdistill.comparison import Comparison
 from speechdistill.metrics import METRICS, Value, means
 
 _NONE = "–"
+_REASONS = 5  # of a dataset
 
 
 def table_one(found: Comparison) -> list[list[str]]:
@@ -31,9 +32,8 @@ def markdown(found: Comparison) -> str:
     lines += _markdown(table_one(found))
     missing = gaps(found)
     lines += ["", f"{_NONE} stands for:", *(f"- {line}" for line in missing)] if missing else []
-    for dataset, reasons in found.left_out.items():
-        lines += ["", f"Of {dataset} {sum(reasons.values())} clips are in no figure:"]
-        lines += [f"- {count} × {reason}" for reason, count in reasons.most_common(5)]
+    absent = left_out(found)
+    lines += ["", "Clips in no figure:", *(f"- {line}" for line in absent)] if absent else []
     if found.differences:
         lines += ["", "Differences of the weighted mean, with 95% intervals of a bootstrap over clips:", ""]
         lines += _markdown(pairs(found))
@@ -49,6 +49,16 @@ def gaps(found: Comparison) -> list[str]:
                 why.setdefault((dataset, values["pcc"].why), []).append(model)
     whose = {key: "" if len(names) == len(found.models) else f" ({', '.join(names)})" for key, names in why.items()}
     return [f"{dataset}: {reason}{whose[dataset, reason]}" for dataset, reason in sorted(why)]
+
+
+def left_out(found: Comparison) -> list[str]:
+    """Why clips are in no figure: the most frequent reasons of each dataset. (A reason may name its file.)"""
+    lines = []
+    for dataset, reasons in found.left_out.items():
+        lines += [f"{dataset}: {number} × {reason}" for reason, number in reasons.most_common(_REASONS)]
+        if len(reasons) > _REASONS:
+            lines.append(f"{dataset}: {len(reasons) - _REASONS} further reasons, which are in scores.parquet")
+    return lines
 
 
 def pairs(found: Comparison) -> list[list[str]]:
