@@ -9,8 +9,9 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import comparison, judged, models, plan, scoring, shards, table
+from speechdistill import comparison, flow, judged, models, plan, scoring, shards, table
 from speechdistill.comparison import Comparison
+from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
 RATE = 16_000
@@ -56,6 +57,34 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     shards.finish(layout)
     table.publish_json({}, f"{layout.out}/summary.json")
     return layout.out
+
+
+def without_ray(run: flow.Flow, stop_after: int | None = None) -> None:
+    """`flow.run` by the real workers, one part after another; with `stop_after` it is killed after so many of them."""
+    layout = run.layout
+    shards.claim(layout.out, run.identity)
+    parts, _ = shards.survey(layout, run.retry_rejected)
+    if parts:
+        shards.reopen(layout)
+        stages = run.stages(2, 0)
+        workers = [stage.make() for stage in stages]
+        schema = pa.schema([("id", pa.int64()), *(field for stage in stages for field in stage.adds), *shards.REJECT])
+        for k in parts[:stop_after]:
+            rows = [_through(workers, {"id": i}) for i in layout.ids(k)]
+            shards.write_parts(pa.Table.from_pylist(rows, schema).drop_columns("wave"), layout)
+    if stop_after is not None:
+        raise KeyboardInterrupt
+    flow._judge(run, shards.survey(layout)[1])
+    shards.finish(layout)
+
+
+def _through(workers: Sequence[Worker], row: Row) -> Row:
+    for worker in workers:
+        (result,) = worker([row])
+        if isinstance(result, Exception):
+            return row | dict(zip(shards.REJECT.names, ("decode", "AudioError", str(result)), strict=True))
+        row = row | result
+    return row
 
 
 def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:

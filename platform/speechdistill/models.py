@@ -9,7 +9,11 @@ from speechdistill import __version__, paper, registry, table, teachers
 from speechdistill.tracking import tracking_uri
 
 LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"
+UNKNOWN = "of unknown training"
 """What a model is in the paper's Figure 3, beside `pruned (CRITERION)`."""
+
+_ENSEMBLE = "ensemble:"
+_MEMBER = re.compile(rf"(?!.*{_ENSEMBLE}).+=\s*[\d.]+")
 
 
 class Model(NamedTuple):
@@ -34,7 +38,7 @@ class Model(NamedTuple):
 def listed(text: str) -> dict[str, str]:
     """`A,NAME=B` to addresses by name, which is the address itself without one; raises `ValueError`."""
     found: dict[str, str] = {}
-    for word in filter(None, map(str.strip, text.split(","))):
+    for word in _words(text):
         match = re.fullmatch(r"([\w.+-]+)=(.+)", word)
         name, address = match.groups() if match else (word, word)
         if name in found:
@@ -43,6 +47,17 @@ def listed(text: str) -> dict[str, str]:
     if not found:
         raise ValueError("--models is empty; give some, such as distillmos,models:/NAME@champion")
     return found
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas, but for those inside of an ensemble."""
+    words: list[str] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        if words and _ENSEMBLE in words[-1] and _MEMBER.fullmatch(word):
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    return words
 
 
 def load(
@@ -61,6 +76,8 @@ def load(
     """
     if unknown := sorted(set(weights) - set(wanted)):
         raise ValueError(f"--weights names {unknown}, which --models does not; it has {list(wanted)}")
+    if head and "xlsr" not in wanted.values():
+        raise ValueError(f"--head {head} is for xlsr, which --models does not name; it has {list(wanted.values())}")
     found, failed = [], []
     uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
     for name, address in wanted.items():
@@ -82,7 +99,9 @@ def load(
 
 
 def _is_trained(address: str) -> bool:
-    return address not in teachers.names() and ("/" in address or os.path.isdir(address))  # noqa: PTH112
+    if address in teachers.names() or address.startswith(_ENSEMBLE):
+        return False
+    return "/" in address or os.path.isdir(address)  # noqa: PTH112
 
 
 def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Model:
@@ -91,10 +110,10 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
 
     with registry.student_folder(address, uri) as folder:
         files = student_files.read(folder)
-        copy = f"{out}/models/{files.weights_hash[:16]}"
+        encoder = encoder and table.absolute(encoder)
+        teacher = teachers.load(folder, encoder, "cpu").teacher
+        copy = f"{out}/models/{teacher.weights_hash[:16]}"
         student_files.copy(folder, copy)
-    encoder = encoder and table.absolute(encoder)
-    teacher = teachers.load(copy, encoder, "cpu").teacher
     is_student = files.architecture == student_files.CONV_TRANSFORMER
     pruned = "pruning" in files.provenance
     parameters = student_files.nonzero(files) if pruned else _parameters(teacher)
@@ -108,6 +127,8 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     head = head and table.absolute(head)
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
     teacher = teachers.load(address, weights, "cpu", head=head).teacher
+    if teacher.intrusive:
+        raise ValueError(f"{address} compares with clean originals, which the clips have not; leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
     return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
@@ -132,4 +153,8 @@ def _parameters(teacher: teachers.Teacher) -> int | None:
 def _series(provenance: Mapping[str, Any]) -> str:
     if pruning := provenance.get("pruning"):
         return f"pruned ({pruning.get('criterion', 'unknown')})"
-    return DISTILLED if provenance.get("shards") else LABELED_ONLY
+    if provenance.get("shards"):
+        return DISTILLED
+    if "init" in provenance:  # fine-tuned from another one
+        return _series(provenance["init"])
+    return LABELED_ONLY if "shards" in provenance else UNKNOWN
