@@ -105,5 +105,5 @@ def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scor
 def compared(source: str, wanted: str, folder: Path, about: dict[str, object] | None = None) -> Comparison:
     """Models compared on the clips of `source`."""
     clips = judged.clips(source)
-    entries = models.load(models.listed(wanted), str(folder), {}, teacher_sha256=clips.teacher)
+    entries = models.load(models.listed(wanted), str(folder), {})
     return comparison.compared(clips, entries, asked(entries, clips.clips), 100, 0, about or {})

@@ -58,8 +58,8 @@ def run(config: Compare) -> Comparison:
     out = table.absolute(config.out)
     wanted = models.listed(config.models)
     tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    found = models.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
-    found = models.load(wanted, out, config.weights, config.head, config.tracking, clips.teacher)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
     try:
         share = config.max_reject_share

@@ -10,7 +10,7 @@ import numpy as np
 from speechdistill import evaluate, metrics
 from speechdistill.judged import Clip, Judged
 from speechdistill.metrics import Figures, Value
-from speechdistill.models import Model
+from speechdistill.models import TEACHER, Model
 from speechdistill.scoring import Score, Scores
 
 _TWIN = "a file with the same bytes was rejected"
@@ -72,6 +72,7 @@ def compared(
 ) -> Comparison:
     """Put together what was scored."""
     clips = judged.clips
+    models = [model._replace(series=TEACHER) if model.sha256 == judged.teacher else model for model in models]
     answers = {model.name: [found.scores.get((model.key, clip.sha256)) for clip in clips] for model in models}
     scores = {name: _array([one and one.score for one in column]) for name, column in answers.items()}
     datasets = np.array([clip.dataset for clip in clips], object)
@@ -87,7 +88,7 @@ def compared(
     ]
     return Comparison(
         judged,
-        list(models),
+        models,
         rows,
         scores,
         counts,

@@ -66,12 +66,11 @@ def load(
     weights: Mapping[str, str],
     head: str | None = None,
     tracking: str | None = None,
-    teacher_sha256: str | None = None,
 ) -> list[Model]:
     """All models of `listed`, each loaded once; what was trained here is copied below `out`, where workers read it.
 
     `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
-    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set. The model with `teacher_sha256` is the teacher.
+    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set.
     Raises `ValueError` that names all models which cannot be loaded, with the reasons.
     """
     if unknown := sorted(set(weights) - set(wanted)):
@@ -83,10 +82,9 @@ def load(
     for name, address in wanted.items():
         try:
             if _is_trained(address):
-                model = _trained(name, address, out, uri, weights.get(name))
+                found.append(_trained(name, address, out, uri, weights.get(name)))
             else:
-                model = _built_in(name, address, weights.get(name), head if address == "xlsr" else None)
-            found.append(model._replace(series=TEACHER) if model.sha256 == teacher_sha256 else model)
+                found.append(_built_in(name, address, weights.get(name), head if address == "xlsr" else None))
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             failed.append(f"\n  {name}: {error}")
     if failed:
