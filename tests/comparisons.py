@@ -9,9 +9,10 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import comparison, judged, models, scoring, shards, table
+from speechdistill import comparison, flow, judged, models, scoring, shards, table
 from speechdistill.comparison import Comparison
 from speechdistill.degradation_recipes import weights_free
+from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
 RATE = 16_000
@@ -59,6 +60,34 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     return layout.out
 
 
+def without_ray(run: flow.Flow, stop_after: int | None = None) -> None:
+    """`flow.run` by the real workers, one part after another; with `stop_after` it is killed after so many of them."""
+    layout = run.layout
+    shards.claim(layout.out, run.identity)
+    parts, _ = shards.survey(layout, run.retry_rejected)
+    if parts:
+        shards.reopen(layout)
+        stages = run.stages(2, 0)
+        workers = [stage.make() for stage in stages]
+        schema = pa.schema([("id", pa.int64()), *(field for stage in stages for field in stage.adds), *shards.REJECT])
+        for k in parts[:stop_after]:
+            rows = [_through(workers, {"id": i}) for i in layout.ids(k)]
+            shards.write_parts(pa.Table.from_pylist(rows, schema).drop_columns("wave"), layout)
+    if stop_after is not None:
+        raise KeyboardInterrupt
+    flow._judge(run, shards.survey(layout)[1])
+    shards.finish(layout)
+
+
+def _through(workers: Sequence[Worker], row: Row) -> Row:
+    for worker in workers:
+        (result,) = worker([row])
+        if isinstance(result, Exception):
+            return row | dict(zip(shards.REJECT.names, ("decode", "AudioError", str(result)), strict=True))
+        row = row | result
+    return row
+
+
 def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:
     """What the two stages of the job say, one clip after another."""
     tasks = scoring.missing(entries, clips, {})
@@ -77,5 +106,5 @@ def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scor
 def compared(source: str, wanted: str, folder: Path, about: dict[str, object] | None = None) -> Comparison:
     """Models compared on the clips of `source`."""
     clips = judged.clips(source)
-    entries = models.load(models.listed(wanted), str(folder), {}, teacher_sha256=clips.teacher)
+    entries = models.load(models.listed(wanted), str(folder), {})
     return comparison.compared(clips, entries, asked(entries, clips.clips), 100, 0, about or {})

@@ -238,12 +238,13 @@ def test_a_transform_that_does_not_fit_is_refused_with_the_place(tmp_path: Path,
         LabelTransform.read(str(path))
 
 
-def test_a_plain_csv_is_a_labeled_set(tmp_path: Path) -> None:
+def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips(tmp_path)
-    (tmp_path / "mine.csv").write_text("path,mos\n0.wav,4.5\n3.wav,2\n")
+    (tmp_path / "mine.csv").write_text("path,mos\n0.wav,4.5\n1.wav,\n3.wav,2\n")
     rows = labeled.manifest(f"{tmp_path}/mine.csv")
     assert rows["mos"].to_pylist() == [4.5, 2.0]
     assert rows["duration_s"].to_pylist() == pytest.approx([0.1, 0.4])
+    assert "mine.csv: 1 of 3 speech clips have no mos and are left out" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Comparing models: every model hears every clip once, whatever is killed, added or broken; and the tables say so."""
 
-import contextlib
 import csv
 import json
 import shutil
@@ -8,24 +7,28 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
-from comparisons import RATE, asked, compared, label_run, recordings
+from comparisons import RATE, asked, compared, label_run, recordings, without_ray
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import audio, cli, compare, comparison, judged, models, scoring, shards, table, tables
+from speechdistill import audio, cli, compare, comparison, flow, judged, models, prune, scoring, table, tables, teachers
 from speechdistill.compare import Compare
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import Scale
-from speechdistill.models import Model
+from speechdistill.prune import Prune
 from speechdistill.shards import RunError
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
@@ -54,6 +57,26 @@ def heard(out: Path) -> Counter[tuple[str, str]]:
     return found
 
 
+def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
+    tmp_path: Path, students: list[str], local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
+    config = Compare(source, str(out), f"a={students[0]},b={students[1]}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+        compare.run(config)
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
+    assert len(heard(out)) == 2 * 2 * 3 and not (out / "summary.json").exists()
+    found = compare.run(config)
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in found.models for clip in found.clips}
+    assert len(list(out.glob("scores/*"))) == 1, "it is another run"
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
+    rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
+    assert Counter(row["model"] for row in rows) == {"a": 24, "b": 24}
+    assert set(table.read_json(f"{out}/summary.json")["models"]) == {"a", "b"}
+
+
+@pytest.mark.slow
 def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_scored(
     tmp_path: Path, students: list[str], local_ray: None
 ) -> None:
@@ -61,7 +84,7 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     options = ["--clips", source, "--out", str(out), "--models", f"a={students[0]},b={students[1]}"]
     driver = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "compare.py"), *options], start_new_session=True)
     while not list(out.glob("scores/*/shards/part-*")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             driver.wait(timeout=0.02)
             break
     its_workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
@@ -97,6 +120,63 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     assert Counter(task.models for task in tasks) == {(keys[2],): 159, tuple(keys): 1}
 
 
+def test_a_worker_that_outlives_its_driver_scores_nothing_twice(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
+    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    runs: list[flow.Flow] = []
+
+    def stopped(run: flow.Flow) -> None:
+        runs.append(run)
+        without_ray(run, stop_after=2)
+
+    def late(run: flow.Flow) -> None:
+        with suppress(KeyboardInterrupt):
+            without_ray(runs[0], stop_after=1)  # the next part, after the second driver has listed what is missing
+        without_ray(run)
+
+    monkeypatch.setattr("speechdistill.flow.run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score([a], clips, str(out))
+    monkeypatch.setattr("speechdistill.flow.run", late)
+    scoring.score([a, b], clips, str(out))
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+
+
+def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
+    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    monkeypatch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score([a, b], clips, str(out))
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    scoring.score([a], clips[:12], str(out))
+    assert set(heard(out).values()) == {1} and len(heard(out)) == 2 * 6 + 6
+    scoring.score([a, b], clips, str(out))
+    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+
+
+def test_rejects_are_judged_among_all_files_whenever_they_are_tried_again(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
+    (tmp_path / "clips" / "0.wav").write_bytes(b"RIFF this is no audio")
+    entries, clips = models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    for _ in range(2):  # the second time the broken file is all there is to do
+        found = scoring.score(entries, clips, str(out))
+        assert len(found.scores) == 23 and list(found.rejects) == [clips[0].uri]
+    for i in range(1, 4):
+        (tmp_path / "clips" / f"{i}.wav").write_bytes(b"RIFF nor is this")
+    with pytest.raises(RunError, match="2 of 22 samples were rejected"):  # files of equal bytes are one
+        scoring.score(entries, judged.clips(source).clips, str(out), max_reject_share=0.05)
+
+
 def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +184,9 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
 
     source, out = recordings(tmp_path / "clips", 12), tmp_path / "out"
     wanted = f"a={students[0]},tub-expert={students[1]}"
-    commit(tmp_path / "out", models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips)
+    with monkeypatch.context() as patch:
+        patch.setattr("speechdistill.flow.run", without_ray)
+        scoring.score(models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips, str(out))
     monkeypatch.setattr("speechdistill.flow.run", lambda flow: pytest.fail("there was something to score"))
     assert cli.main(["compare", "--clips", source, "--out", str(out), "--models", wanted, "--paper"]) == 0
     printed = capsys.readouterr().out
@@ -121,20 +203,6 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
     assert run.info.status == "FINISHED" and "tub-expert/pcc_weighted" in run.data.metrics
     assert {"table.md", "summary.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
-
-
-def commit(out: Path, entries: list[Model], clips: list[judged.Clip]) -> None:
-    """As the job does, in one part."""
-    tasks = scoring.missing(entries, clips, {})
-    layout = scoring._flow(entries, tasks, str(out), 1.0, lambda figures: None).layout
-    layout = replace(layout, rows_per_part=len(tasks))
-    rows = [{"id": i, **row} for i, row in enumerate(scoring.Decode(tasks)([{"id": i} for i in range(len(tasks))]))]
-    rows = [{**row, **answer} for row, answer in zip(rows, scoring.Ask(entries)(rows), strict=True)]
-    schema = scoring.DECODED.remove(scoring.DECODED.get_field_index("wave"))
-    known = [{**row, "wave": None} for row in rows]
-    shards.claim(layout.out, {})
-    fields = [scoring.pa.field("id", scoring.pa.int64()), *schema, *scoring.SCORED, *shards.REJECT]
-    shards.write_parts(scoring.pa.Table.from_pylist(known, scoring.pa.schema(fields)), layout)
 
 
 def test_a_clip_that_changes_is_scored_anew_and_a_copy_is_not(tmp_path: Path, students: list[str]) -> None:
@@ -165,17 +233,25 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
     soundfile.write(tmp_path / "clips" / "3.wav", np.zeros(RATE), RATE)
     found = compared(source, students[0], tmp_path)
     assert found.left_out["one"] == {"silent (peak below -80 dBFS)": 1} and found.by_clip.clips == {"one": 7}
+    assert tables.left_out(found) == ["one: 1 × silent (peak below -80 dBFS)"]
+    many = replace(found, left_out={"one": Counter({f"{i}.wav is broken": 9 - i for i in range(9)})})
+    assert tables.left_out(many)[4:] == [
+        "one: 5 × 4.wav is broken",
+        "one: 4 further reasons, which are in scores.parquet",
+    ]
     clips = judged.clips(source).clips
     assert scoring.missing(found.models, clips, asked(found.models, clips).scores) == []
     assert scoring._answer(Label(float("nan"), 0, None))["error"] == "the model's score is NaN or infinite"
     assert scoring._answer(Unscorable("no samples")) == {"score": None, "error": "no samples"}
 
 
-def test_a_comparison_of_nothing_is_an_error_with_the_reason(tmp_path: Path, students: list[str]) -> None:
+def test_a_comparison_of_nothing_is_an_error_with_the_reason(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speechdistill.flow.run", without_ray)
     source, out = recordings(tmp_path / "clips", 3), tmp_path / "out"
     for file in (tmp_path / "clips").glob("*.wav"):
         soundfile.write(file, np.zeros(RATE + int(file.stem)), RATE)
-    commit(out, models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips)
     with pytest.raises(RunError, match="no clip has a score of every model; the first because silent"):
         compare.run(Compare(source, str(out), f"a={students[0]}"))
     assert not (out / "summary.json").exists()
@@ -194,8 +270,14 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
     assert found.pcc("a", "weights_free").value == pytest.approx(1)
     assert found.best(None) <= {"b", "c"}, "the judge is not the best of all"
     assert [model.series for model in found.models] == ["teacher", "distilled", "distilled"]
-    with pytest.raises(table.TableError, match="not a complete label run"):
-        judged.clips(str(tmp_path))
+    Path(run, "summary.json").unlink()
+    for place, message in (
+        (run, "not a complete label run"),
+        (str(tmp_path), "nor the folder of a label run"),
+        (f"{tmp_path}/none.csv", "none.csv: no such list"),
+    ):
+        with pytest.raises(table.TableError, match=message):
+            judged.clips(place)
 
 
 def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Path) -> None:
@@ -210,6 +292,8 @@ def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Pat
         compare.run(replace(config, models="distillmos,again=distillmos"))
     with pytest.raises(ValueError, match=r"--weights names \['y'\]"):
         compare.run(replace(config, weights={"y": "file"}))
+    with pytest.raises(ValueError, match="--head file is for xlsr"):
+        compare.run(replace(config, models="distillmos", head="file"))
     with pytest.raises(RunError, match="--resamples is 5"):
         compare.run(replace(config, resamples=5))
 
@@ -233,7 +317,53 @@ def test_models_have_names_sizes_and_places_in_figure_3(tmp_path: Path, students
     assert teacher.parameters == alone + sum(p.numel() for p in load_encoder(moved, 2).encoder.parameters())
     shutil.rmtree(tmp_path / "models", ignore_errors=True)
     assert models._series({"shards": []}) == "labeled only"
-    assert models._series({"shards": [1], "pruning": {"criterion": "importance"}}) == "pruned (importance)"
+    assert models._series({}) == "of unknown training"
+    assert models._series({"shards": [], "init": {"shards": [1]}}) == "distilled", "it was fine-tuned from one"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "structured"])
+def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_path: Path) -> None:
+    encoder = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    head = TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, Scale())
+    head.save(QualityHead(16, *HEAD), f"{tmp_path}/teacher", {})
+    config = Prune(f"{tmp_path}/teacher", recordings(tmp_path / "clips", 20), str(tmp_path), criterion=criterion)
+    recipe = prune._recipe(replace(config, share=0.5, until=0.5))[0].make()
+    network = recipe.network()
+    pruner = recipe.pruner(network)
+    network(torch.randn(2, 8000)).sum().backward()
+    pruner.collect()
+    recipe.save(network, f"{tmp_path}/before")
+    pruner.prune()
+    recipe.save(network, f"{tmp_path}/after")
+    folders = {name: f"{tmp_path}/{name}" for name in ("teacher", "before", "after")}
+    teacher, before, after = models.load(folders, str(tmp_path / "out"), {})
+    assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
+    encoders = sum(p.numel() for p in network.encoder.parameters())
+    assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
+    (there,) = teachers.load(after.teacher, device="cpu").teacher.label([voice(1.0)])
+    (here,) = teachers.load(folders["after"], device="cpu").teacher.label([voice(1.0)])
+    assert there == here, "what workers load is not what was given"
+
+
+def test_an_ensemble_is_one_model_and_what_needs_a_clean_original_is_none(tmp_path: Path, students: list[str]) -> None:
+    ensemble = f"ensemble:{students[0]}=0.7,{students[1]}=0.3"
+    wanted = models.listed(f"mix={ensemble},b={students[1]},{ensemble}, dnsmos_p808")
+    assert wanted == {"mix": ensemble, "b": students[1], ensemble: ensemble, "dnsmos_p808": "dnsmos_p808"}
+    (mix,) = models.load({"mix": ensemble}, str(tmp_path), {})
+    assert (mix.series, mix.parameters) == ("baseline", None)
+    with pytest.raises(ValueError, match="pesq_oracle compares with clean originals"):
+        models.load({"pesq_oracle": "pesq_oracle"}, str(tmp_path), {})
+
+
+def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
+    encoder = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
+    network = QualityHead(16, *HEAD)
+    for name, scale in (("plain", Scale()), ("scaled", Scale(1.5, 0.5))):
+        TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, scale).save(network, f"{tmp_path}/{name}", {})
+    both = models.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
+    one, other = (teachers.load(model.teacher, device="cpu").teacher for model in both)
+    assert [one.weights_hash, other.weights_hash] == [model.sha256 for model in both]
+    assert one.label([voice(1.0)]) != other.label([voice(1.0)])
 
 
 def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path, students: list[str]) -> None:
@@ -252,7 +382,7 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
     found = comparison.compared(of_listeners, [good, bad], scoring.Scores(scores, {}), 100, 0, {})
     text = tables.markdown(found)
     assert "| distillmos | 2 k | 50.0 | – | 1.00 | 1.00 | 1.00 |" in text and r"flat\|" in text
-    assert "- the listeners' scores are all the same" in text
+    assert "- flat|: the listeners' scores are all the same" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| distillmos | bad |")]
     assert line.endswith("| yes |")
     beside = tables.beside_paper(found)
@@ -262,6 +392,37 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
         ["distillmos_v7", "paper", "0.76", "0.76", "0.76"],
         ["", "difference", "+0.24", "+0.24", "+0.24"],
     ]
+    assert tables.gaps(found) == ["flat|: the listeners' scores are all the same"]
     rows = tables.long(found)
     assert ["system", "weighted mean", 0, "bad", "pcc", None, None, None, "no dataset has this figure"] in rows
     assert len(rows) == 1 + 2 * 7 * (2 + 2) + 2 * 7 * 2
+
+
+def test_means_are_of_the_same_datasets_wherever_two_are_compared(tmp_path: Path, students: list[str]) -> None:
+    names = ("tub", "dns_3_fb")
+    clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", names[i // 20], None, 1 + i % 5) for i in range(40)]
+    (good,) = models.load({"squim": students[0]}, str(tmp_path), {})
+    flat = good._replace(name="flat", sha256="flat")  # says the same of every clip of dns_3_fb
+    half = good._replace(name="half", sha256="half")  # can judge none of dns_3_fb
+    other = good._replace(name="other", sha256="other")  # and this none of tub
+    rng = np.random.default_rng(0)
+    scores = {}
+    for i, clip in enumerate(clips):
+        said = {"squim": clip.mos + 0.3 * rng.standard_normal(), "flat": clip.mos if i < 20 else 3.0}
+        said |= {"half": clip.mos} if i < 20 else {"other": clip.mos}
+        for model in (good, flat, half, other):
+            score = said.get(model.name)
+            scores[model.key, clip.sha256] = scoring.Score(score, None if score else "too long", 2.0, 0.1)
+    entries = [good, flat, half, other]
+    found = comparison.compared(judged.Judged("x", clips, "listeners"), entries, scoring.Scores(scores, {}), 100, 0, {})
+    assert found.counts.all() and found.whole == ["squim"] and found.differences == {}
+    assert found.best("tub") == {"flat", "half"} and found.best(None) == set()
+    assert tables.gaps(found) == [
+        "dns_3_fb: the model could score none of its clips (half)",
+        "dns_3_fb: the model's scores are all the same (flat)",
+        "tub: the model could score none of its clips (other)",
+    ]
+    header, ours, theirs, difference = tables.beside_paper(found)
+    assert header[2:] == ["dns_3_fb", "tub", "weighted", "unweighted"]
+    assert theirs[2:] == ["–", "0.69", "0.69", "0.69"] and ours[3] == ours[4] == ours[5] != ours[2]
+    assert difference[2] == "–" and difference[4] == difference[3]

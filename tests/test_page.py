@@ -63,6 +63,7 @@ def test_the_page_holds_all_that_it_shows(labels: Comparison, tmp_path: Path) ->
     assert set(re.findall(r'url\(#([^)]+)\)|xlink:href="#([^"]+)"', text)) <= {
         pair for name in identities for pair in ((name, ""), ("", name))
     }
+    assert text.count('<svg role="img" aria-label="') == text.count("<svg") == 5
     assert "#1f2a37" in text.split("</style>")[0] and "#1f2a37" not in text.split("</style>", 1)[1]
 
 
@@ -104,6 +105,8 @@ def test_a_spectrogram_shows_a_tone_where_it_is(tmp_path: Path) -> None:
     brightness = imread(tmp_path / "tone.png")[..., :3].sum(axis=(1, 2))
     assert brightness.argmax() / len(brightness) == pytest.approx(0.75, abs=0.02)  # the lowest frequency is below
     assert plots.spectrogram(np.zeros(10)) and plots.spectrogram(voice(0.2))
+    noise = np.random.default_rng(0).standard_normal(8 * RATE)
+    assert len(plots.spectrogram(noise)) < 80_000, "twenty of them make a large page"
 
 
 @pytest.mark.skipif(chromium.BINARY is None, reason="no chromium here; `apt-get install chromium` brings it")
@@ -123,12 +126,18 @@ def test_a_browser_shows_it_without_complaint_or_request(
                 )
                 assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
                 assert browser.value(_PLAYS) == "fine"
+                assert browser.value(_INTERVALS) == [False, True], "intervals are for pointers alone"
+                assert browser.value("document.documentElement.scrollWidth") <= width
                 back = browser.value("getComputedStyle(document.body).backgroundColor")
                 assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 27)"}[scheme]
                 assert browser.value("document.title").startswith("Speech quality models")
                 assert browser.requested() == [url] and browser.complaints() == []
 
 
+_INTERVALS = """[0, 1].map(time => {
+  if (time) document.getElementById('intervals').click();
+  return [...document.querySelectorAll('#table-one td .more')].every(it => it.checkVisibility());
+})"""
 _PLAYS = """new Promise(said => {
   const sound = document.querySelector('audio');
   sound.onloadedmetadata = () => said(sound.duration > 0.5 ? 'fine' : 'short');

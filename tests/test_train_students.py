@@ -72,11 +72,13 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
         (labels,),
         f"{tmp_path}/clips.parquet",
         variants="v0,v3",
-        labeled_percent=(0, 10, 20, 40, 80),
+        labeled_percent=(0, 10, 20, 40, 80, 100),
     )
     recipes = train_students._recipes(train_students._absolute(config))
-    assert list(recipes) == [f"{name}-{percent}" for name in ("v0", "v3") for percent in (0, 10, 20, 40, 80)]
-    assert [recipe.mix.labeled_lanes for recipe in recipes.values()] == [0, 2, 4, 8, 16] * 2
+    assert list(recipes) == [f"{name}-{percent}" for name in ("v0", "v3") for percent in (0, 10, 20, 40, 80, 100)]
+    assert [recipe.mix.labeled_lanes for recipe in recipes.values()] == [0, 2, 4, 8, 16, 20] * 2
+    heard = {name: len((recipe.provenance or {})["shards"]) for name, recipe in recipes.items()}
+    assert {name for name, count in heard.items() if not count} == {"v0-100", "v3-100"}
     assert labeled.manifest(str(recipes["v0-0"].labeled)).equals(labeled.manifest(str(config.labeled)))
 
 

@@ -168,8 +168,10 @@ def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg
 
     found = compare.run(config)
     print(tables.as_text(tables.table_one(found)))
-    for dataset, reasons in found.left_out.items():
-        print(f"of {dataset} {sum(reasons.values())} clips are in no figure: {report.counts(reasons)}")
+    for line in tables.gaps(found):
+        print(f"no figure of {line}")
+    for line in tables.left_out(found):
+        print(f"in no figure: {line}")
     if config.paper:
         beside = tables.beside_paper(found)
         none = "none of these models on these datasets is in it"

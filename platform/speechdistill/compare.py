@@ -21,15 +21,15 @@ class Compare:
     """
 
     clips: str
-    """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path,
-    mos and dataset. Those of split test where there are some, else all but those of split train. Or the folder of a
-    label run: its samples that no student of it is trained on, with the teacher's scores."""
+    """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path and
+    mos, and where known dataset and system. Those of split test where there are some, else all but those of split
+    train. Or the folder of a label run: its samples that no student of it is trained on, with the teacher's scores."""
     out: str
     """Folder of the comparison, a local path or URL."""
     models: str = "distillmos"
-    """Names separated by commas: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or students: folders
-    of checkpoints, models:/NAME@champion and the like. NAME=ADDRESS gives one another name. The first is the one whose
-    worst clips are shown."""
+    """Names separated by commas: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or what was trained
+    here: folders of checkpoints, models:/NAME@champion and the like. NAME=ADDRESS gives one another name. The first is
+    the one whose worst clips are shown."""
     weights: dict[str, str] = field(default_factory=dict)
     """Weights of a model that are not where its usual tools keep them, NAME and a file or URL, of xlsr the encoder's
     folder or hf://OWNER/NAME. May be repeated."""
@@ -58,8 +58,8 @@ def run(config: Compare) -> Comparison:
     out = table.absolute(config.out)
     wanted = models.listed(config.models)
     tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    found = models.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
-    found = models.load(wanted, out, config.weights, config.head, config.tracking, clips.teacher)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
     try:
         share = config.max_reject_share

@@ -10,8 +10,11 @@ import numpy as np
 from speechdistill import evaluate, metrics
 from speechdistill.judged import Clip, Judged
 from speechdistill.metrics import Figures, Value
-from speechdistill.models import Model
+from speechdistill.models import TEACHER, Model
 from speechdistill.scoring import Score, Scores
+
+_TWIN = "a file with the same bytes was rejected"
+_UNREAD = "it could not be read when the comparison began; run the same command again"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Comparison:
     def datasets(self) -> list[str]:
         return list(self.by_clip.clips)
 
+    @property
+    def whole(self) -> list[str]:
+        """The models that have a PCC on each dataset where any has one; a mean over fewer is another quantity."""
+        return _whole(self.by_clip)
+
     def pcc(self, model: str, dataset: str) -> Value:
         return self.by_clip.values[model][dataset]["pcc"]
 
@@ -54,8 +62,7 @@ class Comparison:
         for model in (model.name for model in self.models if model.sha256 != self.judged.teacher):
             mean = self.by_clip.means[model]["pcc"]
             value = self.pcc(model, dataset) if dataset else mean.plain if plain else mean.weighted
-            is_whole = dataset or mean.datasets == max(m["pcc"].datasets for m in self.by_clip.means.values())
-            if value.value is not None and is_whole:  # a mean over fewer datasets is another quantity
+            if value.value is not None and (dataset or model in self.whole):
                 found[model] = round(value.value, 2)
         return {model for model, value in found.items() if value == max(found.values())} if len(found) > 1 else set()
 
@@ -65,6 +72,7 @@ def compared(
 ) -> Comparison:
     """Put together what was scored."""
     clips = judged.clips
+    models = [model._replace(series=TEACHER) if model.sha256 == judged.teacher else model for model in models]
     answers = {model.name: [found.scores.get((model.key, clip.sha256)) for clip in clips] for model in models}
     scores = {name: _array([one and one.score for one in column]) for name, column in answers.items()}
     datasets = np.array([clip.dataset for clip in clips], object)
@@ -72,19 +80,21 @@ def compared(
     counts = metrics.counted(datasets, mos, scores)
     kept = {name: values[counts] for name, values in scores.items()}
     of_clips = (datasets[counts], mos[counts], kept)
+    by_clip = metrics.figures(*of_clips, resamples, seed)
+    whole = {name: kept[name] for name in _whole(by_clip)}
     systems = [clip.system for clip, counts_here in zip(clips, counts, strict=True) if counts_here]
     rows = [
         _row(clip, model, answers[model.name][i], found.rejects) for i, clip in enumerate(clips) for model in models
     ]
     return Comparison(
         judged,
-        list(models),
+        models,
         rows,
         scores,
         counts,
-        metrics.figures(*of_clips, resamples, seed),
+        by_clip,
         metrics.figures(*metrics.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
-        evaluate.compare_all(of_clips[0], of_clips[1], _complete(of_clips[0], kept), resamples, seed),
+        evaluate.compare_all(of_clips[0], of_clips[1], whole, resamples, seed),
         {name: _cost(column) for name, column in answers.items()},
         _left_out(rows, clips, counts, len(models)),
         dict(about),
@@ -93,7 +103,7 @@ def compared(
 
 def _row(clip: Clip, model: Model, answer: Score | None, rejects: Mapping[str, str]) -> dict[str, Any]:
     """As in the schema `score.v1`."""
-    error = answer.error if answer else rejects.get(clip.uri, "a file with the same bytes was rejected")
+    error = answer.error if answer else rejects.get(clip.uri, _TWIN if clip.sha256 else _UNREAD)
     return {
         "model": model.name,
         "model_sha256": model.sha256,
@@ -122,9 +132,13 @@ def _left_out(
     return found
 
 
-def _complete(datasets: np.ndarray, models: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The models that have a score of every clip that counts: only these have a mean over the same datasets."""
-    return {name: scores for name, scores in models.items() if np.isfinite(scores).all() and len(datasets)}
+def _whole(figures: Figures) -> list[str]:
+    there = {
+        model: {name for name, values in of_model.items() if values["pcc"].value is not None}
+        for model, of_model in figures.values.items()
+    }
+    most = set().union(*there.values())
+    return [model for model, names in there.items() if names and names == most]
 
 
 def _cost(answers: Sequence[Score | None]) -> float | None:

@@ -58,7 +58,8 @@ class Flow:
     """What to run. `identity` decides what each id becomes and is kept in `run.json`; the rest only says how.
 
     `stages` makes the pools for a cluster's CPUs and GPUs, which are at least `grow_to` (for a cluster that scales by
-    itself). `on_part` sees the footer of each committed part, `report` the figures of `Monitor` once a minute.
+    itself). `on_part` sees the footer of each committed part, `report` the figures of `Monitor` once a minute. Rejects
+    are a share of the run's ids and of `known` others, done elsewhere.
     """
 
     layout: Layout
@@ -72,6 +73,7 @@ class Flow:
     report: Report = lambda figures: None
     report_every_s: float = 60.0
     stall_s: float = 1800.0  # longer than a few rows that hang their child take
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,12 +190,13 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
 
 
 def _judge(flow: Flow, totals: Totals) -> None:
-    judged = max(totals.done, min(flow.layout.num_ids, _EARLY_ROWS))
+    done = flow.known + totals.done
+    judged = max(done, min(flow.known + flow.layout.num_ids, _EARLY_ROWS))
     if totals.rejected <= flow.max_reject_share * judged:
         return
     again = "again" if flow.retry_rejected else "with --retry-rejected"
     raise RunError(
-        f"{totals.rejected} of {totals.done} samples were rejected, more than --max-reject-share "
+        f"{totals.rejected} of {done} samples were rejected, more than --max-reject-share "
         f"{flow.max_reject_share:g} allows; what was labelled is kept. {_reasons(flow)}"
         f"Mend the cause and run the same command {again}, or accept it with a higher share"
     )

@@ -46,7 +46,13 @@ def clips(source: str) -> Judged:
     for what is neither.
     """
     source = table.absolute(source)
-    return _scored(source) if source.lower().endswith(_LISTS) else _labelled(source)
+    if source.lower().endswith(_LISTS):
+        return _scored(source)
+    if table.read_json(f"{source}/run.json") is None:
+        raise table.TableError(
+            f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
+        )
+    return _labelled(source)
 
 
 def read(uri: str) -> np.ndarray:
@@ -59,7 +65,10 @@ def read(uri: str) -> np.ndarray:
 
 
 def _scored(source: str) -> Judged:
-    rows = labeled.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
+    try:
+        rows = labeled.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
+    except FileNotFoundError as error:
+        raise table.TableError(f"{source}: no such list; --clips names a file with columns path and mos") from error
     uris = rows["uri"].to_pylist()
     with ThreadPoolExecutor(_THREADS) as threads:
         bar = tqdm(threads.map(_sha256, uris), total=len(uris), unit="clip", desc="hashing", dynamic_ncols=True)

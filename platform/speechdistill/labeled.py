@@ -115,6 +115,8 @@ def manifest(source: str, headers: bool = True) -> pa.Table:
     wrong = scored.filter(pc.invert(pc.and_(pc.less_equal(1, scored["mos"]), pc.less_equal(scored["mos"], 5))))
     if len(wrong):
         raise table.TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}; scores are from 1 to 5")
+    if unscored := len(rows) - len(scored):
+        _LOG.warning("%s: %d of %d speech clips have no mos and are left out", source, unscored, len(rows))
     return scored
 
 

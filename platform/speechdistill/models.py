@@ -9,7 +9,11 @@ from speechdistill import __version__, paper, registry, table, teachers
 from speechdistill.tracking import tracking_uri
 
 LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"
+UNKNOWN = "of unknown training"
 """What a model is in the paper's Figure 3, beside `pruned (CRITERION)`."""
+
+_ENSEMBLE = "ensemble:"
+_MEMBER = re.compile(rf"(?!.*{_ENSEMBLE}).+=\s*[\d.]+")
 
 
 class Model(NamedTuple):
@@ -34,7 +38,7 @@ class Model(NamedTuple):
 def listed(text: str) -> dict[str, str]:
     """`A,NAME=B` to addresses by name, which is the address itself without one; raises `ValueError`."""
     found: dict[str, str] = {}
-    for word in filter(None, map(str.strip, text.split(","))):
+    for word in _words(text):
         match = re.fullmatch(r"([\w.+-]+)=(.+)", word)
         name, address = match.groups() if match else (word, word)
         if name in found:
@@ -45,31 +49,42 @@ def listed(text: str) -> dict[str, str]:
     return found
 
 
+def _words(text: str) -> list[str]:
+    """What stands between commas, but for those inside of an ensemble."""
+    words: list[str] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        if words and _ENSEMBLE in words[-1] and _MEMBER.fullmatch(word):
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    return words
+
+
 def load(
     wanted: Mapping[str, str],
     out: str,
     weights: Mapping[str, str],
     head: str | None = None,
     tracking: str | None = None,
-    teacher_sha256: str | None = None,
 ) -> list[Model]:
     """All models of `listed`, each loaded once; what was trained here is copied below `out`, where workers read it.
 
     `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
-    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set. The model with `teacher_sha256` is the teacher.
+    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set.
     Raises `ValueError` that names all models which cannot be loaded, with the reasons.
     """
     if unknown := sorted(set(weights) - set(wanted)):
         raise ValueError(f"--weights names {unknown}, which --models does not; it has {list(wanted)}")
+    if head and "xlsr" not in wanted.values():
+        raise ValueError(f"--head {head} is for xlsr, which --models does not name; it has {list(wanted.values())}")
     found, failed = [], []
     uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
     for name, address in wanted.items():
         try:
             if _is_trained(address):
-                model = _trained(name, address, out, uri, weights.get(name))
+                found.append(_trained(name, address, out, uri, weights.get(name)))
             else:
-                model = _built_in(name, address, weights.get(name), head if address == "xlsr" else None)
-            found.append(model._replace(series=TEACHER) if model.sha256 == teacher_sha256 else model)
+                found.append(_built_in(name, address, weights.get(name), head if address == "xlsr" else None))
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             failed.append(f"\n  {name}: {error}")
     if failed:
@@ -82,7 +97,9 @@ def load(
 
 
 def _is_trained(address: str) -> bool:
-    return address not in teachers.names() and ("/" in address or os.path.isdir(address))  # noqa: PTH112
+    if address in teachers.names() or address.startswith(_ENSEMBLE):
+        return False
+    return "/" in address or os.path.isdir(address)  # noqa: PTH112
 
 
 def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Model:
@@ -91,10 +108,10 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
 
     with registry.student_folder(address, uri) as folder:
         files = student_files.read(folder)
-        copy = f"{out}/models/{files.weights_hash[:16]}"
+        encoder = encoder and table.absolute(encoder)
+        teacher = teachers.load(folder, encoder, "cpu").teacher
+        copy = f"{out}/models/{teacher.weights_hash[:16]}"
         student_files.copy(folder, copy)
-    encoder = encoder and table.absolute(encoder)
-    teacher = teachers.load(copy, encoder, "cpu").teacher
     is_student = files.architecture == student_files.CONV_TRANSFORMER
     pruned = "pruning" in files.provenance
     parameters = student_files.nonzero(files) if pruned else _parameters(teacher)
@@ -108,6 +125,8 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     head = head and table.absolute(head)
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
     teacher = teachers.load(address, weights, "cpu", head=head).teacher
+    if teacher.intrusive:
+        raise ValueError(f"{address} compares with clean originals, which the clips have not; leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
     return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
@@ -132,4 +151,8 @@ def _parameters(teacher: teachers.Teacher) -> int | None:
 def _series(provenance: Mapping[str, Any]) -> str:
     if pruning := provenance.get("pruning"):
         return f"pruned ({pruning.get('criterion', 'unknown')})"
-    return DISTILLED if provenance.get("shards") else LABELED_ONLY
+    if provenance.get("shards"):
+        return DISTILLED
+    if "init" in provenance:  # fine-tuned from another one
+        return _series(provenance["init"])
+    return LABELED_ONLY if "shards" in provenance else UNKNOWN

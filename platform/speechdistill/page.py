@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from speechdistill import audio, judged, plots, tables
 from speechdistill.comparison import Comparison
@@ -19,7 +19,7 @@ from speechdistill.models import Model
 
 _WORST = 20
 _HEARD_S = 8.0  # of a clip; all of it would make a file of a long one
-_STEP_CHARACTERS = 300
+_CHARACTERS = 300  # of a step's settings, and of what a model was trained from
 _CAPTIONS = {
     "pcc_over_parameters": "PCC over parameters, as in the paper’s Figure 3; bars are 95% intervals",
     "pcc_over_cost": "PCC over CPU time for a second of audio, one thread, measured while these clips were scored",
@@ -32,6 +32,7 @@ class Cell(NamedTuple):
     title: str
     best: bool
     small: str = ""
+    more: str = ""
 
 
 def html(found: Comparison, figures: Mapping[str, Any]) -> str:
@@ -45,7 +46,7 @@ def html(found: Comparison, figures: Mapping[str, Any]) -> str:
         is_teacher=found.judged.teacher is not None,
         columns=list(found.by_clip.clips.items()),
         table=[_row(found, model) for model in found.models],
-        left_out=[f"{d}: {n} × {reason}" for d, reasons in found.left_out.items() for reason, n in reasons.items()],
+        left_out=tables.left_out(found),
         beside=tables.beside_paper(found) if found.about.get("configuration", {}).get("paper") else [],
         all_figures=_all_figures(found),
         pairs=tables.pairs(found),
@@ -102,7 +103,11 @@ def _steps(plan: str | None) -> list[str]:
 def _words(step: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in step.items() if key != "step")
     text = f"{step['step']}: {settings}" if settings else str(step["step"])
-    return text if len(text) <= _STEP_CHARACTERS else f"{text[:_STEP_CHARACTERS]}…"
+    return _short(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…"
 
 
 def _setting(value: Any) -> str:
@@ -117,8 +122,9 @@ def _row(found: Comparison, model: Model) -> dict[str, Any]:
     ]
     for dataset in found.datasets:
         value = found.pcc(model.name, dataset)
-        cells.append(Cell(tables.cell(value), tables.interval(value), model.name in found.best(dataset)))
-    if mean.datasets < max(m["pcc"].datasets for m in found.by_clip.means.values()):
+        title, best = tables.interval(value), model.name in found.best(dataset)
+        cells.append(Cell(tables.cell(value), title, best, more=_bounds(value) or title))
+    if mean.datasets and model.name not in found.whole:
         only = f"over {mean.datasets} of {len(found.datasets)} datasets"
         cells[:2] = [cell._replace(small=only) for cell in cells[:2]]
     parameters = tables.count(model.parameters)
@@ -126,8 +132,11 @@ def _row(found: Comparison, model: Model) -> dict[str, Any]:
 
 
 def _mean(value: Value, best: bool) -> Cell:
-    small = f"{value.low:.2f} to {value.high:.2f}" if value.low is not None else ""
-    return Cell(tables.cell(value), tables.interval(value), best, small)
+    return Cell(tables.cell(value), tables.interval(value), best, _bounds(value))
+
+
+def _bounds(value: Value) -> str:
+    return f"{value.low:.2f} to {value.high:.2f}" if value.low is not None else ""
 
 
 def _all_figures(found: Comparison) -> list[list[str]]:
@@ -165,12 +174,13 @@ def _models(found: Comparison) -> list[list[str]]:
     rows = [["model", "address", "in Figure 3", "sha256 of its weights", "trained from"]]
     for model in found.models:
         known = json.dumps(model.provenance, ensure_ascii=False) if model.provenance else ""
-        rows.append([model.name, model.address, model.series, f"{model.sha256[:16]}…", known[:_STEP_CHARACTERS]])
+        rows.append([model.name, model.address, model.series, f"{model.sha256[:16]}…", _short(known)])
     return rows
 
 
 def _plot(figure: Any, name: str, caption: str) -> dict[str, Any]:
-    return {"caption": caption, "svg": Markup(plots.inline_svg(figure, name))}  # matplotlib escapes
+    svg = plots.inline_svg(figure, name).replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+    return {"caption": caption, "svg": Markup(svg)}  # matplotlib escapes what it writes
 
 
 def _flac(wave: np.ndarray) -> bytes:

@@ -50,10 +50,12 @@ _STYLE = {
     "axes.titlesize": 9,
 }
 _CSS_PIXELS = 120  # of an inch at most: letters of 9 points are 15 pixels high then
-_MANY = 400  # points that are drawn as pixels
+_MANY = 400  # points of a figure that are drawn as pixels
+_RASTER_DPI = 160
+_NARROWEST = 0.6  # of a figure's size: on a phone it is scrolled then, and letters can be read
 _NO_STEP = "(as recorded)"
 _SPECTROGRAM = {"nperseg": 512, "noverlap": 352}
-_RANGE_DB = 80.0
+_RANGE_DB, _STEP_DB = 80.0, 2.0
 
 
 def all_plots(found: Comparison) -> dict[str, Any]:
@@ -111,16 +113,17 @@ def scatter(found: Comparison, model: str) -> Any:
     datasets, scores = np.array([clip.dataset for clip in found.clips], object), found.scores[model]
     columns = min(4, len(found.datasets))
     rows, side = -(-len(found.datasets) // columns), 1.9 if columns > 1 else 3.0
-    figure = Figure(figsize=(side * columns, (side + 0.2) * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(side * columns, (side + 0.2) * rows + 0.3), layout="constrained", dpi=_RASTER_DPI)
     panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     for dataset, panel in zip(found.datasets, panels, strict=False):
         here = found.counts & (datasets == dataset) & np.isfinite(scores)
         mos = np.array([clip.mos for clip in found.clips])[here]
         panel.axline((1, 1), slope=1, color=_INK, alpha=0.3, lw=0.8)
-        size, is_crowd = 6 if len(mos) > 50 else 16, len(mos) > _MANY
-        panel.scatter(mos, scores[here], s=size, alpha=0.5, color=_COLOURS[0], lw=0, rasterized=is_crowd)
+        size, is_crowd = 6 if len(mos) > 50 else 16, found.counts.sum() > _MANY
+        look = {"alpha": 0.7, "color": _COLOURS[0], "lw": 0, "clip_on": False, "rasterized": is_crowd}
+        panel.scatter(mos, scores[here], s=size, **look)
         value = found.pcc(model, dataset).value
-        panel.set(xlim=(0.9, 5.1), ylim=(0.9, 5.1), xticks=range(1, 6), yticks=range(1, 6))
+        panel.set(xlim=(0.9, 5.1), ylim=(0.9, 5.1), xticks=(1, 3, 5), yticks=(1, 3, 5))
         panel.set_title(f"{dataset}\nPCC {value:.2f}" if value is not None else f"{dataset}\nno PCC")
     for panel in panels[len(found.datasets) :]:
         panel.set_visible(False)
@@ -142,7 +145,7 @@ def by_step(found: Comparison) -> Any:
             np.quantile((found.scores[model.name] - mos)[of_it], [0.25, 0.5, 0.75]) for of_it in members.values()
         ]
         low, middle, high = np.array(quartiles).T
-        offset = (number + 0.5) / (len(found.models) + 1) - 0.5
+        offset = (number + 1) / (len(found.models) + 1) - 0.5
         places, bounds = np.arange(len(members)) + offset, [middle - low, high - middle]
         axes.errorbar(middle, places, xerr=bounds, fmt="o", ms=4, capsize=2, color=colour, label=model.name)
     axes.axvline(0, color=_INK, lw=0.8, alpha=0.5)
@@ -174,7 +177,9 @@ def spectrogram(wave: np.ndarray) -> bytes:
     padded = audio.fit(wave, max(len(wave), _SPECTROGRAM["nperseg"]))
     _, _, bins = stft(padded, audio.SAMPLE_RATE, **_SPECTROGRAM)
     decibels = 20 * np.log10(np.abs(bins[:-1]) + 1e-10)
-    halved = decibels.reshape(len(decibels) // 2, 2, -1).max(axis=1)
+    even = decibels[:, : decibels.shape[1] // 2 * 2]
+    halved = even.reshape(len(even) // 2, 2, -1, 2).max(axis=(1, 3))
+    halved = _STEP_DB * np.round(halved / _STEP_DB)  # few colours make a small file
     image = BytesIO()
     loudest = halved.max()
     imsave(image, halved, vmin=loudest - _RANGE_DB, vmax=loudest, cmap="magma", origin="lower", format="png")
@@ -202,9 +207,11 @@ def inline_svg(figure: Any, name: str) -> str:
     with _styled({"svg.hashsalt": name}):
         figure.savefig(image, format="svg", metadata={"Date": None})
     text = image.getvalue().decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    widest = f' style="max-width: {figure.get_figwidth() * _CSS_PIXELS:.0f}px"'
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1{widest}", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r">\s+<", "><", text)
+    width = figure.get_figwidth() * _CSS_PIXELS
+    style = f' style="max-width: {width:.0f}px; min-width: {_NARROWEST * width:.0f}px"'
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1{style}", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     # Identities are those of one file; a page holds several.
     text = re.sub(r'( id="|"#|url\(#)', rf"\1{name}-", text)

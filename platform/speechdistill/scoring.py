@@ -1,8 +1,11 @@
 """Scoring clips with models on the engine: decode once, ask every model that has not heard the clip, commit.
 
 What is committed is the cache: `OUT/scores/*/shards` has, by model and content of the clip, every score so far. Each
-call makes a run of the pairs that are missing, in a folder named after them; so a killed one is gone on with by the
-next, whatever models and clips that one has. Rejected clips are no part of the cache: the next call tries them again.
+call makes a run of the pairs that are missing, in a folder named after them, whatever models and clips the calls before
+had. Rejected clips are no part of the cache: the next call tries them again.
+
+A call that was killed may have workers that outlive it and commit one more part. So the next one first goes on with its
+run, where such a part is replaced by an equal one; in a run of its own it would score those clips a second time.
 """
 
 import json
@@ -10,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +32,7 @@ _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
 _BATCH_ROWS = 8
 _WARM_UP_S = 1.0
 _THREADS = 32
+_TASKS = "tasks.json"
 _ABOUT = [field for field in table.schema(SCHEMA) if field.name not in ("number", "scores")]
 DECODED = pa.schema([*_ABOUT, ("models", pa.list_(pa.string())), ("wave", pa.binary())])
 SCORED = pa.schema([table.schema(SCHEMA).field("scores")])
@@ -68,12 +73,15 @@ def score(
 
     Files with the same bytes are one file. Raises `RunError` as `flow.run` does; what was scored is kept.
     """
+    _go_on(models, clips, out, report)
     known = committed(out)
     tasks = missing(models, clips, known)
     if not tasks:
         return Scores(known, {})
-    run = _flow(models, tasks, out, max_reject_share, report)
-    flow.run(run)
+    run = _flow(models, tasks, out, report)
+    table.publish_json(tasks, f"{run.layout.out}/{_TASKS}")
+    others = len(missing(models, clips, {})) - len(tasks)
+    flow.run(replace(run, max_reject_share=max_reject_share, retry_rejected=True, known=others))
     rows = table.read(f"{run.layout.out}/rejects/rejects.parquet", "reject.v1").to_pylist()
     return Scores(committed(out), {tasks[int(row["id"])].uri: row["message"] for row in rows})
 
@@ -92,13 +100,10 @@ def missing(
 
 def committed(out: str) -> dict[tuple[str, str], Score]:
     """All scores in `out`, by key of the model and sha256 of the clip."""
-    fs, path = fsspec.url_to_fs(f"{out}/scores")
-    fs.invalidate_cache()
-    with table.storage(out):
-        files = sorted(fs.glob(f"{path}/*/shards/part-*.parquet")) if fs.exists(path) else []
+    files = _files(out, "*/shards/part-*.parquet")
     found: dict[tuple[str, str], Score] = {}
     with ThreadPoolExecutor(_THREADS) as threads:
-        for rows in threads.map(lambda file: table.read(fs.unstrip_protocol(file), SCHEMA).to_pylist(), files):
+        for rows in threads.map(lambda file: table.read(file, SCHEMA).to_pylist(), files):
             for row in rows:
                 found |= answers(row)
     return found
@@ -114,7 +119,36 @@ def answers(row: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
     }
 
 
-def _flow(models: Sequence[Model], tasks: list[Task], out: str, max_reject_share: float, report: Report) -> flow.Flow:
+def _go_on(models: Sequence[Model], clips: Sequence[judged.Clip], out: str, report: Report) -> None:
+    """Finish the runs that were stopped, where all that is left of them is still to be scored."""
+    wanted = {(key, task.sha256) for task in missing(models, clips, {}) for key in task.models}
+    for folder in _stopped(out):
+        tasks = [Task(sha256, uri, tuple(keys)) for sha256, uri, keys in table.read_json(f"{folder}/{_TASKS}") or ()]
+        run = _flow(models, tasks, out, report)
+        if run.layout.out != folder:  # of other models, or versions of libraries
+            continue
+        parts, _ = shards.survey(run.layout)
+        left = {(key, tasks[i].sha256) for k in parts for i in run.layout.ids(k) for key in tasks[i].models}
+        if left <= wanted - committed(out).keys():
+            flow.run(run)
+
+
+def _stopped(out: str) -> list[str]:
+    """The folders of runs that have begun and not ended."""
+    begun, ended = ({file.split("/")[-2] for file in _files(out, f"*/{name}")} for name in (_TASKS, "manifest.parquet"))
+    return [f"{out}/scores/{name}" for name in sorted(begun - ended)]
+
+
+def _files(out: str, pattern: str) -> list[str]:
+    fs, path = fsspec.url_to_fs(f"{out}/scores")
+    fs.invalidate_cache()
+    with table.storage(out):
+        found = sorted(fs.glob(f"{path}/{pattern}")) if fs.exists(path) else []
+    return [str(fs.unstrip_protocol(file)) for file in found]
+
+
+def _flow(models: Sequence[Model], tasks: list[Task], out: str, report: Report) -> flow.Flow:
+    """A run that rejects do not stop."""
     wanted = {key for task in tasks for key in task.models}
     asked = [model for model in models if model.key in wanted]
     identity = {
@@ -127,7 +161,7 @@ def _flow(models: Sequence[Model], tasks: list[Task], out: str, max_reject_share
     folder = f"{out}/scores/{table.fingerprint(identity)[:16]}"
     layout = shards.Layout(folder, SCHEMA, "number", len(tasks), rows, _totals)
     stages = partial(_stages, asked, tasks)
-    return flow.Flow(layout, identity, stages, max_reject_share, retry_rejected=True, report=report)
+    return flow.Flow(layout, identity, stages, max_reject_share=1.0, report=report)
 
 
 def _stages(models: list[Model], tasks: list[Task], cpus: float, gpus: float) -> tuple[flow.Stage, ...]:

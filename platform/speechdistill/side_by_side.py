@@ -97,7 +97,7 @@ class _Bars:
                 continue
             workers = f"{run.told.workers} workers" if run.told.workers else "waiting for resources"
             bar.n = max(bar.n, run.told.step)
-            figures = f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, " if run.told.step else ""
+            figures = f"loss {run.told.loss:.4f}, {run.told.steps_per_s:.2f} steps/s, " if run.told.steps_per_s else ""
             bar.set_postfix_str(figures + workers, refresh=True)
             if run.state in ("done", "failed"):
                 bar.close()

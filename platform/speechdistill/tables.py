@@ -7,9 +7,10 @@ from typing import Any
 
 from speechdistill import paper
 from speechdistill.comparison import Comparison
-from speechdistill.metrics import METRICS, Value
+from speechdistill.metrics import METRICS, Value, means
 
 _NONE = "–"
+_REASONS = 5  # of a dataset
 
 
 def table_one(found: Comparison) -> list[list[str]]:
@@ -29,15 +30,35 @@ def markdown(found: Comparison) -> str:
     """Table I, what its gaps mean, and which differences of the weighted mean are more than chance."""
     lines = [f"PCC with {found.judged.judge}, by dataset; intervals and further figures are in metrics.csv.", ""]
     lines += _markdown(table_one(found))
-    gaps = sorted({f"- {value.why}" for of_model in found.by_clip.values.values() for value in _gaps(of_model)})
-    lines += ["", f"{_NONE} stands for:", *gaps] if gaps else []
-    for dataset, reasons in found.left_out.items():
-        lines += ["", f"Of {dataset} {sum(reasons.values())} clips are in no figure:"]
-        lines += [f"- {count} × {reason}" for reason, count in reasons.most_common(5)]
+    missing = gaps(found)
+    lines += ["", f"{_NONE} stands for:", *(f"- {line}" for line in missing)] if missing else []
+    absent = left_out(found)
+    lines += ["", "Clips in no figure:", *(f"- {line}" for line in absent)] if absent else []
     if found.differences:
         lines += ["", "Differences of the weighted mean, with 95% intervals of a bootstrap over clips:", ""]
         lines += _markdown(pairs(found))
     return "\n".join([*lines, ""])
+
+
+def gaps(found: Comparison) -> list[str]:
+    """Why datasets have no PCC, and of which models where it is not all of them."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for model, of_model in found.by_clip.values.items():
+        for dataset, values in of_model.items():
+            if values["pcc"].value is None:
+                why.setdefault((dataset, values["pcc"].why), []).append(model)
+    whose = {key: "" if len(names) == len(found.models) else f" ({', '.join(names)})" for key, names in why.items()}
+    return [f"{dataset}: {reason}{whose[dataset, reason]}" for dataset, reason in sorted(why)]
+
+
+def left_out(found: Comparison) -> list[str]:
+    """Why clips are in no figure: the most frequent reasons of each dataset. (A reason may name its file.)"""
+    lines = []
+    for dataset, reasons in found.left_out.items():
+        lines += [f"{dataset}: {number} × {reason}" for reason, number in reasons.most_common(_REASONS)]
+        if len(reasons) > _REASONS:
+            lines.append(f"{dataset}: {len(reasons) - _REASONS} further reasons, which are in scores.parquet")
+    return lines
 
 
 def pairs(found: Comparison) -> list[list[str]]:
@@ -67,7 +88,8 @@ def long(found: Comparison) -> list[list[Any]]:
 def beside_paper(found: Comparison) -> list[list[str]]:
     """For each model that the paper's Table I has: ours, the paper's and the difference, by dataset that both have.
 
-    A row's means are over those datasets, weighted by the clips of each side; so they differ from the paper's own.
+    A row's means are over the datasets of which both have its figure, weighted by the clips of each side; so they
+    differ from the paper's own.
     """
     pairs = [(name, theirs) for name in found.datasets if (theirs := paper.dataset_of(name))]
     rows = [["model", "", *(ours for ours, _ in pairs), "weighted", "unweighted"]]
@@ -79,7 +101,8 @@ def beside_paper(found: Comparison) -> list[list[str]]:
             continue
         mine = [found.pcc(model.name, name).value for name, _ in pairs]
         its = [paper.rows()[of_paper].pcc[theirs] for _, theirs in pairs]
-        both = _with_means(clips[0], mine), _with_means(clips[1], its)
+        shared = [a is not None and b is not None for a, b in zip(mine, its, strict=True)]
+        both = _with_means(clips[0], mine, shared), _with_means(clips[1], its, shared)
         gaps = [a - b if a is not None and b is not None else None for a, b in zip(*both, strict=True)]
         rows.append([model.name, "ours", *map(number, both[0])])
         rows.append([of_paper, "paper", *map(number, both[1])])
@@ -111,10 +134,9 @@ def interval(value: Value) -> str:
     return f"95% interval {value.low:.3f} to {value.high:.3f}" if value.low is not None else ""
 
 
-def _with_means(clips: Sequence[int], values: Sequence[float | None]) -> list[float | None]:
-    from speechdistill.metrics import means
-
-    return [*values, *means(clips, values)]
+def _with_means(clips: Sequence[int], values: Sequence[float | None], shared: Sequence[bool]) -> list[float | None]:
+    kept = [value if is_shared else None for value, is_shared in zip(values, shared, strict=True)]
+    return [*values, *means(clips, kept)]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -122,10 +144,6 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
         f"| {' | '.join(word.replace('|', chr(92) + '|').replace(chr(10), ' ') for word in row)} |" for row in rows
     )
     return [header, f"|{'---|' * len(rows[0])}", *others]
-
-
-def _gaps(of_model: dict[str, dict[str, Value]]) -> list[Value]:
-    return [values["pcc"] for values in of_model.values() if values["pcc"].value is None]
 
 
 def _fields(value: Value) -> list[Any]:

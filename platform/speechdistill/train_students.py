@@ -140,7 +140,7 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
         names = {name.strip(): distill.student(name.strip()) for name in wanted}
     recipes = {
         name if len(mixes) == 1 else f"{name}-{mix.labeled_percent:g}": distill.Distill(
-            size, mix, scored, config.label_transform, init, {**provenance, "variant": name}
+            size, mix, scored, config.label_transform, init, {**provenance, **_used(mix, provenance), "variant": name}
         )
         for name, size in names.items()
         for mix in mixes
@@ -148,6 +148,11 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     for recipe in list(recipes.values())[: len(mixes)]:
         recipe.make()
     return recipes
+
+
+def _used(mix: Mix, provenance: dict[str, Any]) -> dict[str, Any]:
+    """A student of listeners' scores alone has heard none of the shards."""
+    return {"labeled_percent": mix.labeled_percent, "shards": provenance["shards"] if mix.labeled_percent < 100 else []}
 
 
 def _initial(address: str, out: str) -> "tuple[str, Student]":
