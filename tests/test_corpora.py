@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill import corpora, ingest, scored, table
+from speechdistill import corpora, ingest, listening_tests, table
 from speechdistill.ingest import Ingest
 from speechdistill.shards import RunError
 
@@ -32,13 +32,16 @@ def splits(rows: list[dict]) -> dict[str, int]:
 
 
 def test_every_name_is_a_choice_with_rows_of_its_own() -> None:
-    assert sorted(get_args(scored.CorpusName)) == sorted(scored.READERS) and len(scored.READERS) == 22
+    assert (
+        sorted(get_args(listening_tests.CorpusName)) == sorted(listening_tests.READERS)
+        and len(listening_tests.READERS) == 22
+    )
     with pytest.raises(table.TableError, match=r"no corpus 'nisqua'; there are .*nisqa_sim"):
-        scored.rows("nisqua", "/nowhere")
+        listening_tests.rows("nisqua", "/nowhere")
 
 
 def test_the_counts_of_the_paper_add_up() -> None:
-    counts = np.array([reader.paper or (0, 0, 0) for reader in scored.READERS.values()])
+    counts = np.array([reader.paper or (0, 0, 0) for reader in listening_tests.READERS.values()])
     assert counts.sum(0).tolist() == [108_519, 8_525, 46_060]  # of its table's cells
 
 
@@ -70,7 +73,7 @@ def nisqa(tmp_path: Path) -> Path:
     ],
 )
 def test_nisqa_takes_the_databases_of_its_name(nisqa: Path, name: str, expected: dict[str, int]) -> None:
-    rows = scored.rows(name, str(nisqa))
+    rows = listening_tests.rows(name, str(nisqa))
     assert splits(rows) == expected
     first = rows[0]
     assert first["uri"].startswith(str(nisqa / "NISQA_")) and first["uri"].endswith("/deg/c00.wav")
@@ -83,14 +86,14 @@ def test_pstn_sets_a_custom_validation_split_aside_that_no_order_changes(tmp_pat
     touch(tmp_path / "pstn_train", *names)
     listed = [f"{name},3.5,0.9,0.4,5" for name in names]
     write(tmp_path / "pstn_train" / "pstn_train.csv", "filename,MOS,std,95%CI,votes", *listed)
-    rows = scored.rows("pstn", str(tmp_path))
+    rows = listening_tests.rows("pstn", str(tmp_path))
     assert splits(rows) == {"train": 36, "validation": 4} and rows[0]["votes"] == "5"
     chosen = {row["uri"] for row in rows if row["split"] == "validation"}
     write(tmp_path / "pstn_train" / "pstn_train.csv", "filename,MOS,std,95%CI,votes", *reversed(listed))
-    assert chosen == {row["uri"] for row in scored.rows("pstn", str(tmp_path)) if row["split"] == "validation"}
+    assert chosen == {row["uri"] for row in listening_tests.rows("pstn", str(tmp_path)) if row["split"] == "validation"}
     touch(tmp_path, "test/a.wav")
     write(tmp_path / "test.csv", "deg_wav,mos", "test/a.wav,1.5")
-    assert splits(scored.rows("pstn", str(tmp_path))) == {"train": 36, "validation": 4, "test": 1}
+    assert splits(listening_tests.rows("pstn", str(tmp_path))) == {"train": 36, "validation": 4, "test": 1}
 
 
 def test_a_large_corpus_validates_on_1000_clips() -> None:
@@ -104,7 +107,7 @@ def test_tencent_has_two_lists_and_folders_with_or_without_mos(tmp_path: Path, s
         names = [f"{number:04d}.wav" for number in range(10)]
         touch(tmp_path / f"{part}{suffix}", *names)
         write(tmp_path / f"{part}MOS.csv", "deg_wav,mos", *(f"./{part}MOS/{name},1.25" for name in names))
-    rows = scored.rows("tencent", str(tmp_path))
+    rows = listening_tests.rows("tencent", str(tmp_path))
     assert splits(rows) == {"train": 18, "validation": 2}
     assert rows[0]["uri"] == str(tmp_path / f"withReverberationTrainDev{suffix}" / "0000.wav")
     assert (rows[0]["mos"], rows[0]["language"]) == (1.25, "zh")
@@ -113,9 +116,9 @@ def test_tencent_has_two_lists_and_folders_with_or_without_mos(tmp_path: Path, s
 def test_tub_is_for_tests_only(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav")
     write(tmp_path / "test.csv", "deg_wav,mos", "a.wav,4.25")
-    assert splits(scored.rows("tub", str(tmp_path))) == {"test": 1}
+    assert splits(listening_tests.rows("tub", str(tmp_path))) == {"test": 1}
     with pytest.raises(table.TableError, match=r"nowhere/test.csv is missing; --root names the folder"):
-        scored.rows("tub", str(tmp_path / "nowhere"))
+        listening_tests.rows("tub", str(tmp_path / "nowhere"))
 
 
 def test_voicemos_trains_on_the_chinese_clips_that_were_labelled_later(tmp_path: Path) -> None:
@@ -126,9 +129,9 @@ def test_voicemos_trains_on_the_chinese_clips_that_were_labelled_later(tmp_path:
             file = f"{name}_mos_list{'_LABELS' if name == 'unlabeled' else ''}.txt"
             write(tmp_path / track / "DATA" / "sets" / file, f"{wav},3.125")
     write(tmp_path / "ood" / "DATA" / "sets" / "unlabeled_mos_list.txt", "sysood-uttunlabeled.wav")
-    english = scored.rows("voicemos2022_en", str(tmp_path / "main"))
+    english = listening_tests.rows("voicemos2022_en", str(tmp_path / "main"))
     assert splits(english) == {"train": 1, "validation": 1, "test": 1}
-    chinese = scored.rows("voicemos2022_cn", str(tmp_path / "ood"))
+    chinese = listening_tests.rows("voicemos2022_cn", str(tmp_path / "ood"))
     assert splits(chinese) == {"train": 2, "validation": 1, "test": 1}
     assert {(row["system"], row["language"]) for row in chinese} == {("sysood", "zh")}
 
@@ -138,8 +141,8 @@ def test_blizzard_tells_its_tasks_apart(tmp_path: Path, folder: str) -> None:
     names = ["VoiceMOS2023Track1-A-AD_test_0026", "VoiceMOS2023Track1-A-NEB_test_0001", "VoiceMOS2023Track1-B-NEB_t_1"]
     touch(tmp_path, *(f"{folder}{name}.wav" for name in names))
     write(tmp_path / "answer.csv", *(f"{name},4.42105263157895" for name in names))
-    assert [row["system"] for row in scored.rows("blizzard2023_tts", str(tmp_path))] == ["A-NEB", "B-NEB"]
-    (adapted,) = scored.rows("blizzard2023_sa", str(tmp_path))
+    assert [row["system"] for row in listening_tests.rows("blizzard2023_tts", str(tmp_path))] == ["A-NEB", "B-NEB"]
+    (adapted,) = listening_tests.rows("blizzard2023_sa", str(tmp_path))
     assert (adapted["system"], adapted["split"], adapted["language"]) == ("A-AD", "test", "fr")
 
 
@@ -170,32 +173,32 @@ def test_tcd_voip_is_read_from_its_spreadsheet(tmp_path: Path) -> None:
     spreadsheet(tmp_path / "A list of conditions.xlsx", [["Condition", "what it is"]])
     header: list[str | float] = ["Filename", "ConditionID", "sample MOS", 1]
     spreadsheet(sheet, [header, ["C_01_CHOP_FA.wav", 1, 4.541666667, 5], ["C_20_ECHO_ML.wav", 20, 1.125, 1]])
-    chop, echo = scored.rows("tcd_voip", str(tmp_path))
+    chop, echo = listening_tests.rows("tcd_voip", str(tmp_path))
     assert (chop["system"], chop["speaker"], chop["mos"], chop["votes"]) == ("CHOP-01", "FA", 4.541666667, 24)
     assert echo["uri"] == str(tmp_path / "Test Set/echo/C_20_ECHO_ML.wav") and echo["system"] == "ECHO-20"
     spreadsheet(sheet, [["Something", "else"]])
     with pytest.raises(table.TableError, match="no spreadsheet with columns"):
-        scored.rows("tcd_voip", str(tmp_path))
+        listening_tests.rows("tcd_voip", str(tmp_path))
     sheet.write_bytes(b"no zip")
     with pytest.raises(table.TableError, match="cannot be read as a spreadsheet"):
-        scored.rows("tcd_voip", str(tmp_path))
+        listening_tests.rows("tcd_voip", str(tmp_path))
     spreadsheet(sheet, [header, ["C_01_CHOP_FA.wav", 1, 4.5, 5]])
     touch(tmp_path, "Copy/C_01_CHOP_FA.wav")
     with pytest.raises(table.TableError, match=r"1 recordings lie in more than one folder \(C_01_CHOP_FA.wav\)"):
-        scored.rows("tcd_voip", str(tmp_path))
+        listening_tests.rows("tcd_voip", str(tmp_path))
     sheet.unlink()
     with pytest.raises(table.TableError, match="no spreadsheet with columns"):
-        scored.rows("tcd_voip", str(tmp_path))
+        listening_tests.rows("tcd_voip", str(tmp_path))
 
 
 def test_mushra_becomes_1_to_5(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav", "b.wav", "c.wav")
     write(tmp_path / "labels.csv", "wav_path,score,system_id", "a.wav,0,opus", "b.wav,100,lyra", "c.wav,50,lyra")
-    rows = scored.rows("genspeech", str(tmp_path))
+    rows = listening_tests.rows("genspeech", str(tmp_path))
     assert [(row["mos"], row["system"]) for row in rows] == [(1, "opus"), (5, "lyra"), (3, "lyra")]
     write(tmp_path / "labels.csv", "wav_path,score", "a.wav,101", "b.wav,good")
     with pytest.raises(table.TableError, match=r"2 scores are not 1 to 5 .*'good'"):
-        scored.rows("genspeech", str(tmp_path))
+        listening_tests.rows("genspeech", str(tmp_path))
 
 
 def challenge(root: Path, num_systems: int = 8, num_inputs: int = 8) -> Path:
@@ -213,47 +216,47 @@ def test_a_quarter_of_systems_and_inputs_is_held_out(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = str(challenge(tmp_path))
-    rows = scored.rows(name, root)
-    assert splits(rows) == {"train": 36, "validation": 4} and rows == scored.rows(name, root)
+    rows = listening_tests.rows(name, root)
+    assert splits(rows) == {"train": 36, "validation": 4} and rows == listening_tests.rows(name, root)
     parts = [
         {key: {r[key] for r in rows if r["split"] == split} for key in ("system", "input_id")} for split in splits(rows)
     ]
     assert parts[0]["system"].isdisjoint(parts[1]["system"]) and parts[0]["input_id"].isdisjoint(parts[1]["input_id"])
-    paper = scored.READERS[name].paper
+    paper = listening_tests.READERS[name].paper
     assert (
         paper
         and f"4 validate with both the system and the input held out, 28 with either (the paper: {paper[0]}"
         in (caplog.text)
     )
-    either = scored.rows(name, root, "either")
+    either = listening_tests.rows(name, root, "either")
     assert splits(either) == {"train": 36, "validation": 28}
     assert [row for row in either if row["split"] == "train"] == [row for row in rows if row["split"] == "train"]
 
 
 @pytest.mark.parametrize("name", ["dns_3", "dns_3_fb", "plc_2024"])
 def test_later_challenges_are_for_tests(tmp_path: Path, name: str) -> None:
-    assert splits(scored.rows(name, str(challenge(tmp_path, 2, 2)))) == {"test": 4}
+    assert splits(listening_tests.rows(name, str(challenge(tmp_path, 2, 2)))) == {"test": 4}
 
 
 def test_sig_2024_leaves_the_inputs_of_sig_2023_out(tmp_path: Path) -> None:
     root = challenge(tmp_path, 2, 3)
     with pytest.raises(table.TableError, match=r"sig_2023.csv is missing"):
-        scored.rows("sig_2024", str(root))
+        listening_tests.rows("sig_2024", str(root))
     write(root / "sig_2023.csv", "wav_path,score,system_id,input_id", "x.wav,3,s9,i1")
-    assert {row["input_id"] for row in scored.rows("sig_2024", str(root))} == {"i0", "i2"}
+    assert {row["input_id"] for row in listening_tests.rows("sig_2024", str(root))} == {"i0", "i2"}
 
 
 def test_the_plain_csv_carries_what_is_known(tmp_path: Path) -> None:
     touch(tmp_path, "wav/a.wav", "wav/b.wav")
     header = "wav_path,score,system_id,input_id,dataset,split,votes,remark"
     write(tmp_path / "labels.csv", header, "wav/a.wav,1,s,i,d,train,8,loud", r"wav\b.wav,5,,,,validation,,")
-    first, second = scored.rows("csv", str(tmp_path))
+    first, second = listening_tests.rows("csv", str(tmp_path))
     expected = {"mos": 1.0, "system": "s", "input_id": "i", "dataset": "d", "split": "train", "votes": "8"}
     assert first == {**expected, "kind": "speech", "uri": str(tmp_path / "wav/a.wav")}
     assert second == {"mos": 5.0, "dataset": "csv", "split": "validation", "kind": "speech"} | {
         "uri": str(tmp_path / "wav/b.wav")
     }
-    assert scored.rows("csv", str(tmp_path / "labels.csv")) == [first, second]
+    assert listening_tests.rows("csv", str(tmp_path / "labels.csv")) == [first, second]
 
 
 def test_errors_count_everything_and_show_ten(tmp_path: Path) -> None:
@@ -262,7 +265,7 @@ def test_errors_count_everything_and_show_ten(tmp_path: Path) -> None:
     lines = ["a.wav,5.5,train", "a.wav,3,train", "b.wav,nan,train", "c.wav,,train", "d.wav,3,dev"]
     write(tmp_path / "labels.csv", "wav_path,score,split", *missing, *lines)
     with pytest.raises(table.TableError) as caught:
-        scored.rows("csv", str(tmp_path))
+        listening_tests.rows("csv", str(tmp_path))
     message = str(caught.value)
     assert "12 files are missing (" in message and "m09.wav, ...)" in message and "m10.wav" not in message
     assert f"1 files are named more than once ({tmp_path}/a.wav)" in message
@@ -281,13 +284,13 @@ def test_errors_count_everything_and_show_ten(tmp_path: Path) -> None:
 def test_lists_of_another_form_are_refused(tmp_path: Path, content: list[str], told: str) -> None:
     write(tmp_path / "labels.csv", *content)
     with pytest.raises(table.TableError, match=told):
-        scored.rows("csv", str(tmp_path))
+        listening_tests.rows("csv", str(tmp_path))
 
 
 def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"wav_path,score\n\xff.wav,3\n")
     with pytest.raises(table.TableError, match=r"labels.csv is no CSV in UTF-8"):
-        scored.rows("csv", str(tmp_path))
+        listening_tests.rows("csv", str(tmp_path))
 
 
 def test_a_corpus_may_lie_behind_a_url() -> None:
@@ -295,19 +298,19 @@ def test_a_corpus_may_lie_behind_a_url() -> None:
     fs.pipe("/scored/labels.csv", b"wav_path,score\nwav/a.wav,3\nwav/b.wav,3\n")
     fs.pipe("/scored/wav/a.wav", b"")
     with pytest.raises(table.TableError, match=r"1 files are missing \(memory://scored/wav/b.wav\)"):
-        scored.rows("csv", "memory://scored/")
+        listening_tests.rows("csv", "memory://scored/")
     fs.pipe("/scored/latin.csv", b"wav_path,score\n\xff.wav,3\n")
     with pytest.raises(table.TableError, match=r"latin.csv is no CSV in UTF-8"):
-        scored.rows("csv", "memory://scored/latin.csv")
+        listening_tests.rows("csv", "memory://scored/latin.csv")
     fs.pipe("/scored/wav/b.wav", b"")
-    assert [row["uri"] for row in scored.rows("csv", "memory://scored")] == [
+    assert [row["uri"] for row in listening_tests.rows("csv", "memory://scored")] == [
         f"memory://scored/wav/{n}.wav" for n in "ab"
     ]
 
 
 def test_other_counts_than_the_papers_are_a_warning(nisqa: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        scored.rows("nisqa_for", str(nisqa))
+        listening_tests.rows("nisqa_for", str(nisqa))
     assert "nisqa_for has 0, 0 and 2 clips to train, validate and test on; the paper has 0, 0 and 240" in caplog.text
 
 

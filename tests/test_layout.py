@@ -51,7 +51,7 @@ TIERS = (
         "cluster",
         "parts",
     },
-    {"monitor", "samples", "degradation_recipes", "labeled", "scored", "pruning"},
+    {"monitor", "samples", "degradation_recipes", "labeled", "listening_tests", "pruning"},
     {"flow", "trials", "batches", "models"},
     {"cost", "label_figures", "loop", "pools", "feature_batches", "validation", "judged"},
     {"features", "scoring"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from speechdistill import evaluate, metrics, paper, scored
+from speechdistill import evaluate, listening_tests, metrics, paper
 from speechdistill.metrics import METRICS
 
 TABLE = Path(__file__).parent / "data" / "table1_pcc.csv"
@@ -40,7 +40,9 @@ def test_our_names_lead_to_the_papers() -> None:
     assert paper.row_of("distillmos") == "distillmos_v7" and paper.row_of("dnsmos_p808") == "dnsmos_p808"
     assert paper.row_of("nisqa") == "nisqa" and paper.row_of("utmos") == "utmos"
     assert paper.dataset_of("voicemos2022_en") == "voicemos_en" and paper.dataset_of("tub") == "tub"
-    assert {paper.dataset_of(name) for name in scored.READERS} >= set(paper.clips()), "a test set has no reader"
+    assert {paper.dataset_of(name) for name in listening_tests.READERS} >= set(paper.clips()), (
+        "a test set has no reader"
+    )
     assert paper.row_of("v0") is None and paper.dataset_of("mine") is None
 
 

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from speechdistill import audio, audio_files, cluster, scored, table, tar_files
+from speechdistill import audio, audio_files, cluster, listening_tests, table, tar_files
 from speechdistill.clips import clip_id
 from speechdistill.corpora import HeldOut, folder, listing, webdataset
-from speechdistill.scored import CorpusName
+from speechdistill.listening_tests import CorpusName
 from speechdistill.shards import RunError
 from speechdistill.teachers import MIN_DURATION_S
 
@@ -90,7 +90,7 @@ def scored_rows(config: Ingest) -> Iterator[Row]:
         raise RunError("--corpus NAME and --root DIR, the folder of that corpus, are given together")
     if config.corpus is None or config.root is None:
         return iter(())
-    return iter(scored.rows(config.corpus, config.root, config.held_out))
+    return iter(listening_tests.rows(config.corpus, config.root, config.held_out))
 
 
 def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:

@@ -169,7 +169,7 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
         dtype=config.dtype,
         milestones=((0, "remaining-100"), *((step, f"remaining-{100 * share:g}") for step, share in updates.items())),
     )
-    identity = {**identity, "training": {**asdict(training), "checkpoint_every_s": None, "compile": None}}
+    identity = {**identity, "training": training.identity()}
     return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
 
 
