@@ -32,10 +32,8 @@ def splits(rows: list[dict]) -> dict[str, int]:
 
 
 def test_every_name_is_a_choice_with_rows_of_its_own() -> None:
-    assert (
-        sorted(get_args(listening_tests.CorpusName)) == sorted(listening_tests.READERS)
-        and len(listening_tests.READERS) == 22
-    )
+    names = sorted(listening_tests.READERS)
+    assert sorted(get_args(listening_tests.CorpusName)) == names and len(names) == 22
     with pytest.raises(table.TableError, match=r"no corpus 'nisqua'; there are .*nisqa_sim"):
         listening_tests.rows("nisqua", "/nowhere")
 
