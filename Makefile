@@ -36,8 +36,8 @@ demo: setup
 		$(if $(NOISE),--noise "$(NOISE)") $(if $(RIR),--rir "$(RIR)")
 
 test: setup
-	@# Half of the time the tests wait, so two files at a time, which share what they set up; faults/, the longest, come first.
-	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@# Half of the time the tests wait, so two files at a time; a file's tests share what they set up.
+	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
