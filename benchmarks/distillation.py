@@ -24,9 +24,10 @@ import soundfile
 import torch
 import tyro
 
-from speechdistill import audio, cli, evaluate, labeled, student_files, table
+from speechdistill import audio, cli, labeled, student_files, table
 from speechdistill.batches import LabelRun, Mix
 from speechdistill.loop import Loop, Training
+from speechdistill.metrics import correlation
 from speechdistill.recipes.distill import Distill, student
 from speechdistill.scorer import Scorer
 from speechdistill.teachers import Label
@@ -91,7 +92,7 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
     rows = samples(LabelRun(f"{options.out}/test"))
     labels = scorer.label([audio.decode(row["audio"], row["audio_format"]) for row in rows])
     teacher = np.array([row["score"] for row in rows])
-    pcc = evaluate.pcc(teacher, np.array([label.score for label in labels if isinstance(label, Label)]))
+    pcc = correlation.pcc(teacher, np.array([label.score for label in labels if isinstance(label, Label)]))
     table.publish_json({"pcc": pcc}, str(result))
     print(f"{arm} {seed}: PCC {pcc:.4f} on {len(rows)} test samples", flush=True)
     return pcc or 0.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill import evaluate, metrics
 from speechdistill.judged import Clip, Judged
-from speechdistill.metrics import Figures, Value
+from speechdistill.metrics import correlation, figures
+from speechdistill.metrics.figures import Figures, Value
 from speechdistill.models import TEACHER, Model
 from speechdistill.scoring import Score, Scores
 
@@ -32,7 +32,7 @@ class Comparison:
     counts: np.ndarray
     by_clip: Figures
     by_system: Figures
-    differences: dict[tuple[str, str], evaluate.Difference]
+    differences: dict[tuple[str, str], correlation.Difference]
     cost: dict[str, float | None]
     left_out: dict[str, Counter[str]]
     about: dict[str, Any]
@@ -77,10 +77,10 @@ def compared(
     scores = {name: _array([one and one.score for one in column]) for name, column in answers.items()}
     datasets = np.array([clip.dataset for clip in clips], object)
     mos = np.array([clip.mos for clip in clips], float)
-    counts = metrics.counted(datasets, mos, scores)
+    counts = figures.counted(datasets, mos, scores)
     kept = {name: values[counts] for name, values in scores.items()}
     of_clips = (datasets[counts], mos[counts], kept)
-    by_clip = metrics.figures(*of_clips, resamples, seed)
+    by_clip = figures.compute(*of_clips, resamples, seed)
     whole = {name: kept[name] for name in _whole(by_clip)}
     systems = [clip.system for clip, counts_here in zip(clips, counts, strict=True) if counts_here]
     rows = [
@@ -93,8 +93,8 @@ def compared(
         scores,
         counts,
         by_clip,
-        metrics.figures(*metrics.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
-        evaluate.compare_all(of_clips[0], of_clips[1], whole, resamples, seed),
+        figures.compute(*figures.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
+        correlation.compare_all(of_clips[0], of_clips[1], whole, resamples, seed),
         {name: _cost(column) for name, column in answers.items()},
         _left_out(rows, clips, counts, len(models)),
         dict(about),

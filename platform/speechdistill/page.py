@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from speechdistill import audio, judged, plots, tables
 from speechdistill.comparison import Comparison
-from speechdistill.metrics import METRICS, Value
+from speechdistill.metrics.figures import METRICS, Value
 from speechdistill.models import Model
 
 _WORST = 20

@@ -11,7 +11,7 @@ import numpy as np
 
 from speechdistill import audio
 from speechdistill.comparison import Comparison
-from speechdistill.metrics import Value
+from speechdistill.metrics.figures import Value
 from speechdistill.models import BASELINE, TEACHER, Model
 
 _INK = "#1f2a37"

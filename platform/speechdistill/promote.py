@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import audio, evaluate, labeled, score, teachers, tracking
+from speechdistill import audio, labeled, score, teachers, tracking
+from speechdistill.metrics import correlation
 
 if TYPE_CHECKING:
     from speechdistill.registry import Logged, Registry, Version
@@ -188,26 +189,26 @@ def _decided(config: Promote, scored: Scored) -> dict[str, Any]:
     models = {"candidate": scored.candidate}
     if scored.champion is not None:
         models["champion"] = scored.champion
-    means = {name: evaluate.mean_pcc(scored.datasets, scored.mos, values) for name, values in models.items()}
+    means = {name: correlation.mean_pcc(scored.datasets, scored.mos, values) for name, values in models.items()}
     if means["candidate"] is None:
         first = f", the first because {scored.excluded[0]['reason']}" if scored.excluded else ""
         raise PromotionError(
-            f"{config.eval}: no dataset has {evaluate.MIN_CLIPS} scored clips with different mos "
+            f"{config.eval}: no dataset has {correlation.MIN_CLIPS} scored clips with different mos "
             f"({len(scored.datasets)} clips were scored, {len(scored.excluded)} could not be{first}); give more clips"
         )
     answer: dict[str, Any] = {"decision": "promoted", "reason": "there is no champion yet", "difference": None}
     if scored.champion is not None:
         versus = (scored.datasets, scored.mos, scored.candidate, scored.champion, config.resamples, config.seed)
-        difference = evaluate.compare(*versus)
+        difference = correlation.compare(*versus)
         assert difference is not None  # as for the means: both depend on the listeners alone
         answer = {**_verdict(difference, config.margin), "difference": difference._asdict()}
-    rule = {"margin": config.margin, "confidence": evaluate.CONFIDENCE}
+    rule = {"margin": config.margin, "confidence": correlation.CONFIDENCE}
     rule |= {"resamples": config.resamples, "seed": config.seed}
-    tables = evaluate.by_dataset(scored.datasets, scored.mos, models)
+    tables = correlation.by_dataset(scored.datasets, scored.mos, models)
     return {**answer, "rule": rule, "mean_pcc": means, "datasets": tables}
 
 
-def _verdict(difference: evaluate.Difference, margin: float) -> dict[str, str]:
+def _verdict(difference: correlation.Difference, margin: float) -> dict[str, str]:
     found = (
         f"its mean PCC is {difference.value:+.4f} from the champion's ({difference.low:+.4f}..{difference.high:+.4f})"
     )

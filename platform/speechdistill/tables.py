@@ -7,7 +7,7 @@ from typing import Any
 
 from speechdistill import paper
 from speechdistill.comparison import Comparison
-from speechdistill.metrics import METRICS, Value, means
+from speechdistill.metrics.figures import METRICS, Value, means
 
 _NONE = "–"
 _REASONS = 5  # of a dataset

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 from torch import distributed as dist
 
-from speechdistill import evaluate
+from speechdistill.metrics import correlation
 
 T = TypeVar("T")
 Result = tuple[str, float, float]
@@ -34,5 +34,5 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
 def _figures(pairs: list[tuple[float, float]], suffix: str) -> dict[str, float]:
     targets, scores = np.array(pairs, np.float64).T
     mse = {f"mse{suffix}": float(np.mean((scores - targets) ** 2))}
-    correlation = evaluate.pcc(targets, scores)
-    return mse if correlation is None else {**mse, f"pcc{suffix}": correlation}
+    pcc = correlation.pcc(targets, scores)
+    return mse if pcc is None else {**mse, f"pcc{suffix}": pcc}

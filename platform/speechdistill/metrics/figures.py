@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from speechdistill import evaluate
-from speechdistill.evaluate import CONSTANT, MIN_CLIPS, Statistic
+from speechdistill.metrics import correlation
+from speechdistill.metrics.correlation import CONSTANT, MIN_CLIPS, Statistic
 
 METRICS = {
     "pcc": "PCC",
@@ -64,7 +64,7 @@ def measured(mos: np.ndarray, scores: np.ndarray) -> dict[str, Value]:
     found = {"mse": Value(mse), "rmse": Value(mse**0.5)}
     if why := _constant(mos, scores):
         return {name: found.get(name, Value(None, why)) for name in METRICS}
-    found["pcc"] = Value(evaluate.pcc(mos, scores))
+    found["pcc"] = Value(correlation.pcc(mos, scores))
     found["srcc"] = Value(float(stats.spearmanr(mos, scores).statistic))
     found["ktau"] = Value(float(stats.kendalltau(mos, scores).statistic))
     for name, order in (("rmse_first", 1), ("rmse_third", 3)):
@@ -93,7 +93,7 @@ def mapping(mos: np.ndarray, scores: np.ndarray, order: int) -> Polynomial:
     return rising
 
 
-def figures(
+def compute(
     datasets: np.ndarray, mos: np.ndarray, models: Mapping[str, np.ndarray], resamples: int = 1_000, seed: int = 0
 ) -> Figures:
     """All metrics of all models; arrays of shape (clips,), of clips that `counted`.
@@ -108,7 +108,7 @@ def figures(
         for model, scores in models.items()
     }
     drawn = {
-        metric: evaluate.resampled(datasets, mos, models, resamples, seed, statistic)
+        metric: correlation.resampled(datasets, mos, models, resamples, seed, statistic)
         for metric, statistic in _STATISTICS.items()
     }
     for metric, of_models in drawn.items():
@@ -219,14 +219,14 @@ def _rising(order: int) -> np.ndarray:
 
 
 def _with_interval(value: Value, drawn: np.ndarray) -> Value:
-    low, high = evaluate.interval(drawn)
+    low, high = correlation.interval(drawn)
     return value if value.value is None or np.isnan(low) else value._replace(low=low, high=high)
 
 
 def _srccs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     from scipy import stats
 
-    return evaluate.pccs(*(np.asarray(stats.rankdata(values, axis=1)) for values in (x, y)))
+    return correlation.pccs(*(np.asarray(stats.rankdata(values, axis=1)) for values in (x, y)))
 
 
 def _mses(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -237,4 +237,4 @@ def _rmses(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(_mses(x, y)))
 
 
-_STATISTICS: dict[str, Statistic] = {"pcc": evaluate.pccs, "srcc": _srccs, "mse": _mses, "rmse": _rmses}
+_STATISTICS: dict[str, Statistic] = {"pcc": correlation.pccs, "srcc": _srccs, "mse": _mses, "rmse": _rmses}

@@ -1,3 +1,4 @@
+# metrics/: figures of merit. Arithmetic only: no audio files, no model, nothing of ours.
 """How well scores follow listeners: correlations per dataset, their weighted mean, and what a difference is worth.
 
 Arithmetic alone: it needs no model and no audio. Everywhere `mos` are listeners' scores, shape (clips,), and scores
