@@ -9,8 +9,9 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import comparison, flow, judged, models, scoring, shards, table
-from speechdistill.comparison import Comparison
+from speechdistill import flow, shards, table
+from speechdistill.comparing import candidates, comparison, judged, scoring
+from speechdistill.comparing.comparison import Comparison
 from speechdistill.degradation_recipes import weights_free
 from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
@@ -42,7 +43,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     manifest = table.from_rows([row(uri, kind, s) for (kind, uri), s in zip(files, seconds, strict=True)], "clip.v1")
     table.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
     recipe = weights_free()
-    sha256 = models.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256
+    sha256 = candidates.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256
     workers = (
         Degrade(f"{folder}/clips.parquet", recipe, 0, "flac", False, libraries(recipe)),
         Teach("student", teacher, None, "float32", None, sha256),
@@ -88,7 +89,7 @@ def _through(workers: Sequence[Worker], row: Row) -> Row:
     return row
 
 
-def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:
+def asked(entries: Sequence[candidates.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:
     """What the two stages of the job say, one clip after another."""
     tasks = scoring.missing(entries, clips, {})
     decode, ask = scoring.Decode(tasks), scoring.Ask(list(entries))
@@ -106,5 +107,5 @@ def asked(entries: Sequence[models.Model], clips: Sequence[judged.Clip]) -> scor
 def compared(source: str, wanted: str, folder: Path, about: dict[str, object] | None = None) -> Comparison:
     """Models compared on the clips of `source`."""
     clips = judged.clips(source)
-    entries = models.load(models.listed(wanted), str(folder), {})
+    entries = candidates.load(candidates.listed(wanted), str(folder), {})
     return comparison.compared(clips, entries, asked(entries, clips.clips), 100, 0, about or {})

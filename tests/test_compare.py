@@ -24,8 +24,9 @@ from comparisons import RATE, asked, compared, label_run, recordings, without_ra
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import audio, cli, compare, comparison, flow, judged, models, prune, scoring, table, tables, teachers
+from speechdistill import audio, cli, compare, flow, prune, table, teachers
 from speechdistill.compare import Compare
+from speechdistill.comparing import candidates, comparison, judged, scoring, tables
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import Scale
 from speechdistill.prune import Prune
@@ -114,7 +115,7 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     summary = table.read_json(f"{out}/summary.json")
     assert summary["left_out"] == {"pub": {reason: 1}} and set(summary["models"]) == {"a", "b"}
 
-    more = models.load(models.listed(f"{config.models},c={students[2]}"), str(out), {})
+    more = candidates.load(candidates.listed(f"{config.models},c={students[2]}"), str(out), {})
     tasks = scoring.missing(more, found.clips, scoring.committed(str(out)))
     keys = [model.key for model in more]
     assert Counter(task.models for task in tasks) == {(keys[2],): 159, tuple(keys): 1}
@@ -125,7 +126,7 @@ def test_a_worker_that_outlives_its_driver_scores_nothing_twice(
 ) -> None:
     out = tmp_path / "out"
     clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
-    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    a, b = candidates.load({"a": students[0], "b": students[1]}, str(out), {})
     runs: list[flow.Flow] = []
 
     def stopped(run: flow.Flow) -> None:
@@ -150,7 +151,7 @@ def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
 ) -> None:
     out = tmp_path / "out"
     clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
-    a, b = models.load({"a": students[0], "b": students[1]}, str(out), {})
+    a, b = candidates.load({"a": students[0], "b": students[1]}, str(out), {})
     monkeypatch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
     with pytest.raises(KeyboardInterrupt):
         scoring.score([a, b], clips, str(out))
@@ -166,7 +167,7 @@ def test_rejects_are_judged_among_all_files_whenever_they_are_tried_again(
 ) -> None:
     source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
     (tmp_path / "clips" / "0.wav").write_bytes(b"RIFF this is no audio")
-    entries, clips = models.load({"a": students[0]}, str(out), {}), judged.clips(source).clips
+    entries, clips = candidates.load({"a": students[0]}, str(out), {}), judged.clips(source).clips
     monkeypatch.setattr("speechdistill.flow.run", without_ray)
     for _ in range(2):  # the second time the broken file is all there is to do
         found = scoring.score(entries, clips, str(out))
@@ -186,7 +187,7 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     wanted = f"a={students[0]},tub-expert={students[1]}"
     with monkeypatch.context() as patch:
         patch.setattr("speechdistill.flow.run", without_ray)
-        scoring.score(models.load(models.listed(wanted), str(out), {}), judged.clips(source).clips, str(out))
+        scoring.score(candidates.load(candidates.listed(wanted), str(out), {}), judged.clips(source).clips, str(out))
     monkeypatch.setattr("speechdistill.flow.run", lambda flow: pytest.fail("there was something to score"))
     assert cli.main(["compare", "--clips", source, "--out", str(out), "--models", wanted, "--paper"]) == 0
     printed = capsys.readouterr().out
@@ -207,7 +208,7 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
 
 def test_a_clip_that_changes_is_scored_anew_and_a_copy_is_not(tmp_path: Path, students: list[str]) -> None:
     source = recordings(tmp_path / "clips", 6)
-    entries = models.load({"a": students[0]}, str(tmp_path), {})
+    entries = candidates.load({"a": students[0]}, str(tmp_path), {})
     known = asked(entries, judged.clips(source).clips).scores
     assert scoring.missing(entries, judged.clips(source).clips, known) == []
     shutil.copy(tmp_path / "clips" / "1.wav", tmp_path / "clips" / "0.wav")
@@ -299,26 +300,26 @@ def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Pat
 
 
 def test_models_have_names_sizes_and_places_in_figure_3(tmp_path: Path, students: list[str]) -> None:
-    assert models.listed("distillmos, v0=models:/a@champion,s3://b/x=y") == {
+    assert candidates.listed("distillmos, v0=models:/a@champion,s3://b/x=y") == {
         "distillmos": "distillmos",
         "v0": "models:/a@champion",
         "s3://b/x=y": "s3://b/x=y",
     }
-    small, v7 = models.load({"small": students[0], "v7": "distillmos"}, str(tmp_path), {})
+    small, v7 = candidates.load({"small": students[0], "v7": "distillmos"}, str(tmp_path), {})
     assert (v7.parameters, v7.series) == (4_133_226, "distilled") and v7.key != small.key
     assert small.series == "distilled" and 1_000 < (small.parameters or 0) < 10_000
     place = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
     head = TrainedHead(place, load_encoder(place, 2).digest, 2, Scale())
     head.save(QualityHead(16, *HEAD), f"{tmp_path}/head", {})
     moved = str((tmp_path / "encoder").rename(tmp_path / "moved"))
-    (teacher,) = models.load({"head": f"{tmp_path}/head"}, str(tmp_path), {"head": moved})
+    (teacher,) = candidates.load({"head": f"{tmp_path}/head"}, str(tmp_path), {"head": moved})
     assert (teacher.series, teacher.weights) == ("teacher", moved)
     alone = sum(p.numel() for p in QualityHead(16, *HEAD).parameters())
     assert teacher.parameters == alone + sum(p.numel() for p in load_encoder(moved, 2).encoder.parameters())
     shutil.rmtree(tmp_path / "models", ignore_errors=True)
-    assert models._series({"shards": []}) == "labeled only"
-    assert models._series({}) == "of unknown training"
-    assert models._series({"shards": [], "init": {"shards": [1]}}) == "distilled", "it was fine-tuned from one"
+    assert candidates._series({"shards": []}) == "labeled only"
+    assert candidates._series({}) == "of unknown training"
+    assert candidates._series({"shards": [], "init": {"shards": [1]}}) == "distilled", "it was fine-tuned from one"
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "structured"])
@@ -336,7 +337,7 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     pruner.prune()
     recipe.save(network, f"{tmp_path}/after")
     folders = {name: f"{tmp_path}/{name}" for name in ("teacher", "before", "after")}
-    teacher, before, after = models.load(folders, str(tmp_path / "out"), {})
+    teacher, before, after = candidates.load(folders, str(tmp_path / "out"), {})
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
     encoders = sum(p.numel() for p in network.encoder.parameters())
     assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
@@ -347,12 +348,12 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
 
 def test_an_ensemble_is_one_model_and_what_needs_a_clean_original_is_none(tmp_path: Path, students: list[str]) -> None:
     ensemble = f"ensemble:{students[0]}=0.7,{students[1]}=0.3"
-    wanted = models.listed(f"mix={ensemble},b={students[1]},{ensemble}, dnsmos_p808")
+    wanted = candidates.listed(f"mix={ensemble},b={students[1]},{ensemble}, dnsmos_p808")
     assert wanted == {"mix": ensemble, "b": students[1], ensemble: ensemble, "dnsmos_p808": "dnsmos_p808"}
-    (mix,) = models.load({"mix": ensemble}, str(tmp_path), {})
+    (mix,) = candidates.load({"mix": ensemble}, str(tmp_path), {})
     assert (mix.series, mix.parameters) == ("baseline", None)
     with pytest.raises(ValueError, match="pesq_oracle compares with clean originals"):
-        models.load({"pesq_oracle": "pesq_oracle"}, str(tmp_path), {})
+        candidates.load({"pesq_oracle": "pesq_oracle"}, str(tmp_path), {})
 
 
 def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
@@ -360,7 +361,7 @@ def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
     network = QualityHead(16, *HEAD)
     for name, scale in (("plain", Scale()), ("scaled", Scale(1.5, 0.5))):
         TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, scale).save(network, f"{tmp_path}/{name}", {})
-    both = models.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
+    both = candidates.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
     one, other = (teachers.load(model.teacher, device="cpu").teacher for model in both)
     assert [one.weights_hash, other.weights_hash] == [model.sha256 for model in both]
     assert one.label([voice(1.0)]) != other.label([voice(1.0)])
@@ -369,7 +370,7 @@ def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
 def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path, students: list[str]) -> None:
     clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", "tub" if i < 30 else "flat|", None, 1 + i % 5) for i in range(34)]
     clips[30:] = [clip._replace(mos=3.0) for clip in clips[30:]]
-    (good,) = models.load({"distillmos": students[0]}, str(tmp_path), {})
+    (good,) = candidates.load({"distillmos": students[0]}, str(tmp_path), {})
     bad = good._replace(name="bad", sha256="another")
     rng = np.random.default_rng(0)
     given = {good.key: [clip.mos for clip in clips], bad.key: rng.uniform(1, 5, 34).tolist()}
@@ -401,7 +402,7 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
 def test_means_are_of_the_same_datasets_wherever_two_are_compared(tmp_path: Path, students: list[str]) -> None:
     names = ("tub", "dns_3_fb")
     clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", names[i // 20], None, 1 + i % 5) for i in range(40)]
-    (good,) = models.load({"squim": students[0]}, str(tmp_path), {})
+    (good,) = candidates.load({"squim": students[0]}, str(tmp_path), {})
     flat = good._replace(name="flat", sha256="flat")  # says the same of every clip of dns_3_fb
     half = good._replace(name="half", sha256="half")  # can judge none of dns_3_fb
     other = good._replace(name="other", sha256="other")  # and this none of tub

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import audio, models, paper, teachers
+from speechdistill import audio, teachers
+from speechdistill.comparing import candidates, paper
 from speechdistill.teachers import Label
 from speechdistill.teachers.nisqa import Network, Teacher
 
@@ -171,8 +172,8 @@ def test_longer_than_nisqa_allows_is_judged_in_windows(weights: str) -> None:
 def test_a_comparison_takes_its_weights_by_path_or_url(weights: str, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/nisqa.tar", Path(weights).read_bytes())
     for place in (weights, "memory://nisqa.tar"):
-        (model,) = models.load({"nisqa": "nisqa"}, str(tmp_path), {"nisqa": place})
-        assert model.series == models.BASELINE and paper.row_of(model.name) == "nisqa"
+        (model,) = candidates.load({"nisqa": "nisqa"}, str(tmp_path), {"nisqa": place})
+        assert model.series == candidates.BASELINE and paper.row_of(model.name) == "nisqa"
         assert model.parameters == sum(
             np.prod(shape, dtype=int) for name, shape in shapes(SMALL).items() if "running" not in name and shape
         )

@@ -12,8 +12,8 @@ import chromium
 from comparisons import RATE, compared, label_run, recordings
 from manifests import voice
 from mlflow_runs import student
-from speechdistill import page, plots
-from speechdistill.comparison import Comparison
+from speechdistill.comparing import page, plots
+from speechdistill.comparing.comparison import Comparison
 
 HOSTILE = '<script>document.title="broken"</script>$x_1$&"\'>'
 """A dataset whose name is markup, mathematics and quotes."""
@@ -84,7 +84,7 @@ def test_a_clip_that_is_gone_since_is_said_to_be(listeners: Comparison, monkeypa
     def gone(uri: str) -> np.ndarray:
         raise FileNotFoundError(uri)
 
-    monkeypatch.setattr("speechdistill.judged.read", gone)
+    monkeypatch.setattr("speechdistill.comparing.judged.read", gone)
     assert all("It cannot be played" in clip["problem"] for clip in page.worst(listeners))
     assert "It cannot be played" in page.html(listeners, {})
 

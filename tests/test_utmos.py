@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifests import voice
-from speechdistill import audio, models, paper, teachers
+from speechdistill import audio, teachers
+from speechdistill.comparing import candidates, paper
 from speechdistill.teachers import Label, utmos
 from speechdistill.teachers.utmos import Teacher
 
@@ -163,10 +164,10 @@ def test_a_long_wave_is_judged_in_windows(weights: str) -> None:
 
 
 def test_a_comparison_takes_its_weights(weights: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    (model,) = models.load({"utmos": "utmos"}, str(tmp_path), {"utmos": weights})
+    (model,) = candidates.load({"utmos": "utmos"}, str(tmp_path), {"utmos": weights})
     kept = {name: tensor for name, tensor in state.items() if "mask" not in name and not name.endswith("_g")}
     assert model.parameters == sum(tensor.numel() for tensor in kept.values())
-    assert model.series == models.BASELINE and paper.row_of(model.name) == "utmos"
+    assert model.series == candidates.BASELINE and paper.row_of(model.name) == "utmos"
 
 
 def test_what_is_missing_or_wrong_is_told(

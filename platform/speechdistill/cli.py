@@ -164,7 +164,8 @@ def _doctor(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(n
 
 @_guarded("what is scored is kept, and the same command goes on from there")
 def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
-    from speechdistill import compare, tables
+    from speechdistill import compare
+    from speechdistill.comparing import tables
 
     found = compare.run(config)
     print(tables.as_text(tables.table_one(found)))

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from speechdistill import __version__, audio, cluster, comparison, judged, models, page, plots, scoring, table, tables
-from speechdistill.comparison import Comparison
+from speechdistill import __version__, audio, cluster, table
+from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
+from speechdistill.comparing.comparison import Comparison
 from speechdistill.shards import RunError
 from speechdistill.tracking import Tracking, tracking_uri
 
@@ -56,9 +57,9 @@ def run(config: Compare) -> Comparison:
     _validate(config)
     cluster.be_patient()
     out = table.absolute(config.out)
-    wanted = models.listed(config.models)
+    wanted = candidates.listed(config.models)
     tracking_uri(out)  # an output without a place for its tracking is refused before any work
-    found = models.load(wanted, out, config.weights, config.head, config.tracking)
+    found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
     try:
@@ -160,5 +161,5 @@ def _about(config: Compare, clips: judged.Judged) -> dict[str, Any]:
     }
 
 
-def _parameters(config: Compare, found: list[models.Model]) -> Mapping[str, Any]:
+def _parameters(config: Compare, found: list[candidates.Model]) -> Mapping[str, Any]:
     return {**asdict(config), "models_sha256": {model.name: model.sha256 for model in found}}

@@ -5,8 +5,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from speechdistill import paper
-from speechdistill.comparison import Comparison
+from speechdistill.comparing import paper
+from speechdistill.comparing.comparison import Comparison
 from speechdistill.metrics.figures import METRICS, Value, means
 
 _NONE = "–"

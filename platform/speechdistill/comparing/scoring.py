@@ -21,9 +21,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, flow, judged, pools, shards, table, teachers
+from speechdistill import audio, flow, pools, shards, table, teachers
+from speechdistill.comparing import judged
+from speechdistill.comparing.candidates import Model
 from speechdistill.isolate import Row
-from speechdistill.models import Model
 from speechdistill.monitor import Report
 from speechdistill.shards import RunError
 

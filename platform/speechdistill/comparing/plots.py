@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from speechdistill import audio
-from speechdistill.comparison import Comparison
+from speechdistill.comparing.candidates import BASELINE, TEACHER, Model
+from speechdistill.comparing.comparison import Comparison
 from speechdistill.metrics.figures import Value
-from speechdistill.models import BASELINE, TEACHER, Model
 
 _INK = "#1f2a37"
 _COLOURS = (

@@ -1,3 +1,4 @@
+# comparing/: models on the same clips: scores, figures, tables, plots, page.
 """The models of a comparison: from names and addresses to what any worker can load, and what is known of them."""
 
 import os
@@ -5,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from speechdistill import __version__, paper, registry, table, teachers
+from speechdistill import __version__, registry, table, teachers
+from speechdistill.comparing import paper
 from speechdistill.tracking import tracking_uri
 
 LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"

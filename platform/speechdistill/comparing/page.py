@@ -12,10 +12,11 @@ import soundfile
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from speechdistill import audio, judged, plots, tables
-from speechdistill.comparison import Comparison
+from speechdistill import audio
+from speechdistill.comparing import judged, plots, tables
+from speechdistill.comparing.candidates import Model
+from speechdistill.comparing.comparison import Comparison
 from speechdistill.metrics.figures import METRICS, Value
-from speechdistill.models import Model
 
 _WORST = 20
 _HEARD_S = 8.0  # of a clip; all of it would make a file of a long one

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill.judged import Clip, Judged
+from speechdistill.comparing.candidates import TEACHER, Model
+from speechdistill.comparing.judged import Clip, Judged
+from speechdistill.comparing.scoring import Score, Scores
 from speechdistill.metrics import correlation, figures
 from speechdistill.metrics.figures import Figures, Value
-from speechdistill.models import TEACHER, Model
-from speechdistill.scoring import Score, Scores
 
 _TWIN = "a file with the same bytes was rejected"
 _UNREAD = "it could not be read when the comparison began; run the same command again"
