@@ -20,7 +20,7 @@ from speechdistill.batches import LabelRun
 from speechdistill.degradation_recipes import weights_free
 from speechdistill.plan import Plan
 from speechdistill.samples import libraries, make_sample
-from speechdistill.tracking import run_id
+from speechdistill.tracking.run import run_id
 
 NOT_PROMOTED = 3  # the exit code of `promote`
 

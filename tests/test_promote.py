@@ -13,8 +13,9 @@ import soundfile
 import speechdistill
 from manifests import voice
 from mlflow_runs import Store, student, tracking_server
-from speechdistill import audio, cli, registry
-from speechdistill.registry import Logged, RegistryError, log_student, student_folder
+from speechdistill import audio, cli
+from speechdistill.tracking import registry
+from speechdistill.tracking.registry import Logged, RegistryError, log_student, student_folder
 
 RATE = audio.SAMPLE_RATE
 

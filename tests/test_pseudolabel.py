@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, cli, flow, ingest, pseudolabel, samples, shards, table, teachers, tracking
+from speechdistill import audio, cli, flow, ingest, pseudolabel, samples, shards, table, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import as_is, weights_free
 from speechdistill.ingest import Ingest
 from speechdistill.plan import Plan, Plans
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.shards import RunError
+from speechdistill.tracking.run import run_id
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,7 +148,7 @@ def test_mlflow_sees_how_far_the_run_is(clips: str, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=6, rows_per_part=2))
-    metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(tracking.run_id(str(tmp_path))))
+    metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id(str(tmp_path))))
     seen = metrics.data.metrics
     assert (seen["done"], seen["rejected"], seen["queue/teach"], seen["queue/write"]) == (6, 0, 0, 0)
     assert seen["eta_s"] == 0 and seen["busy/teach"] > 0 and seen["audio_hours_per_s"] > 0

@@ -21,12 +21,13 @@ import speechdistill
 from manifests import voice
 from mlflow_runs import PROVENANCE, Store, serving, student
 from small_models import speech_encoder
-from speechdistill import audio, cli, model_code, table
+from speechdistill import audio, cli, table
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.labels import Scale
-from speechdistill.registry import Logged, Registry, RegistryError, log_student, save_model, student_folder
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
+from speechdistill.tracking import model_code
+from speechdistill.tracking.registry import Logged, Registry, RegistryError, log_student, save_model, student_folder
 
 RATE = 44_100
 PACKAGE = model_code.ENTRY.parent

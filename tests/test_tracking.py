@@ -21,8 +21,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from speechdistill import mlflow_sender, table, tracking
-from speechdistill.tracking import Tracking, TrackingError, sync
+from speechdistill import table
+from speechdistill.tracking import mlflow_sender
+from speechdistill.tracking import run as tracking_run
+from speechdistill.tracking.run import Synced, Tracking, TrackingError, run_id, sync
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
 
@@ -76,9 +78,9 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "_SEND_S", 0.1)
-    monkeypatch.setattr(tracking, "_SEND_AT_MOST_S", 0.5)
-    monkeypatch.setattr(tracking, "_WRITE_S", 0.01)
+    monkeypatch.setattr(tracking_run, "_SEND_S", 0.1)
+    monkeypatch.setattr(tracking_run, "_SEND_AT_MOST_S", 0.5)
+    monkeypatch.setattr(tracking_run, "_WRITE_S", 0.01)
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def unsent(out: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, points: 
         run.metrics({"loss": 1 / (step + 1)}, step)
     run.document({"labelled": 4}, "summary.json")
     run.end("FINISHED")
-    assert tracking.run_id(str(out)) is None
+    assert run_id(str(out)) is None
 
 
 def test_an_outage_loses_and_doubles_nothing(
@@ -141,7 +143,7 @@ def test_an_outage_loses_and_doubles_nothing(
     runs = {out: Tracking(out, experiment, Path(out).name, {"seed": 1}) for out in (ended, open_)}
     for run in runs.values():
         run.metrics({"loss": 9.0, "rate": 0.1}, 0)
-    until(lambda: all(tracking.run_id(out) for out in runs))
+    until(lambda: all(run_id(out) for out in runs))
 
     server.stop()
     for step in range(1, 600):  # three segments
@@ -156,7 +158,7 @@ def test_an_outage_loses_and_doubles_nothing(
         sync(ended)
 
     server.start()
-    ids = {out: tracking.run_id(out) for out in runs}
+    ids = {out: run_id(out) for out in runs}
     until(lambda: len(points_at(server.uri, ids[open_], "loss")) == 600)  # by itself
     runs[open_].end("FAILED")
     synced = sync(ended)
@@ -227,15 +229,15 @@ def test_a_driver_killed_right_after_it_created_its_run_makes_no_second_one(
         "tracking.Tracking(sys.argv[1], sys.argv[2], 'name', {}).end('FINISHED', 300)"
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    environment = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tracking_run.__file__).parents[2])}
     driver = subprocess.run([sys.executable, "-c", code, str(tmp_path), experiment], env=environment)
-    assert driver.returncode == -signal.SIGKILL and tracking.run_id(str(tmp_path)) is None
+    assert driver.returncode == -signal.SIGKILL and run_id(str(tmp_path)) is None
     (orphan,) = runs_of(database, experiment)
     run = Tracking(str(tmp_path), experiment, "name", {})
     run.metrics({"loss": 1.0}, 0)
     run.end("FINISHED")
     (there,) = runs_of(database, experiment)
-    assert there.info.run_id == orphan.info.run_id == tracking.run_id(str(tmp_path))
+    assert there.info.run_id == orphan.info.run_id == run_id(str(tmp_path))
     assert there.data.metrics == {"loss": 1.0}
 
 
@@ -258,7 +260,7 @@ def test_two_syncs_at_once_double_nothing(
         with create_one:  # the worst case: each looked before the first had created, and creates after it looked again
             return create(self, first)
 
-    def synced(_: int) -> tracking.Synced:
+    def synced(_: int) -> Synced:
         together.wait()
         return sync(str(tmp_path))
 
@@ -326,11 +328,11 @@ def test_an_output_on_an_object_store_is_tracked_through_the_server(
         run.figure(Figure(), "scores.png")
         run.end("FINISHED")
     (there,) = runs_of(server.uri, experiment)
-    assert there.info.run_id == tracking.run_id(out) and there.info.status == "FINISHED"
+    assert there.info.run_id == run_id(out) and there.info.status == "FINISHED"
     assert points_at(server.uri, there.info.run_id, "loss") == points_of(out) and len(points_of(out)) == 2
     picture = Path(client(server.uri).download_artifacts(there.info.run_id, "scores.png")).read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert sync(out) == tracking.Synced(0, 0, there.info.run_id)
+    assert sync(out) == Synced(0, 0, there.info.run_id)
 
 
 def test_no_password_is_written_or_told(

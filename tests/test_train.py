@@ -15,7 +15,7 @@ from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, Recipe, tiny
 from speechdistill.shards import RunError
 from speechdistill.side_by_side import Run, train
-from speechdistill.tracking import Tracking
+from speechdistill.tracking.run import Tracking
 from speechdistill.train import Job, Progress, _Progress, fit
 from test_batches import label_run
 

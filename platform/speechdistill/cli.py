@@ -263,11 +263,11 @@ def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
 
 @_guarded("what is sent stays sent; the same command sends the rest")
 def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import tracking
+    from speechdistill.tracking.run import sync
 
     left = 0
     for out in config.outs:
-        result = tracking.sync(out)
+        result = sync(out)
         print(f"{out}: {result.sent:,} events sent, {result.left:,} left; MLflow run {result.run_id}")
         left += result.left
     return 1 if left or not config.outs else 0
@@ -296,12 +296,13 @@ def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
 @contextmanager
 def _local(model: str, out: str | None) -> Iterator[str]:
     """A model's name; with a folder of runs, what an address in MLflow stands for there."""
-    from speechdistill import registry, tracking
+    from speechdistill.tracking import registry
+    from speechdistill.tracking.run import MODEL_ADDRESSES, tracking_uri
 
-    if out is None or not model.startswith(tracking.MODEL_ADDRESSES):
+    if out is None or not model.startswith(MODEL_ADDRESSES):
         yield model
         return
-    with registry.student_folder(model, tracking.tracking_uri(out)) as folder:
+    with registry.student_folder(model, tracking_uri(out)) as folder:
         yield folder
 
 

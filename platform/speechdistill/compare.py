@@ -11,7 +11,7 @@ from speechdistill import __version__, audio, cluster, table
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.shards import RunError
-from speechdistill.tracking import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, tracking_uri
 
 
 @dataclass(frozen=True)

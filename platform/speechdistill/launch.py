@@ -8,10 +8,11 @@ from typing import Any
 
 import ray
 
-from speechdistill import cost, labeled, registry, side_by_side, table
+from speechdistill import cost, labeled, side_by_side, table
 from speechdistill.shards import RunError
 from speechdistill.side_by_side import Run
-from speechdistill.tracking import Tracking, run_id, tracking_uri
+from speechdistill.tracking import registry
+from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
 _LOG = logging.getLogger(__name__)
 

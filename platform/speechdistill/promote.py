@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import audio, labeled, score, teachers, tracking
+from speechdistill import audio, labeled, score, teachers
 from speechdistill.metrics import correlation
+from speechdistill.tracking.run import tracking_uri
 
 if TYPE_CHECKING:
-    from speechdistill.registry import Logged, Registry, Version
+    from speechdistill.tracking.registry import Logged, Registry, Version
 
 CHAMPION, PREVIOUS = "champion", "previous"
 METRIC = "best_val_mse"
@@ -86,10 +87,10 @@ def run(config: Promote) -> dict[str, Any]:
     `decision` is `promoted`, `kept` (the old champion stays), `unchanged` (the student is the champion already) or
     `rolled_back`. Raises `PromotionError`, `RegistryError`, `TableError` or `AudioError` with the cause and the fix.
     """
-    from speechdistill.registry import Registry
+    from speechdistill.tracking.registry import Registry
 
     _validate(config)
-    registry = Registry(tracking.tracking_uri(config.tracking) if config.tracking else None)
+    registry = Registry(tracking_uri(config.tracking) if config.tracking else None)
     champion = registry.by_alias(config.model_name, CHAMPION)
     if config.rollback:
         return _rolled_back(config, registry, champion)
@@ -130,15 +131,15 @@ def _candidate(config: Promote, registry: "Registry") -> "Logged":
     models = registry.logged(run_id)
     if not models:
         raise PromotionError(
-            f"run {run_id} has logged no student; log its best checkpoint with speechdistill.registry.log_student, "
-            "which training does at its end"
+            f"run {run_id} has logged no student; log its best checkpoint with "
+            "speechdistill.tracking.registry.log_student, which training does at its end"
         )
     return models[0]
 
 
 def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion: "Version | None") -> Scored:
     """Both models over all clips; a clip that has no score of both is left out for both."""
-    from speechdistill.registry import student_folder
+    from speechdistill.tracking.registry import student_folder
 
     clips = labeled.held_out(str(config.eval))
     uris = clips["uri"].to_pylist()

@@ -10,7 +10,7 @@ import numpy as np
 
 from speechdistill import audio, cluster, table
 from speechdistill.shards import RunError
-from speechdistill.tracking import Tracking, run_id, tracking_uri
+from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -125,10 +125,11 @@ def _absolute(config: Prune) -> Prune:
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
-    from speechdistill import launch, registry, student_files
+    from speechdistill import launch, student_files
     from speechdistill.batches import LabelRun, Mix
     from speechdistill.pruning import Pruning
     from speechdistill.recipes.pruned import Pruned
+    from speechdistill.tracking import registry
 
     labels = [LabelRun(place) for place in config.shards]
     if labels and config.labeled_percent == 100:
@@ -219,7 +220,7 @@ def _cost(unpruned: "Windowed", model: "Windowed", device: str) -> float:
 
 def _log(config: Prune, out: str, rows: Sequence[dict[str, Any]]) -> None:
     """The kept checkpoints as models of the MLflow run; without MLflow it is told, and the next call tries again."""
-    from speechdistill import registry
+    from speechdistill.tracking import registry
 
     in_mlflow, uri = run_id(out), tracking_uri(out)
     try:

@@ -17,7 +17,7 @@ from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.shards import RunError
-from speechdistill.tracking import MODEL_ADDRESSES, Tracking, tracking_uri
+from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 
@@ -239,7 +239,8 @@ def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
     """
     if not config.teacher.startswith(MODEL_ADDRESSES):
         return config
-    from speechdistill import registry, student_files
+    from speechdistill import student_files
+    from speechdistill.tracking import registry
 
     copy = f"{config.out}/teacher"
     with registry.student_folder(config.teacher) as folder:

@@ -8,7 +8,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill import cluster
-from speechdistill.tracking import Tracking
+from speechdistill.tracking.run import Tracking
 from speechdistill.train import Job, Progress, Told, fit
 
 _POLL_S = 1.0

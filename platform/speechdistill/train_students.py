@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from speechdistill import cluster, table
 from speechdistill.batches import LabelRun, Mix
 from speechdistill.labels import LabelTransform
-from speechdistill.tracking import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -157,7 +157,8 @@ def _used(mix: Mix, provenance: dict[str, Any]) -> dict[str, Any]:
 
 def _initial(address: str, out: str) -> "tuple[str, Student]":
     """The student to begin with, copied beside the runs, where all workers read it."""
-    from speechdistill import registry, student_files
+    from speechdistill import student_files
+    from speechdistill.tracking import registry
 
     with registry.student_folder(address) as folder:
         student = student_files.load(folder)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from speechdistill import cluster, cost, table
 from speechdistill.shards import RunError
-from speechdistill.tracking import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need

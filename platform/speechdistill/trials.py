@@ -25,12 +25,13 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill import audio, degradations, plan, table, teachers, tracking
+from speechdistill import audio, degradations, plan, table, teachers
 from speechdistill.assets import Asset, MissingError
 from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import COMPONENTS, RECIPES, with_assets
 from speechdistill.samples import check_step, make_sample
+from speechdistill.tracking.run import tracking_uri
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
 _SOUNDFILE = {
@@ -258,7 +259,7 @@ def _clips(_: str, places: Places) -> str:
 
 
 def _tracking(_: str, places: Places) -> str:
-    uri = tracking.tracking_uri(places.out or ".")
+    uri = tracking_uri(places.out or ".")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return "mlflow.db in each run's folder, since MLFLOW_TRACKING_URI is not set"
     if uri.startswith("sqlite:///"):

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from speechdistill import __version__, registry, table, teachers
+from speechdistill import __version__, table, teachers
 from speechdistill.comparing import paper
-from speechdistill.tracking import tracking_uri
+from speechdistill.tracking import registry
+from speechdistill.tracking.run import tracking_uri
 
 LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"
 UNKNOWN = "of unknown training"

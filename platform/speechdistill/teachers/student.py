@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from speechdistill import registry, trained
+from speechdistill import trained
 from speechdistill.scorer import HOP_S
 from speechdistill.teachers import Label, Unscorable
+from speechdistill.tracking import registry
 
 
 class Teacher:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill import table
-from speechdistill.event_log import alone, pending, read, run_event, segments
+from speechdistill.tracking.event_log import alone, pending, read, run_event, segments
 
 _LOG = logging.getLogger(__name__)
 _TAG = "speechdistill.run"

@@ -13,9 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from speechdistill import model_code, student_files, table
-from speechdistill.mlflow_sender import failure, without_password
-from speechdistill.tracking import MODEL_ADDRESSES
+from speechdistill import student_files, table
+from speechdistill.tracking import model_code
+from speechdistill.tracking.mlflow_sender import failure, without_password
+from speechdistill.tracking.run import MODEL_ADDRESSES
 
 MODEL = "student"
 """The name of a run's logged model, and of the folder of its two files among the model's artifacts."""

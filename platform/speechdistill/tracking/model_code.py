@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 ENTRY = _PACKAGE / "mlflow_model.py"
 """The file that MLflow runs to make the model."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill import table
-from speechdistill.event_log import EventLog, last_step, order, run_event, segments
-from speechdistill.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
+from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
+from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
 _LOG = logging.getLogger(__name__)
 _WRITE_S = 1.0  # at most one write a second, since each is a whole object on object stores
