@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 import torch
 import tyro
 
-from speechdistill import assets, audio, degradations, plan, table
+from speechdistill import degradations, plan
 from speechdistill.clips import Clips, clip_id
 from speechdistill.degradation_recipes import RECIPES, RecipeName, network_passes, paper, weights_free, with_assets
+from speechdistill.io import assets, audio, table
+from speechdistill.io.errors import MissingError
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -99,7 +101,7 @@ def _complete(recipe: plan.Recipe, sources: dict[str, str]) -> plan.Recipe:
     given = replace(recipe, assets={name: assets.Asset(source) for name, source in sources.items()})
     try:
         return with_assets(given)
-    except assets.MissingError as error:
+    except MissingError as error:
         print(f"recipe {recipe.name} is without {', '.join(error.components)}, which lack something")
         stages = [
             replace(stage, odds={name: p for name, p in stage.odds.items() if name not in error.components})

@@ -24,10 +24,12 @@ import soundfile
 import torch
 import tyro
 
-from speechdistill import audio, cli, labeled, student_files, table
+from speechdistill import cli, labeled
 from speechdistill.batches import LabelRun, Mix
+from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.loop import Loop, Training
 from speechdistill.metrics import correlation
+from speechdistill.models.student import load_student
 from speechdistill.recipes.distill import Distill, student
 from speechdistill.scorer import Scorer
 from speechdistill.teachers import Label
@@ -76,8 +78,8 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
     """PCC with the teacher on the test samples, of the student with the least error on the validation samples."""
     torch.set_num_threads(1)
     out = Path(options.out).resolve() / f"{arm}-{seed}"
-    result = out / f"pcc-{table.fingerprint(asdict(options))[:8]}.json"
-    if known := table.read_json(str(result)):
+    result = out / f"pcc-{fingerprint.of(asdict(options))[:8]}.json"
+    if known := storage.read_json(str(result)):
         return float(known["pcc"])
     mix = Mix((f"{options.out}/train",), ARMS[arm], crop_s=options.crop_s, seed=seed)
     first, last = options.steps * 3 // 4, options.steps // 4
@@ -88,12 +90,12 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
         options.learning_rate / 5,
         out / "last",
     )
-    scorer = Scorer(student_files.load(f"{out}/last").network, "v0", "")
+    scorer = Scorer(load_student(f"{out}/last").network, "v0", "")
     rows = samples(LabelRun(f"{options.out}/test"))
     labels = scorer.label([audio.decode(row["audio"], row["audio_format"]) for row in rows])
     teacher = np.array([row["score"] for row in rows])
     pcc = correlation.pcc(teacher, np.array([label.score for label in labels if isinstance(label, Label)]))
-    table.publish_json({"pcc": pcc}, str(result))
+    storage.publish_json({"pcc": pcc}, str(result))
     print(f"{arm} {seed}: PCC {pcc:.4f} on {len(rows)} test samples", flush=True)
     return pcc or 0.0
 
@@ -158,7 +160,7 @@ def _labeled(runs: dict[str, LabelRun], out: Path) -> str:
             name = f"{split}-{row['sample_id']}.wav"
             soundfile.write(folder / name, audio.decode(row["audio"], row["audio_format"]), audio.SAMPLE_RATE)
             lines.writerow([name, row["score"], split])
-    table.publish(table.parquet_bytes(labeled.manifest(f"{folder}/scores.csv")), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(labeled.manifest(f"{folder}/scores.csv")), f"{folder}/clips.parquet")
     return f"{folder}/clips.parquet"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from speechdistill import audio
+from speechdistill.io import audio
 
 GIB = 1 << 30
 

@@ -20,8 +20,8 @@ import torch
 import tyro
 
 from speechdistill import slim_encoder, trained
-from speechdistill.audio import SAMPLE_RATE
 from speechdistill.encoder_scorer import Network, TrainedTeacher
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.labels import Scale
 from speechdistill.pruning import Pruner, Pruning, remove_lowest
 from speechdistill.slim_encoder import Kept

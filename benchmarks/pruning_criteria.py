@@ -15,9 +15,10 @@ import tyro
 from distillation import SAMPLES, SHARED, label_run, samples
 from torch import nn
 
-from speechdistill import audio, student_files, table
 from speechdistill.batches import LabelRun, Mix
+from speechdistill.io import audio, fingerprint, storage
 from speechdistill.loop import Loop, Training
+from speechdistill.models.student import load_student
 from speechdistill.pruning import Pruner, Pruning
 from speechdistill.recipes.distill import Distill, Recipe
 from speechdistill.scorer import Scorer
@@ -102,7 +103,7 @@ def _run(split: str, data: str, out: Path) -> LabelRun:
 
 def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     """The MSE of a student before pruning, and after equal fine-tuning without and with each criterion."""
-    which = table.fingerprint(asdict(replace(options, out="", data="", seeds=0)))[:8]
+    which = fingerprint.of(asdict(replace(options, out="", data="", seeds=0)))[:8]
     folder = f"{options.out}/pruning-{which}-{seed}"
     student = ConvTransformerConfig(options.width, stride_convs=4, dim=options.width, heads=4, layers=2)
     mix = Mix((f"{options.out}/train",), 0, crop_s=options.crop_s, seed=seed)
@@ -111,17 +112,17 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
         recipe = Distill(student, mix).make()
         recipe.save(_train(recipe, options.steps, options.learning_rate), folder)
     config = Distill(student, replace(mix, seed=seed + 1_000), init=folder)
-    figures: dict[str, float] = dict(table.read_json(f"{folder}/mse.json") or {})
+    figures: dict[str, float] = dict(storage.read_json(f"{folder}/mse.json") or {})
     for name in COLUMNS:
         if name in figures:
             continue
         if name == "before":
-            network = student_files.load(folder).network
+            network = load_student(folder).network
         else:
             recipe = config.make() if name == "none" else Pruned(config, replace(pruning, criterion=name))
             network = _train(recipe, pruning.updates, options.learning_rate / 5)
         figures[name] = test.mse(network)
-        table.publish_json(figures, f"{folder}/mse.json")
+        storage.publish_json(figures, f"{folder}/mse.json")
         print(f"seed {seed}, {name}: MSE {figures[name]:.4f}", flush=True)
     return figures
 

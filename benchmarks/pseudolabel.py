@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from speechdistill import audio, score, table
+from speechdistill import score
 from speechdistill.clips import Clips, clip_id
 from speechdistill.degradation_recipes import weights_free
+from speechdistill.io import audio, storage, table
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
@@ -214,7 +215,7 @@ def _write_manifest(speech: str | None, folder: Path) -> None:
         info = audio.probe(path)
         known = {"duration_s": info.num_samples / audio.SAMPLE_RATE, "sample_rate": info.sample_rate, "channels": 1}
         rows.append({"clip_id": clip_id("speech", path), "uri": path, "kind": "speech", **known})
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), str(folder / "clips.parquet"))
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), str(folder / "clips.parquet"))
 
 
 def _recordings(speech: str | None, folder: Path) -> list[str]:

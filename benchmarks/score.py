@@ -19,9 +19,10 @@ import numpy as np
 import soundfile
 import tyro
 
-from speechdistill import audio, score, table, teachers
+from speechdistill import score, teachers
 from speechdistill.clips import Clips, clip_id
 from speechdistill.degradation_recipes import weights_free
+from speechdistill.io import audio, table
 from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 

@@ -14,8 +14,9 @@ import ray
 import tyro
 from bare import WARM_UP, steps_per_s
 
-from speechdistill import audio, cluster, shards, table
+from speechdistill import cluster, shards
 from speechdistill.batches import Mix
+from speechdistill.io import audio, storage
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, student
 from speechdistill.samples import DEGRADED, TAUGHT
@@ -84,7 +85,7 @@ def _labels(out: Path) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    table.publish_json({}, f"{out}/summary.json")
+    storage.publish_json({}, f"{out}/summary.json")
     return str(out)
 
 

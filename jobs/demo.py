@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import soundfile
 import tyro
 
-from speechdistill import audio, cli, table
+from speechdistill import cli
 from speechdistill.batches import LabelRun
 from speechdistill.degradation_recipes import weights_free
+from speechdistill.io import audio, fingerprint, storage
 from speechdistill.plan import Plan
 from speechdistill.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id
@@ -52,19 +53,19 @@ def main(demo: Demo) -> int:
         print("error: --noise and --rir need --speech DIR beside them (make demo SPEECH=DIR)", file=sys.stderr)
         return 2
     # Other recordings, or other library versions, are another run, in a folder of its own.
-    out = Path(demo.out) / (f"own-{table.fingerprint(own)[:8]}" if own else "synthetic")
+    out = Path(demo.out) / (f"own-{fingerprint.of(own)[:8]}" if own else "synthetic")
     if code := _step(["ingest", *(own or _synthetic(out / "corpus")), "--out", f"{out}/manifest"]):
         return code
     clips = f"{out}/manifest/clips.parquet"
     versions = libraries(weights_free())
-    run = out / f"pseudolabels-{table.fingerprint([table.file_hash(clips), versions])[:8]}"
+    run = out / f"pseudolabels-{fingerprint.of([fingerprint.of_file(clips), versions])[:8]}"
     number, labels = str(demo.num_samples), ["--seed", "1", "--rows-per-part", "16", "--out", str(run)]
     if code := _step(["pseudolabel", "--clips", clips, "--num-samples", number, *labels]):
         return code
     sample = _listen(run, out)
     if code := _step(["score", f"{out}/clean.wav", f"{out}/degraded.wav", "--out", f"{out}/scores.json"]):
         return code
-    clean, degraded = (row["mos"] for row in table.read_json(f"{out}/scores.json"))
+    clean, degraded = (row["mos"] for row in storage.read_json(f"{out}/scores.json"))
     print(f"clean {clean:.2f} MOS, degraded {degraded:.2f} MOS, by")
     print("\n".join(f"  {step}" for step in sample.steps))
     students = Path(f"{run}-students")
@@ -118,7 +119,7 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
     champion = ["--model", "models:/speech-quality-v0@champion", "--out", f"{students}/scores.json"]
     if code := _step(["score", f"{run.parent}/clean.wav", f"{run.parent}/degraded.wav", *champion]):
         return code
-    clean, degraded = (row["mos"] for row in table.read_json(f"{students}/scores.json"))
+    clean, degraded = (row["mos"] for row in storage.read_json(f"{students}/scores.json"))
     print(f"the student says: clean {clean:.2f} MOS, degraded {degraded:.2f} MOS")
     return 0
 

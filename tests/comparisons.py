@@ -9,10 +9,11 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import flow, shards, table
+from speechdistill import flow, shards
 from speechdistill.comparing import candidates, comparison, judged, scoring
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.degradation_recipes import weights_free
+from speechdistill.io import storage, table
 from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
@@ -41,7 +42,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     files = [(kind, str(file)) for kind in ("speech", "noise", "rir") for file in sorted((root / kind).iterdir())]
     seconds = [soundfile.info(uri).duration for _, uri in files]
     manifest = table.from_rows([row(uri, kind, s) for (kind, uri), s in zip(files, seconds, strict=True)], "clip.v1")
-    table.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
     recipe = weights_free()
     sha256 = candidates.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256
     workers = (
@@ -57,7 +58,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    table.publish_json({}, f"{layout.out}/summary.json")
+    storage.publish_json({}, f"{layout.out}/summary.json")
     return layout.out
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
-from speechdistill import audio, table
 from speechdistill.clips import Clips, clip_id
+from speechdistill.io import audio, storage, table
 
 
 def row(uri: str, kind: str = "speech", duration_s: float = 10.0, **more: object) -> dict[str, object]:
@@ -64,5 +64,5 @@ def corpus_manifest(root: Path) -> str:
     """The manifest of such a corpus in `root`, without an ingest job."""
     files = [(str(path), path.parent.name) for path in sorted(corpus(root).rglob("*.*"))]
     rows = [row(path, kind, audio.probe(path).duration_s) for path, kind in files]
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{root}/clips.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{root}/clips.parquet")
     return f"{root}/clips.parquet"

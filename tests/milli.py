@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, flow, shards, table
+from speechdistill import flow, shards
+from speechdistill.io import audio, table
 from speechdistill.isolate import Row
 from speechdistill.samples import DEGRADED, TAUGHT
 

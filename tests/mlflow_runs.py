@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from manifests import voice
-from speechdistill import student_files
+from speechdistill.models.student import save_student
 from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 
 TINY = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
@@ -33,7 +33,7 @@ def student(folder: Path, seed: int = 0, config: ConvTransformerConfig = TINY) -
     with torch.no_grad():
         last.weight.mul_(200)
         last.bias.sub_(network(reference))  # its score is 3
-    student_files.save(network, str(folder), PROVENANCE)
+    save_student(network, str(folder), PROVENANCE)
     return str(folder)
 
 

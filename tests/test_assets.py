@@ -9,8 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from speechdistill import assets
-from speechdistill.assets import Asset, MissingError, Need
+from speechdistill.io import assets
+from speechdistill.io.assets import Asset, Need
+from speechdistill.io.errors import MissingError
 
 FILE = Need("nsnet", "an ONNX file", "https://example.org/nsnet.onnx", "MIT")
 FOLDER = Need("codec", "a model folder", "https://example.org/codec", "CC0", ("config.json", "deep/*.bin"))

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, correlate, sosfilt
 
-from speechdistill import audio, audio_files
-from speechdistill.audio import SAMPLE_RATE, AudioError, load, probe
+from speechdistill.io import audio, audio_files
+from speechdistill.io.audio import SAMPLE_RATE, load, probe
+from speechdistill.io.errors import AudioError
 
 Write = Callable[..., str]
 

@@ -13,8 +13,10 @@ import soundfile
 
 from manifests import row
 from milli import Degrade, Teach
-from speechdistill import audio, labeled, shards, table
+from speechdistill import labeled, shards
 from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import AudioError, TableError
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform, Scale
 from speechdistill.lanes import share
@@ -32,7 +34,7 @@ def label_run(out: Path, num_ids: int, seed: int = 0) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    table.publish_json({}, f"{out}/summary.json")
+    storage.publish_json({}, f"{out}/summary.json")
     return str(out)
 
 
@@ -157,7 +159,7 @@ def test_a_weight_that_is_none_is_refused(run: str, place: str) -> None:
 def test_a_run_that_is_not_complete_is_refused_by_name(tmp_path: Path) -> None:
     out = label_run(tmp_path / "run", 48)
     (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(table.TableError, match=f"{out}: not a complete label run"):
+    with pytest.raises(TableError, match=f"{out}: not a complete label run"):
         LabelRun(out)
 
 
@@ -167,7 +169,7 @@ def test_a_shard_that_was_lost_or_damaged_is_named(tmp_path: Path) -> None:
     first.write_bytes(first.read_bytes()[:-9])
     second.unlink()
     for group, path in ((0, first), (3, second)):
-        with pytest.raises(table.TableError, match=f"{path} was lost or damaged"):
+        with pytest.raises(TableError, match=f"{path} was lost or damaged"):
             labels.read_group(group)
 
 
@@ -234,7 +236,7 @@ def test_scores_are_mapped_to_the_universal_scale(tmp_path: Path) -> None:
 def test_a_transform_that_does_not_fit_is_refused_with_the_place(tmp_path: Path, document: object, place: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps(document))
-    with pytest.raises(table.TableError, match=f"t.json: label_transform.v1.*{place}"):
+    with pytest.raises(TableError, match=f"t.json: label_transform.v1.*{place}"):
         LabelTransform.read(str(path))
 
 
@@ -259,7 +261,7 @@ def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_labeled_set_that_cannot_be_used_is_refused(tmp_path: Path, text: str, message: str) -> None:
     clips(tmp_path)
     (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises((table.TableError, audio.AudioError), match=message):
+    with pytest.raises((TableError, AudioError), match=message):
         labeled.manifest(f"{tmp_path}/mine.csv")
 
 

@@ -24,13 +24,14 @@ from comparisons import RATE, asked, compared, label_run, recordings, without_ra
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import audio, cli, compare, flow, prune, table, teachers
+from speechdistill import cli, compare, flow, prune, teachers
 from speechdistill.compare import Compare
 from speechdistill.comparing import candidates, comparison, judged, scoring, tables
 from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import RunError, TableError
 from speechdistill.labels import Scale
 from speechdistill.prune import Prune
-from speechdistill.shards import RunError
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
 from speechdistill.teachers import Label, Unscorable
@@ -74,7 +75,7 @@ def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
     rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
     assert Counter(row["model"] for row in rows) == {"a": 24, "b": 24}
-    assert set(table.read_json(f"{out}/summary.json")["models"]) == {"a", "b"}
+    assert set(storage.read_json(f"{out}/summary.json")["models"]) == {"a", "b"}
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
     assert Counter(row["model"] for row in rows) == {"a": 160, "b": 160}
     assert [row["error"] is not None for row in rows] == [row["uri"].endswith("/0.wav") for row in rows]
-    summary = table.read_json(f"{out}/summary.json")
+    summary = storage.read_json(f"{out}/summary.json")
     assert summary["left_out"] == {"pub": {reason: 1}} and set(summary["models"]) == {"a", "b"}
 
     more = candidates.load(candidates.listed(f"{config.models},c={students[2]}"), str(out), {})
@@ -198,7 +199,7 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     assert clips[3:5] == ["6", "6"] and first[0] == "a" and second[0] == "tub-expert"
     rows = [row for row in table.read(f"{out}/scores.parquet", "score.v1").to_pylist() if row["model"] == "a"]
     assert cli.main(["score", *(row["uri"] for row in rows), "--model", students[0], "--out", f"{out}/s.json"]) == 0
-    said = [row["mos"] for row in table.read_json(f"{out}/s.json")]
+    said = [row["mos"] for row in storage.read_json(f"{out}/s.json")]
     assert said == pytest.approx([row["score"] for row in rows], abs=1e-6)
     client = MlflowClient(tracking_uri=f"sqlite:///{out}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
@@ -277,7 +278,7 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
         (str(tmp_path), "nor the folder of a label run"),
         (f"{tmp_path}/none.csv", "none.csv: no such list"),
     ):
-        with pytest.raises(table.TableError, match=message):
+        with pytest.raises(TableError, match=message):
             judged.clips(place)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill import corpora, ingest, listening_tests, table
+from speechdistill import corpora, ingest, listening_tests
 from speechdistill.ingest import Ingest
-from speechdistill.shards import RunError
+from speechdistill.io import table
+from speechdistill.io.errors import RunError, TableError
 
 
 def touch(root: Path, *paths: str) -> None:
@@ -34,7 +35,7 @@ def splits(rows: list[dict]) -> dict[str, int]:
 def test_every_name_is_a_choice_with_rows_of_its_own() -> None:
     names = sorted(listening_tests.READERS)
     assert sorted(get_args(listening_tests.CorpusName)) == names and len(names) == 22
-    with pytest.raises(table.TableError, match=r"no corpus 'nisqua'; there are .*nisqa_sim"):
+    with pytest.raises(TableError, match=r"no corpus 'nisqua'; there are .*nisqa_sim"):
         listening_tests.rows("nisqua", "/nowhere")
 
 
@@ -115,7 +116,7 @@ def test_tub_is_for_tests_only(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav")
     write(tmp_path / "test.csv", "deg_wav,mos", "a.wav,4.25")
     assert splits(listening_tests.rows("tub", str(tmp_path))) == {"test": 1}
-    with pytest.raises(table.TableError, match=r"nowhere/test.csv is missing; --root names the folder"):
+    with pytest.raises(TableError, match=r"nowhere/test.csv is missing; --root names the folder"):
         listening_tests.rows("tub", str(tmp_path / "nowhere"))
 
 
@@ -175,17 +176,17 @@ def test_tcd_voip_is_read_from_its_spreadsheet(tmp_path: Path) -> None:
     assert (chop["system"], chop["speaker"], chop["mos"], chop["votes"]) == ("CHOP-01", "FA", 4.541666667, 24)
     assert echo["uri"] == str(tmp_path / "Test Set/echo/C_20_ECHO_ML.wav") and echo["system"] == "ECHO-20"
     spreadsheet(sheet, [["Something", "else"]])
-    with pytest.raises(table.TableError, match="no spreadsheet with columns"):
+    with pytest.raises(TableError, match="no spreadsheet with columns"):
         listening_tests.rows("tcd_voip", str(tmp_path))
     sheet.write_bytes(b"no zip")
-    with pytest.raises(table.TableError, match="cannot be read as a spreadsheet"):
+    with pytest.raises(TableError, match="cannot be read as a spreadsheet"):
         listening_tests.rows("tcd_voip", str(tmp_path))
     spreadsheet(sheet, [header, ["C_01_CHOP_FA.wav", 1, 4.5, 5]])
     touch(tmp_path, "Copy/C_01_CHOP_FA.wav")
-    with pytest.raises(table.TableError, match=r"1 recordings lie in more than one folder \(C_01_CHOP_FA.wav\)"):
+    with pytest.raises(TableError, match=r"1 recordings lie in more than one folder \(C_01_CHOP_FA.wav\)"):
         listening_tests.rows("tcd_voip", str(tmp_path))
     sheet.unlink()
-    with pytest.raises(table.TableError, match="no spreadsheet with columns"):
+    with pytest.raises(TableError, match="no spreadsheet with columns"):
         listening_tests.rows("tcd_voip", str(tmp_path))
 
 
@@ -195,7 +196,7 @@ def test_mushra_becomes_1_to_5(tmp_path: Path) -> None:
     rows = listening_tests.rows("genspeech", str(tmp_path))
     assert [(row["mos"], row["system"]) for row in rows] == [(1, "opus"), (5, "lyra"), (3, "lyra")]
     write(tmp_path / "labels.csv", "wav_path,score", "a.wav,101", "b.wav,good")
-    with pytest.raises(table.TableError, match=r"2 scores are not 1 to 5 .*'good'"):
+    with pytest.raises(TableError, match=r"2 scores are not 1 to 5 .*'good'"):
         listening_tests.rows("genspeech", str(tmp_path))
 
 
@@ -238,7 +239,7 @@ def test_later_challenges_are_for_tests(tmp_path: Path, name: str) -> None:
 
 def test_sig_2024_leaves_the_inputs_of_sig_2023_out(tmp_path: Path) -> None:
     root = challenge(tmp_path, 2, 3)
-    with pytest.raises(table.TableError, match=r"sig_2023.csv is missing"):
+    with pytest.raises(TableError, match=r"sig_2023.csv is missing"):
         listening_tests.rows("sig_2024", str(root))
     write(root / "sig_2023.csv", "wav_path,score,system_id,input_id", "x.wav,3,s9,i1")
     assert {row["input_id"] for row in listening_tests.rows("sig_2024", str(root))} == {"i0", "i2"}
@@ -262,7 +263,7 @@ def test_errors_count_everything_and_show_ten(tmp_path: Path) -> None:
     missing = [f"m{number:02d}.wav,3,train" for number in range(12)]
     lines = ["a.wav,5.5,train", "a.wav,3,train", "b.wav,nan,train", "c.wav,,train", "d.wav,3,dev"]
     write(tmp_path / "labels.csv", "wav_path,score,split", *missing, *lines)
-    with pytest.raises(table.TableError) as caught:
+    with pytest.raises(TableError) as caught:
         listening_tests.rows("csv", str(tmp_path))
     message = str(caught.value)
     assert "12 files are missing (" in message and "m09.wav, ...)" in message and "m10.wav" not in message
@@ -281,13 +282,13 @@ def test_errors_count_everything_and_show_ten(tmp_path: Path) -> None:
 )
 def test_lists_of_another_form_are_refused(tmp_path: Path, content: list[str], told: str) -> None:
     write(tmp_path / "labels.csv", *content)
-    with pytest.raises(table.TableError, match=told):
+    with pytest.raises(TableError, match=told):
         listening_tests.rows("csv", str(tmp_path))
 
 
 def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"wav_path,score\n\xff.wav,3\n")
-    with pytest.raises(table.TableError, match=r"labels.csv is no CSV in UTF-8"):
+    with pytest.raises(TableError, match=r"labels.csv is no CSV in UTF-8"):
         listening_tests.rows("csv", str(tmp_path))
 
 
@@ -295,10 +296,10 @@ def test_a_corpus_may_lie_behind_a_url() -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe("/scored/labels.csv", b"wav_path,score\nwav/a.wav,3\nwav/b.wav,3\n")
     fs.pipe("/scored/wav/a.wav", b"")
-    with pytest.raises(table.TableError, match=r"1 files are missing \(memory://scored/wav/b.wav\)"):
+    with pytest.raises(TableError, match=r"1 files are missing \(memory://scored/wav/b.wav\)"):
         listening_tests.rows("csv", "memory://scored/")
     fs.pipe("/scored/latin.csv", b"wav_path,score\n\xff.wav,3\n")
-    with pytest.raises(table.TableError, match=r"latin.csv is no CSV in UTF-8"):
+    with pytest.raises(TableError, match=r"latin.csv is no CSV in UTF-8"):
         listening_tests.rows("csv", "memory://scored/latin.csv")
     fs.pipe("/scored/wav/b.wav", b"")
     assert [row["uri"] for row in listening_tests.rows("csv", "memory://scored")] == [

@@ -6,9 +6,9 @@ import pytest
 
 from speechdistill import cost
 from speechdistill.flow import Stage, Trial
+from speechdistill.io.errors import RunError
 from speechdistill.monitor import Work
 from speechdistill.samples import DEGRADED, TAUGHT
-from speechdistill.shards import RunError
 
 
 def trial() -> Trial:

@@ -2,9 +2,10 @@
 
 import pytest
 
-from speechdistill import assets, degradations
-from speechdistill.assets import Asset
+from speechdistill import degradations
 from speechdistill.degradation_recipes import chosen, network_passes, paper, weights_free, with_assets
+from speechdistill.io.assets import Asset
+from speechdistill.io.errors import MissingError
 from speechdistill.plan import Recipe, Stage
 
 
@@ -31,7 +32,7 @@ def test_paper_has_the_papers_odds_and_says_what_is_missing_before_any_work() ->
         "codec": 0.5,
     }
     assert paper(lpcnet=True).stages[4].odds == {"vocoders.hifigan": 0.165, "vocoders.lpcnet_codec2": 0.165}
-    with pytest.raises(assets.MissingError) as caught:
+    with pytest.raises(MissingError) as caught:
         with_assets(paper())
     neural = {c for stage in paper().stages for c in stage.odds if degradations.network(c)}
     assert neural <= set(caught.value.components)

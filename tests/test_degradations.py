@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import correlate, lfilter
 
-from speechdistill import audio, degradations, table
+from speechdistill import degradations
 from speechdistill.clips import Clips
 from speechdistill.degradations import Scene, Step, codecs, denoisers, levels, noise, packets, rooms
+from speechdistill.io import audio, table
+from speechdistill.io.errors import AudioError
 
 RATE = audio.SAMPLE_RATE
 COMPONENTS = (
@@ -345,7 +347,7 @@ def test_of_a_long_response_only_the_beginning_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", [0.0, 1e-9])
 def test_a_silent_response_is_an_error_that_says_what_to_do(tmp_path: Path, level: float) -> None:
     room = rooms.MeasuredRoom("r", str(write(tmp_path / "r.wav", np.full(800, level, np.float32))))
-    with pytest.raises(audio.AudioError, match=r"r\.wav.*silent.*leave it out"):
+    with pytest.raises(AudioError, match=r"r\.wav.*silent.*leave it out"):
         room.apply(speech())
 
 

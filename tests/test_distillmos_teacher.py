@@ -11,7 +11,8 @@ import soundfile
 import torch
 
 import speechdistill
-from speechdistill import audio, scorer, teachers
+from speechdistill import scorer, teachers
+from speechdistill.io import audio
 from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, features
 from speechdistill.teachers import Label, Unscorable, distillmos

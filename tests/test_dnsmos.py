@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechdistill import audio, dnsmos, teachers, weights_file
+from speechdistill import dnsmos, teachers
+from speechdistill.io import audio, weights_file
 from speechdistill.teachers import Label, dnsmos_p808, dnsmos_p835
 
 RATE = audio.SAMPLE_RATE

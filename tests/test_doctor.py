@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import manifests
-from speechdistill import audio, cli, doctor, table, teachers, trials
+from speechdistill import cli, doctor, teachers, trials
 from speechdistill.degradation_recipes import WEIGHTS_FREE
 from speechdistill.degradations import denoisers
 from speechdistill.doctor import Doctor, Node, Result
+from speechdistill.io import audio, storage, table
 from speechdistill.trials import Places
 
 SECRET = "hunter2/and+more"
@@ -48,7 +49,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = manifests.corpus(tmp_path_factory.mktemp("corpus"))
     files = [str(file) for file in folder.rglob("*.*")]
     rows = [manifests.row(file, Path(file).parent.name, audio.probe(file).duration_s) for file in files]
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{folder}/clips.parquet")
     store, mlflow = ThreadedMotoServer("127.0.0.1", port=0), HTTPServer(("127.0.0.1", 0), Health)
     store.start()
     threading.Thread(target=mlflow.serve_forever, daemon=True).start()
@@ -75,7 +76,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "distillmos").mkdir()
     (folder / "distillmos" / "__init__.py").touch()
     (folder / "espeakng_loader.py").write_text("import os\nos.abort()\n")
-    table.publish(table.parquet_bytes(manifests.manifest()), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(manifests.manifest()), f"{folder}/clips.parquet")
     with socket.socket() as unused, pytest.MonkeyPatch.context() as patch:
         unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
         patch.syspath_prepend(folder)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import audio, student_files, teachers
+from speechdistill import teachers
+from speechdistill.io import audio
+from speechdistill.models.student import save_student
 from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.teachers import Label
 
@@ -25,7 +27,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             network = ConvTransformer(ConvTransformerConfig(max_channels=6, dim=8, heads=2, layers=1)).eval()
             with torch.no_grad():
                 network.transformer_pool_attn.pool.linear3.weight.mul_(30)
-            student_files.save(network, folder, {})
+            save_student(network, folder, {})
     return folders
 
 

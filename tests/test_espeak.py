@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill import audio, table
 from speechdistill.corpora import espeak
+from speechdistill.io import audio, table
 
 pytest.importorskip("espeakng_loader", reason='espeak-ng is not installed: pip install "speechdistill[demo]"')
 NUM_CLIPS = 15  # three speakers per language; one of them breathes noise

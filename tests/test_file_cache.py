@@ -21,8 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from faults.s3 import BUCKET, Proxy, Store
 from manifests import voice
-from speechdistill import audio, file_cache, tar_files
 from speechdistill.degradations import Step, noise, rooms
+from speechdistill.io import audio, file_cache, tar_files
+from speechdistill.io.errors import AudioError, UnreadableError
 
 MEMORY = fsspec.filesystem("memory")
 SMALL_GIB = 16 * 16 * 1000 / 2**30  # files of 1000 bytes, 16 in each of 16 folders
@@ -214,17 +215,17 @@ def test_errors_are_those_of_the_file_itself(data: bytes | None, reason: str) ->
     uri = "memory://folder/a.wav"
     if data is not None:
         MEMORY.pipe_file("/folder/a.wav", data)
-    with pytest.raises(audio.AudioError, match=reason) as direct:
+    with pytest.raises(AudioError, match=reason) as direct:
         audio.load(uri)
     for step in steps(uri):
-        with pytest.raises(audio.AudioError) as through:
+        with pytest.raises(AudioError) as through:
             step.apply(voice(0.5))
         assert (type(through.value), str(through.value)) == (type(direct.value), str(direct.value))
 
 
 def test_a_section_that_a_changed_file_lacks_is_told_with_its_uri() -> None:
     MEMORY.pipe_file("/a.wav", wav(voice(0.2)))
-    with pytest.raises(audio.AudioError, match=r"'memory://a\.wav': samples 0\.\.8000 lie outside its 3200"):
+    with pytest.raises(AudioError, match=r"'memory://a\.wav': samples 0\.\.8000 lie outside its 3200"):
         steps("memory://a.wav")[0].apply(voice(0.5))
 
 
@@ -295,7 +296,7 @@ def test_an_outage_is_an_unreadable_file_of_its_uri(store: Store, proxy: Proxy) 
     store.fs.pipe_file(f"{BUCKET}/away.wav", wav(voice(1.0)))
     for kind in ("500 InternalError", "reset"):
         proxy.fault = lambda method, path, kind=kind: kind
-        with pytest.raises(audio.UnreadableError, match=uri):
+        with pytest.raises(UnreadableError, match=uri):
             steps(uri)[0].apply(voice(0.5))
     proxy.fault = lambda method, path: None
     steps(uri)[0].apply(voice(0.5))

@@ -15,8 +15,9 @@ import pytest
 
 import milli
 from milli import Degrade, Teach, milli_flow
-from speechdistill import flow, parts, shards, table
-from speechdistill.shards import RunError
+from speechdistill import flow, parts, shards
+from speechdistill.io import table
+from speechdistill.io.errors import RunError
 
 MILLI = Path(__file__).with_name("milli.py")
 

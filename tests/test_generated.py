@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from speechdistill import assets, audio, degradations, espeak_ng, table
-from speechdistill.assets import Asset
+from speechdistill import degradations, espeak_ng
 from speechdistill.clips import Clips
 from speechdistill.degradations import Scene, generated
 from speechdistill.degradations.generated import MODELS, CoquiTts, EspeakNg
+from speechdistill.io import assets, audio, table
+from speechdistill.io.assets import Asset
+from speechdistill.io.errors import MissingError
 
 RATE = audio.SAMPLE_RATE
 NUM_SAMPLES = 122_880  # 7.68 s
@@ -231,7 +233,7 @@ def coqui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asset]:
             if speakers:
                 (model / "speaker_ids.json").write_text(json.dumps({s: i for i, s in enumerate(speakers)}))
             make(model, rate, len(speakers))
-        with pytest.raises(assets.MissingError, match="lacks tts_models--de--css10--vits-neon"):
+        with pytest.raises(MissingError, match="lacks tts_models--de--css10--vits-neon"):
             assets.looked_up(CoquiTts.need, str(folder))
         patch.setattr(CoquiTts, "need", replace(CoquiTts.need, every=False))
         with pytest.raises(ValueError, match="has no model file"):

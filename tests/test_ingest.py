@@ -11,10 +11,11 @@ import pytest
 import soundfile
 
 from manifests import corpus, voice
-from speechdistill import ingest, table
+from speechdistill import ingest
 from speechdistill.clips import clip_id
 from speechdistill.ingest import Ingest
-from speechdistill.shards import RunError
+from speechdistill.io import storage, table
+from speechdistill.io.errors import RunError
 
 
 def manifest_of(out: Path) -> list[dict]:
@@ -96,7 +97,7 @@ def test_a_kill_between_the_two_files_of_a_part_loses_nothing(
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = corpus(tmp_path / "c"), tmp_path / "m"
-    real = table.publish
+    real = storage.publish
 
     def killed(data: bytes, uri: str) -> None:
         if killed.calls == 1:  # type: ignore[attr-defined]

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from manifests import row, voice
-from speechdistill import table
 from speechdistill.batches import Mix
+from speechdistill.io import storage, table
 from speechdistill.lanes import share
 from speechdistill.loop import Loop, NotFiniteError, Training
 from speechdistill.recipes.distill import Distill, tiny
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Distill:
         soundfile.write(folder / f"{i}.wav", voice(0.5 + i / 30, seed=i), 16000)
         known = {"mos": 1 + i / 10, "dataset": "ab"[i % 2], "split": "train" if i % 5 else "validation"}
         rows.append(row(str(folder / f"{i}.wav"), duration_s=0.5 + i / 30, **known))
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{folder}/labeled.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{folder}/labeled.parquet")
     mix = Mix((label_run(folder / "labels", 24 * 20),), crop_s=0.08)
     return Distill(tiny(), mix, f"{folder}/labeled.parquet")
 
@@ -133,7 +133,7 @@ def test_a_damaged_clip_is_not_validated_on(config: Distill, tmp_path: Path, cap
     bad.write_bytes(b"RIFF")
     rows = table.read(str(config.labeled), "clip.v1").to_pylist()
     rows.append(row(str(bad), duration_s=1.0, mos=3.0, dataset="a", split="validation"))
-    table.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{tmp_path}/labeled.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{tmp_path}/labeled.parquet")
     assert Loop(replace(config, labeled=f"{tmp_path}/labeled.parquet").make(), FLOAT64).validate() == whole
     assert f"{bad}" in caplog.text and "goes on without it" in caplog.text
 

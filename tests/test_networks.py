@@ -12,14 +12,15 @@ import pytest
 
 import small_models
 from manifests import corpus_manifest, voice
-from speechdistill import assets, cli, degradations, flow, pseudolabel, samples, table
-from speechdistill.assets import Asset, Need
+from speechdistill import cli, degradations, flow, pseudolabel, samples
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import chosen, network_passes, paper, with_assets
 from speechdistill.degradations import Neural, codecs, generated
+from speechdistill.io import assets, storage, table
+from speechdistill.io.assets import Asset, Need
+from speechdistill.io.errors import MissingError, RunError
 from speechdistill.plan import Plan, Plans, Recipe, Stage
 from speechdistill.pseudolabel import Pseudolabel
-from speechdistill.shards import RunError
 
 FACTOR = Need("factor", "a file with a number", "https://example.org/factor", "CC0")
 
@@ -155,7 +156,7 @@ def test_pools_make_what_the_plan_says_in_its_order(clips: str, encodec: Asset) 
 
 def test_a_node_without_the_weights_cannot_start(tmp_path: Path, encodec: Asset) -> None:
     gone = replace(two_passes(encodec), assets={"encodec": encodec._replace(source=f"{tmp_path}/none")})
-    with pytest.raises(assets.MissingError, match=f"{tmp_path}/none is not there"):
+    with pytest.raises(MissingError, match=f"{tmp_path}/none is not there"):
         samples.Enhance(gone)
 
 
@@ -179,7 +180,7 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     assert coded and all(sample.steps[-1].sha256 == encodec.sha256 for sample in coded)
     for stored, sample in zip(rows, plans, strict=True):
         assert stored["audio"] == samples.make_sample(sample)[0].tobytes()  # this holds on a CPU
-    run = table.read_json(f"{tmp_path}/run/run.json")
+    run = storage.read_json(f"{tmp_path}/run/run.json")
     assert run["configuration"]["recipe"]["assets"] == {"encodec": encodec._asdict()}
     with pytest.raises(RunError, match=r"(?s)recipe\.assets\.encodec\.sha256.*recipe\.assets\.encodec\.source"):
         other = small_models.encodec(tmp_path / "other", seed=1)

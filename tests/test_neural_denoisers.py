@@ -17,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.signal import butter, sosfiltfilt
 
 from manifests import clips, voice
-from speechdistill import assets, audio, degradations, onnx_denoisers
-from speechdistill.assets import Asset
+from speechdistill import degradations, onnx_denoisers
 from speechdistill.degradations import Neural, Scene
 from speechdistill.degradations.denoisers import DeepFilterNet3, Demucs, NSNet2
+from speechdistill.io import assets, audio
+from speechdistill.io.assets import Asset
 
 RATE = audio.SAMPLE_RATE
 KINDS: dict[str, type[Neural]] = {"nsnet2": NSNet2, "deepfilternet3": DeepFilterNet3, "demucs": Demucs}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import audio, teachers
+from speechdistill import teachers
 from speechdistill.comparing import candidates, paper
+from speechdistill.io import audio
 from speechdistill.teachers import Label
 from speechdistill.teachers.nisqa import Network, Teacher
 

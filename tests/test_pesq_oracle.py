@@ -10,10 +10,11 @@ import soundfile
 
 import manifests
 from manifests import voice
-from speechdistill import audio, cli, pseudolabel, table, teachers, trials
+from speechdistill import cli, pseudolabel, teachers, trials
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import RunError
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.samples import Teach
-from speechdistill.shards import RunError
 from speechdistill.teachers import Label, Unscorable
 from speechdistill.trials import Places
 
@@ -75,7 +76,7 @@ def test_the_labelling_job_drops_the_reference_unless_it_is_kept(teacher: teache
 
 def test_a_recipe_whose_samples_have_no_clean_original_is_refused_before_work(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
-    table.publish(table.parquet_bytes(manifests.manifest()), f"{tmp_path}/clips.parquet")
+    storage.publish(table.parquet_bytes(manifests.manifest()), f"{tmp_path}/clips.parquet")
     (tmp_path / "texts").mkdir()
     for language in ("en", "de", "fr", "es", "pt"):
         (tmp_path / "texts" / f"{language}.txt").write_text("One sentence.\n")

@@ -14,9 +14,10 @@ import pytest
 from scipy.stats import chisquare, kstest, norm, uniform
 
 from manifests import clips
-from speechdistill import assets, degradations, plan
-from speechdistill.assets import Asset
+from speechdistill import degradations, plan
 from speechdistill.degradation_recipes import RECIPES, as_is, paper, weights_free
+from speechdistill.io import assets
+from speechdistill.io.assets import Asset
 from speechdistill.plan import Plan, Plans, Stage
 
 

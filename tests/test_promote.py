@@ -13,7 +13,9 @@ import soundfile
 import speechdistill
 from manifests import voice
 from mlflow_runs import Store, student, tracking_server
-from speechdistill import audio, cli
+from speechdistill import cli
+from speechdistill.io import audio
+from speechdistill.io.errors import UnreadableError
 from speechdistill.tracking import registry
 from speechdistill.tracking.registry import Logged, RegistryError, log_student, student_folder
 
@@ -290,7 +292,7 @@ def test_a_storage_outage_is_not_decided_around(
 
     def refuse(path: str) -> np.ndarray:
         if path == clips[7]:
-            raise audio.UnreadableError(path, "cannot be read (TimeoutError: x)", "check the connection")
+            raise UnreadableError(path, "cannot be read (TimeoutError: x)", "check the connection")
         return load(path)
 
     monkeypatch.setattr(audio, "load", refuse)

@@ -16,9 +16,10 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import audio, cli, labeled, prune, speech_encoder, student_files, table, teachers
+from speechdistill import cli, labeled, prune, speech_encoder, teachers
 from speechdistill.batches import Mix
 from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.io import audio, checkpoint, storage, table
 from speechdistill.labels import LabelTransform, Scale
 from speechdistill.prune import Prune
 from speechdistill.pruning import Pruning
@@ -72,10 +73,10 @@ def test_from_a_teacher_to_smaller_ones(
     printed = capsys.readouterr().out
     names = ["remaining-100", "remaining-75", "remaining-50"]
     assert [line.split()[0] for line in printed.splitlines() if line.startswith("remaining-")] == names
-    files = [student_files.read(f"{out}/pruned/{name}") for name in names]
+    files = [checkpoint.read(f"{out}/pruned/{name}") for name in names]
     nonzero = [sum(int((value != 0).sum()) for value in of.weights.values()) for of in files]
     assert nonzero[0] > nonzero[1] > nonzero[2]
-    sizes = [student_files.size(f"{out}/pruned/{name}") for name in names]
+    sizes = [checkpoint.size(f"{out}/pruned/{name}") for name in names]
     assert sizes[0] > sizes[1] > sizes[2] if criterion == "structured" else sizes[0] == sizes[2]
     remaining = [json.loads(Path(f"{out}/pruned/{name}/figures.json").read_text())["remaining"] for name in names]
     assert remaining == pytest.approx([1, 0.75, 0.5], abs=0.01)
@@ -126,7 +127,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(teacher: str, scores: str, tmp_pa
     assert not (killed / "pruned" / "remaining-40").exists()
     subprocess.run(command(killed), check=True)
     for name in ("remaining-70", "remaining-40"):
-        ours, theirs = (student_files.read(f"{out}/pruned/{name}").weights for out in (killed, whole))
+        ours, theirs = (checkpoint.read(f"{out}/pruned/{name}").weights for out in (killed, whole))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
 
@@ -134,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(teacher: str, scores: str, tmp_pa
 def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
     teacher: str, scores: str, tmp_path: Path
 ) -> None:
-    table.publish(table.parquet_bytes(labeled.manifest(scores)), f"{tmp_path}/clips.parquet")
+    storage.publish(table.parquet_bytes(labeled.manifest(scores)), f"{tmp_path}/clips.parquet")
     mix = Mix((label_run(tmp_path / "labels", 24 * 20),), 50, batch_size=8, crop_s=0.1)
     recipe = Pruned(teacher, None, mix, f"{tmp_path}/clips.parquet", Pruning()).make()
     batch = next(recipe.batches.stream(0, 1, 0, 1))

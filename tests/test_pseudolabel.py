@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import audio, cli, flow, ingest, pseudolabel, samples, shards, table, teachers
+from speechdistill import cli, flow, ingest, pseudolabel, samples, shards, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import as_is, weights_free
 from speechdistill.ingest import Ingest
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import AudioError, RunError
 from speechdistill.plan import Plan, Plans
 from speechdistill.pseudolabel import Pseudolabel
-from speechdistill.shards import RunError
 from speechdistill.tracking.run import run_id
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
         assert row["logit"] == pytest.approx(math.log((row["score"] - 1) / (5 - row["score"])), abs=1e-6)
         assert row["teacher_hash"] == teacher.teacher.weights_hash
         assert row["clip_ids"] == sample.clip_ids and row["clip_ids"][0] == sample.clip_id
-    assert summary == {**table.read_json(f"{tmp_path}/summary.json"), "complete": True, "wanted": 10}
+    assert summary == {**storage.read_json(f"{tmp_path}/summary.json"), "complete": True, "wanted": 10}
     assert (summary["labelled"], sum(summary["score_histogram"]["counts"])) == (10, 10)
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
 
@@ -377,7 +378,7 @@ def test_the_demo_labels_trains_promotes_scores_and_compares(tmp_path: Path) -> 
     command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "24"]
     run = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    clean, degraded = (row["mos"] for row in table.read_json(f"{tmp_path}/synthetic/scores.json"))
+    clean, degraded = (row["mos"] for row in storage.read_json(f"{tmp_path}/synthetic/scores.json"))
     assert clean > degraded
     for said in ("labelled 24 samples", '"decision": "promoted"', "the student says: clean", "What to type next"):
         assert said in run.stdout
@@ -436,7 +437,7 @@ def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
     sample = next(sample for sample in of_it if sample.uri.endswith("speech.wav"))
     try:
         degraded, clean = samples.make_sample(sample)
-    except audio.AudioError as error:
+    except AudioError as error:
         # Four seconds of an impulse response are read; one that is silent in them is refused.
         assert "rir.wav" in error.path and not np.any(np.abs(wave[: 4 * rate]) > 1e-5)
         return

@@ -21,8 +21,9 @@ import speechdistill
 from manifests import voice
 from mlflow_runs import PROVENANCE, Store, serving, student
 from small_models import speech_encoder
-from speechdistill import audio, cli, table
+from speechdistill import cli
 from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.io import audio, fingerprint
 from speechdistill.labels import Scale
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
@@ -73,7 +74,7 @@ def test_a_run_keeps_the_student_with_its_provenance(store: Store, checkpoint: s
     import mlflow
 
     about = mlflow.models.get_model_info(logged.uri)
-    digest = table.file_hash(f"{checkpoint}/model.safetensors")
+    digest = fingerprint.of_file(f"{checkpoint}/model.safetensors")
     assert about.metadata == {"provenance": PROVENANCE, "weights_sha256": digest}
     assert about.signature and about.saved_input_example_info and about.run_id == logged.run_id
     tags = store.client.get_logged_model(logged.model_id).tags
@@ -238,11 +239,11 @@ def test_a_recording_without_a_score_says_why(logged: Logged, record: dict[str, 
 
 
 def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, checkpoint: str) -> None:
-    digest = table.file_hash(f"{checkpoint}/model.safetensors")
+    digest = fingerprint.of_file(f"{checkpoint}/model.safetensors")
     run = f"runs:/{logged.run_id}/student"
     for address in ("models:/quality@champion", "models:/quality/1", logged.uri, run, checkpoint):
         with student_folder(address) as folder:
-            assert table.file_hash(f"{folder}/model.safetensors") == digest
+            assert fingerprint.of_file(f"{folder}/model.safetensors") == digest
         assert Path(folder).exists() == (address == checkpoint)
 
 

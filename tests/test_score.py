@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from speechdistill import audio, cli, score
+from speechdistill import cli, score
+from speechdistill.io import audio
 from speechdistill.teachers import Label, Unscorable
 from speechdistill.teachers.distillmos import Teacher
 

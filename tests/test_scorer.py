@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import audio, student_files, teachers
+from speechdistill import teachers
+from speechdistill.io import audio
+from speechdistill.models.student import save_student
 from speechdistill.scorer import Scorer, segment_starts
 from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.teachers import Label, distillmos
@@ -50,7 +52,7 @@ def assert_scores_as_plain(config: ConvTransformerConfig, wave: np.ndarray) -> N
 
 def test_the_released_model_scores_the_same_as_a_student(tmp_path: Path) -> None:
     path = distillmos._released_weights()
-    student_files.save(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
+    save_student(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
     wave = voice(9.0)
     for options in ({}, {"dtype": "bfloat16"}, {"hop_s": 7.68}):
         released, ours = (teachers.load(name, **options) for name in ("distillmos", str(tmp_path / "v7")))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import audio, teachers
+from speechdistill import teachers
+from speechdistill.io import audio
 from speechdistill.teachers import Label, squim
 from speechdistill.teachers.squim import Teacher
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speechdistill import table
-from speechdistill.table import TableError
+from speechdistill.io import fingerprint, storage, table
+from speechdistill.io.errors import TableError
 
 PUBLISHED = {
     "clip.v1": "668f30678767a196",
@@ -20,18 +20,18 @@ PUBLISHED = {
 REJECT = {"id": "1", "stage": "degrade", "error_type": "ValueError", "message": "no"}
 
 
-@pytest.mark.parametrize(("name", "fingerprint"), PUBLISHED.items())
-def test_published_schemas_are_never_edited(name: str, fingerprint: str) -> None:
+@pytest.mark.parametrize(("name", "digest"), PUBLISHED.items())
+def test_published_schemas_are_never_edited(name: str, digest: str) -> None:
     choices = table._choices(name)
     fields = [(f.name, str(f.type), f.nullable, choices.get(f.name)) for f in table.schema(name)]
-    assert table.fingerprint(fields)[:16] == fingerprint, "publish a new version instead"
+    assert fingerprint.of(fields)[:16] == digest, "publish a new version instead"
     for field in table.schema(name):
         assert field.metadata[b"description"], field
 
 
 def test_rows_round_trip(tmp_path: Path) -> None:
     path = f"{tmp_path}/r.parquet"
-    table.publish(table.parquet_bytes(table.from_rows([REJECT], "reject.v1")), path)
+    storage.publish(table.parquet_bytes(table.from_rows([REJECT], "reject.v1")), path)
     assert table.read(path, "reject.v1").to_pylist() == [REJECT]
 
 
@@ -75,7 +75,7 @@ def test_files_that_are_no_tables_say_so(tmp_path: Path) -> None:
 
 def test_readers_see_whole_files_only(tmp_path: Path) -> None:
     path, stop, seen = f"{tmp_path}/f.json", threading.Event(), set()
-    table.publish_json({"n": 0, "pad": "0" * 100_000}, path)
+    storage.publish_json({"n": 0, "pad": "0" * 100_000}, path)
 
     def read() -> None:
         while not stop.is_set():
@@ -84,7 +84,7 @@ def test_readers_see_whole_files_only(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for n in range(50):
-        table.publish_json({"n": n, "pad": "0" * 100_000}, path)
+        storage.publish_json({"n": n, "pad": "0" * 100_000}, path)
     stop.set()
     reader.join()
     assert seen == {100_000}
@@ -93,7 +93,7 @@ def test_readers_see_whole_files_only(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
     path = f"{tmp_path}/r.parquet"
-    table.publish(b"old", path)
+    storage.publish(b"old", path)
 
     def broken():  # type: ignore[no-untyped-def]
         yield table.from_rows([REJECT], "reject.v1")
@@ -105,11 +105,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None
 
 
 def test_urls_work_like_paths() -> None:
-    table.publish_json({"a": 1}, "memory://folder/x.json")
-    assert table.read_json("memory://folder/x.json") == {"a": 1}
-    assert table.read_json("memory://folder/y.json") is None
+    storage.publish_json({"a": 1}, "memory://folder/x.json")
+    assert storage.read_json("memory://folder/x.json") == {"a": 1}
+    assert storage.read_json("memory://folder/y.json") is None
 
 
 def test_differences_name_the_path() -> None:
     old, new = {"recipe": {"seed": 1, "name": "a"}, "x": 1}, {"recipe": {"seed": 2, "name": "a"}, "y": 1}
-    assert table.differences(old, new) == ["recipe.seed: 1 -> 2", "x: 1 -> null", "y: null -> 1"]
+    assert fingerprint.differences(old, new) == ["recipe.seed: 1 -> 2", "x: 1 -> null", "y: null -> 1"]

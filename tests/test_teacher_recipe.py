@@ -10,8 +10,10 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from small_models import speech_encoder as small_encoder
-from speechdistill import shards, speech_encoder, table, teachers
+from speechdistill import shards, speech_encoder, teachers
 from speechdistill.feature_batches import FeatureBatches
+from speechdistill.io import storage, table
+from speechdistill.io.errors import TableError
 from speechdistill.labels import LabelTransform, Scale
 from speechdistill.lanes import share
 from speechdistill.loop import Loop, Training
@@ -54,7 +56,7 @@ def written(folder: Path, rows: list[dict[str, object]]) -> str:
         block = block.append_column(field, pa.nulls(len(block), field.type))
     shards.write_parts(block, layout)
     shards.finish(layout)
-    table.publish_json({}, f"{folder}/summary.json")
+    storage.publish_json({}, f"{folder}/summary.json")
     return str(folder)
 
 
@@ -205,9 +207,9 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
 
 
 def test_unusable_features_say_why(features: str, tmp_path: Path) -> None:
-    with pytest.raises(table.TableError, match="features are not complete"):
+    with pytest.raises(TableError, match="features are not complete"):
         FeatureBatches(str(tmp_path))
     rows = table.read(f"{features}/{FeatureBatches(features)._paths[0].removeprefix(features)}", "feature.v1")
     one_sided = [{**row, "split": "train"} for row in rows.to_pylist()[:3]]
-    with pytest.raises(table.TableError, match="3 clips train, 0 validate"):
+    with pytest.raises(TableError, match="3 clips train, 0 validate"):
         FeatureBatches(written(tmp_path / "one-sided", one_sided))

@@ -21,7 +21,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from speechdistill import table
+from speechdistill.io import storage
 from speechdistill.tracking import mlflow_sender
 from speechdistill.tracking import run as tracking_run
 from speechdistill.tracking.run import Synced, Tracking, TrackingError, run_id, sync
@@ -422,6 +422,6 @@ def test_the_database_in_the_folder_moves_with_it(tmp_path: Path, experiment: st
     assert len(list((tmp_path / "before" / "mlartifacts").rglob("summary.json"))) == 1
     (tmp_path / "before").rename(tmp_path / "after")
     assert sync(str(tmp_path / "after")).sent == 0
-    assert table.read_json(f"{tmp_path}/after/tracking/sent.json").keys() == {"mlflow.db"}
+    assert storage.read_json(f"{tmp_path}/after/tracking/sent.json").keys() == {"mlflow.db"}
     assert len(runs_of(f"sqlite:///{tmp_path}/after/mlflow.db", experiment)) == 1
     assert not (Path.cwd() / "mlruns").exists()

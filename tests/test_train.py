@@ -9,11 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from speechdistill import student_files, table
 from speechdistill.batches import Mix
+from speechdistill.io import storage
+from speechdistill.io.errors import RunError
 from speechdistill.loop import Training
+from speechdistill.models.student import load_student
 from speechdistill.recipes.distill import Distill, Recipe, tiny
-from speechdistill.shards import RunError
 from speechdistill.side_by_side import Run, train
 from speechdistill.tracking.run import Tracking
 from speechdistill.train import Job, Progress, _Progress, fit
@@ -54,7 +55,7 @@ def test_a_run_ends_with_its_best_student_and_is_done_once(labels: str, tmp_path
     }
     assert list(validated) == [10, 20, 30]
     assert summary["best"]["mse"] == min(validated.values()) == validated[summary["best"]["step"]]
-    best = student_files.load(f"{tmp_path}/run/best")
+    best = load_student(f"{tmp_path}/run/best")
     assert best.provenance == {"teacher": "milli"}
     assert best.network.config.segment_samples == 1280  # as long as its crops
     (mse, *_) = config(labels).make().validate(best.network, 0, 1).values()
@@ -106,7 +107,7 @@ def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, lo
     train(runs, at_once=2)
     parent.end("FAILED")
     assert [run.state for run in runs] == ["failed" if number == 1 else "done" for number in range(count)]
-    assert table.read_json(f"{tmp_path}/tiny2/summary.json")["steps"] == 30
+    assert storage.read_json(f"{tmp_path}/tiny2/summary.json")["steps"] == 30
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")

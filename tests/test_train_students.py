@@ -9,8 +9,9 @@ import ray
 import soundfile
 
 from manifests import voice
-from speechdistill import cli, labeled, launch, table, train_students
-from speechdistill.shards import RunError
+from speechdistill import cli, labeled, launch, train_students
+from speechdistill.io import storage, table
+from speechdistill.io.errors import RunError
 from speechdistill.train_students import TrainStudents
 from test_batches import clips, label_run
 
@@ -66,7 +67,7 @@ def test_a_run_that_never_fits_is_refused(
 
 def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None:
     rows = clips(tmp_path)
-    table.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
+    storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
     config = TrainStudents(
         str(tmp_path / "out"),
         (labels,),

@@ -10,8 +10,10 @@ import soundfile
 
 from manifests import voice
 from small_models import speech_encoder
-from speechdistill import audio, cli, features, labeled, table
+from speechdistill import cli, features, labeled
 from speechdistill.features import LONGEST_S, Encode, Load
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.isolate import CannotWork
 from speechdistill.labels import LabelTransform
 
@@ -83,7 +85,7 @@ def test_from_listening_tests_to_a_student(
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("clips")
     rows = labeled.manifest(corpora(folder / "corpora", 12))
-    table.publish(table.parquet_bytes(features.scored_clips(rows)), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(features.scored_clips(rows)), f"{folder}/clips.parquet")
     return f"{folder}/clips.parquet"
 
 
@@ -128,7 +130,7 @@ def test_of_many_frames_the_middle_ones_are_kept_and_what_float16_cannot_hold_is
 
 def test_a_storage_that_is_away_ends_the_job(clips: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(uri: str, *_: object) -> None:
-        raise audio.UnreadableError(uri, "the storage does not answer", "try again")
+        raise UnreadableError(uri, "the storage does not answer", "try again")
 
     monkeypatch.setattr(audio, "load", away)
     monkeypatch.setattr(audio, "probe", away)
@@ -147,12 +149,12 @@ def test_of_a_long_clip_the_middle_is_heard_and_a_bad_one_is_rejected(tmp_path: 
     with (tmp_path / "scores.csv").open("w") as file:
         csv.writer(file).writerows([["path", "mos"], [tmp_path / "long.wav", 3], [tmp_path / "silent.wav", 1]])
     rows = labeled.manifest(f"{tmp_path}/scores.csv")
-    table.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
+    storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
     (tmp_path / "silent.wav").write_bytes(b"no audio")
     read = Load(f"{tmp_path}/clips.parquet")([{"id": 0}, {"id": 1}])
     heard = next(row for row in read if isinstance(row, dict))
     np.testing.assert_allclose(np.frombuffer(heard["wave"], np.float32), long[2 * RATE : -2 * RATE], atol=1e-6)
-    assert any(isinstance(row, audio.AudioError) for row in read)
+    assert any(isinstance(row, AudioError) for row in read)
 
 
 def test_splits_and_datasets_are_filled_in(tmp_path: Path) -> None:
@@ -162,10 +164,10 @@ def test_splits_and_datasets_are_filled_in(tmp_path: Path) -> None:
     assert set(filled["split"].to_pylist()) == {"train", "validation"} and len(filled) == 12
     assert set(filled["dataset"].to_pylist()) == set("abc")
     named = rows.set_column(rows.schema.get_field_index("split"), "split", [["val"] * 3 + ["train"] * 9])
-    with pytest.raises(table.TableError, match="split val is unknown; choose from train, validation, test"):
+    with pytest.raises(TableError, match="split val is unknown; choose from train, validation, test"):
         features.scored_clips(table.validate(named, "clip.v1"))
     train_only = rows.set_column(rows.schema.get_field_index("split"), "split", [["train"] * 12])
-    with pytest.raises(table.TableError, match=r"none is of split validation \(there are: \['train'\]\)"):
+    with pytest.raises(TableError, match=r"none is of split validation \(there are: \['train'\]\)"):
         features.scored_clips(table.validate(train_only, "clip.v1"))
     test_only = rows.set_column(
         rows.schema.get_field_index("split"), "split", [["test"] * 3 + ["train"] * 6 + ["validation"] * 3]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifests import voice
-from speechdistill import audio, teachers
+from speechdistill import teachers
 from speechdistill.comparing import candidates, paper
+from speechdistill.io import audio
 from speechdistill.teachers import Label, utmos
 from speechdistill.teachers.utmos import Teacher
 

@@ -14,10 +14,11 @@ import torch
 from scipy.signal import butter, sosfiltfilt
 
 from manifests import voice
-from speechdistill import assets, audio, degradations
-from speechdistill.assets import Asset
+from speechdistill import degradations
 from speechdistill.degradations import vocoders
 from speechdistill.degradations.vocoders import Codec2Lpcnet, HifiGan
+from speechdistill.io import assets, audio
+from speechdistill.io.assets import Asset
 
 RATE = audio.SAMPLE_RATE
 

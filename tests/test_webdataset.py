@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests import voice
-from speechdistill import audio, audio_files, ingest, table, tar_files
-from speechdistill.audio import AudioError
+from speechdistill import ingest
 from speechdistill.corpora import listing, webdataset
 from speechdistill.ingest import Ingest
+from speechdistill.io import audio, audio_files, table, tar_files
+from speechdistill.io.errors import AudioError, TableError
 
 
 def sound(seconds: float = 0.5, seed: int = 0, form: str = "FLAC") -> bytes:
@@ -397,9 +398,9 @@ def test_missing_and_compressed_files_are_told_before_the_work(tmp_path: Path) -
         ("x.tar.gz", "x.tar.gz: compressed.*gunzip"),
         ("*.tgz", "y.tgz: compressed"),
     ]:
-        with pytest.raises(table.TableError, match=message):
+        with pytest.raises(TableError, match=message):
             ingest.run(Ingest(out=str(tmp_path / "m"), list=(f"{tmp_path}/{pattern}",)))
-    with pytest.raises(table.TableError, match="nonsense"):
+    with pytest.raises(TableError, match="nonsense"):
         webdataset.files(["nonsense://a.tar"])
     assert not (tmp_path / "m").exists()
 
@@ -508,7 +509,7 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
     np.testing.assert_array_equal(
         audio.load(clips[3]["uri"]), soundfile.read(io.BytesIO(data["b.flac"]), dtype="float32")[0]
     )
-    with pytest.raises(table.TableError, match=r"1 of the 3 files .*shard-000002.tar' \(no such file\)"):
+    with pytest.raises(TableError, match=r"1 of the 3 files .*shard-000002.tar' \(no such file\)"):
         webdataset.files(["s3://bucket/train/shard-{000000..000002}.tar"])
     assert webdataset.files(["s3://bucket/*/*.tar"]) == [f"s3://bucket/train/shard-00000{i}.tar" for i in range(2)]
     s3.pipe("bucket/train/shard-000001.tar", b"changed")

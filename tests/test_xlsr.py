@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
-from speechdistill import audio, cli, speech_encoder, teachers
+from speechdistill import cli, speech_encoder, teachers
+from speechdistill.io import audio
 from speechdistill.samples import Teach
 from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import QualityHead

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-__version__ = "0.1.0"
+from speechdistill.io.version import __version__ as __version__
 
 
 def load(name: str = "distillmos", **options: Any) -> Callable[..., float]:

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speechdistill import audio, table
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import TableError
 from speechdistill.labeled import Labeled
 from speechdistill.lanes import Batch, read_ahead, rng, share
 from speechdistill.shards import ROW_GROUP
@@ -77,9 +78,9 @@ class LabelRun:
 
     def __init__(self, place: str) -> None:
         self.out, self.weight = _weighted(place)
-        identity = table.read_json(f"{self.out}/run.json")
-        if identity is None or table.read_json(f"{self.out}/summary.json") is None:
-            raise table.TableError(f"{self.out}: not a complete label run (no summary.json); finish it first")
+        identity = storage.read_json(f"{self.out}/run.json")
+        if identity is None or storage.read_json(f"{self.out}/summary.json") is None:
+            raise TableError(f"{self.out}: not a complete label run (no summary.json); finish it first")
         self.configuration: dict[str, Any] = identity["configuration"]
         files = table.read(f"{self.out}/manifest.parquet", "shard.v1")
         self.paths: list[str] = files["path"].to_pylist()
@@ -89,9 +90,9 @@ class LabelRun:
         self.in_file = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         self.sizes = np.minimum(ROW_GROUP, rows[self.file] - self.in_file * ROW_GROUP)
         if not len(self.sizes):
-            raise table.TableError(f"{self.out}: no labelled samples")
+            raise TableError(f"{self.out}: no labelled samples")
         # Of the files' hashes, so that equal labels are equal data wherever they lie.
-        self.fingerprint = table.fingerprint(files["content_sha256"].to_pylist())
+        self.fingerprint = fingerprint.of(files["content_sha256"].to_pylist())
 
     def held_out(self) -> np.ndarray:
         """Numbers of the row groups kept for validation, evenly spaced: at least one, and never all."""
@@ -106,9 +107,9 @@ class LabelRun:
             with table.open_parquet(path) as file:
                 rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
         except (FileNotFoundError, pa.ArrowException) as error:
-            raise table.TableError(f"{path} was lost or damaged since it was labelled: {error}") from error
+            raise TableError(f"{path} was lost or damaged since it was labelled: {error}") from error
         if len(rows) != self.sizes[group]:
-            raise table.TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows; it was rewritten")
+            raise TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows; it was rewritten")
         return rows
 
 
@@ -268,11 +269,11 @@ def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarra
 def _weighted(place: str) -> tuple[str, float]:
     out, found, weight = place.rpartition("=")
     if not found:
-        return table.absolute(place), 1.0
+        return storage.absolute(place), 1.0
     try:
         value = float(weight)
     except ValueError:
-        return table.absolute(place), 1.0  # a folder's name may have the sign
+        return storage.absolute(place), 1.0  # a folder's name may have the sign
     if not 0 < value < float("inf"):
         raise ValueError(f"--shards {place}: a weight is a number above 0")
-    return table.absolute(out), value
+    return storage.absolute(out), value

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill import table
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io import table
+from speechdistill.io.audio import SAMPLE_RATE
 
 
 def clip_id(kind: str, uri: str) -> str:

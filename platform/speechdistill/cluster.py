@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from speechdistill import table
-from speechdistill.shards import RunError
+from speechdistill.io.errors import RunError, StorageError, TableError
 
 T = TypeVar("T")
 Use = tuple[float, list[float]]
@@ -78,7 +77,7 @@ def cause(error: Exception) -> Exception:
     """What a task raised: our errors as they stand, which say all that a user needs; others with Ray's traceback."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return error
-    ours = isinstance(error.cause, RunError | table.TableError | table.StorageError)
+    ours = isinstance(error.cause, RunError | TableError | StorageError)
     raised: Exception = error.cause if ours else error.as_instanceof_cause()
     return raised
 

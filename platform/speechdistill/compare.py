@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from speechdistill import __version__, audio, cluster, table
+from speechdistill import cluster
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
-from speechdistill.shards import RunError
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import RunError
+from speechdistill.io.version import __version__
 from speechdistill.tracking.run import Tracking, tracking_uri
 
 
@@ -56,7 +58,7 @@ def run(config: Compare) -> Comparison:
     """
     _validate(config)
     cluster.be_patient()
-    out = table.absolute(config.out)
+    out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
     tracking_uri(out)  # an output without a place for its tracking is refused before any work
     found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
@@ -86,7 +88,7 @@ def _validate(config: Compare) -> None:
 
 
 def _written(found: Comparison, config: Compare, out: str, tracking: Tracking) -> None:
-    table.publish(table.parquet_bytes(table.from_rows(found.rows, "score.v1")), f"{out}/scores.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(found.rows, "score.v1")), f"{out}/scores.parquet")
     files = {
         "table.md": tables.markdown(found).encode("utf-8", "backslashreplace"),
         "table.csv": tables.as_csv(tables.table_one(found)),
@@ -99,10 +101,10 @@ def _written(found: Comparison, config: Compare, out: str, tracking: Tracking) -
         files |= {f"plots/{name}.png": plots.png(figure), f"plots/{name}.svg": plots.svg(figure, name)}
     files["report.html"] = page.html(found, figures).encode()
     for name, data in files.items():
-        table.publish(data, f"{out}/{name}")
+        storage.publish(data, f"{out}/{name}")
         tracking.file(data, name)
     summary = _summary(found)
-    table.publish_json(summary, f"{out}/summary.json")
+    storage.publish_json(summary, f"{out}/summary.json")
     tracking.document(summary, "summary.json")
     tracking.metrics(_metrics(found), step=len(found.clips))
 
@@ -155,7 +157,7 @@ def _about(config: Compare, clips: judged.Judged) -> dict[str, Any]:
     versions = {"speechdistill": __version__, "python": platform.python_version(), **audio.codec_versions()}
     return {
         "configuration": asdict(config),
-        "clips_sha256": table.fingerprint([[clip.sha256, clip.dataset, clip.mos] for clip in clips.clips]),
+        "clips_sha256": fingerprint.of([[clip.sha256, clip.dataset, clip.mos] for clip in clips.clips]),
         "versions": versions,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speechdistill.flow import Trial
+from speechdistill.io.errors import RunError
 from speechdistill.monitor import Work
-from speechdistill.shards import RunError
 
 _UNITS = ("cpu", "gpu")
 

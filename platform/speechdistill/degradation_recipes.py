@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from speechdistill import assets, degradations
-from speechdistill.assets import Asset, MissingError
+from speechdistill import degradations
+from speechdistill.io import assets
+from speechdistill.io.assets import Asset
+from speechdistill.io.errors import MissingError
 from speechdistill.plan import Recipe, Stage
 
 WEIGHTS_FREE = (
@@ -146,7 +148,7 @@ def with_assets(recipe: Recipe) -> Recipe:
         components = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
         left_out = " ".join(f"--without {name}" for name in components)
         raise MissingError(
-            f"recipe {recipe.name!r} has components that lack what they need:{lines}\n"
+            f"recipe {recipe.name!r} has components that lack what they need:{lines}\n",
             f"recipe 'weights_free' works without them; {left_out} leaves out just these",
             components,
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill import weights_file
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io import weights_file
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.scorer import HOP_S, Windowed, check, torch_device
 from speechdistill.teachers import logits
 

@@ -18,10 +18,12 @@ from typing import Literal, NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from speechdistill import __version__, audio, degradations, table, trials
+from speechdistill import degradations, trials
 from speechdistill.degradation_recipes import COMPONENTS
+from speechdistill.io import audio, storage
+from speechdistill.io.errors import RunError
+from speechdistill.io.version import __version__
 from speechdistill.isolate import ChildDied, Isolated, Row
-from speechdistill.shards import RunError
 from speechdistill.trials import Missing, Places
 
 _ON_NODES = ("teacher", "degradation", "recipe", "format", "storage", "clips")
@@ -86,11 +88,11 @@ def run(config: Doctor) -> list[Result]:
     """Try everything, with a progress bar on stderr; raises `ValueError` for an unknown name in `require` or
     `assets`."""
     required(config.require)
-    out, clips = (place and table.absolute(place) for place in (config.out, config.clips))
+    out, clips = (place and storage.absolute(place) for place in (config.out, config.clips))
     known = sorted({need.name for component in COMPONENTS for need in degradations.needs(component)})
     if unknown := sorted(set(config.assets) - set(known)):
         raise ValueError(f"--assets {' '.join(unknown)} is unknown; choose from {', '.join(known)}")
-    places = Places(out, clips, tuple((name, table.absolute(place)) for name, place in config.assets.items()))
+    places = Places(out, clips, tuple((name, storage.absolute(place)) for name, place in config.assets.items()))
     local = Isolated(partial(_Trials, places), timeout_s=_TIMEOUT_S)
     results = []
     with tqdm(total=len(names()), unit="trial", dynamic_ncols=True, leave=False) as bar:

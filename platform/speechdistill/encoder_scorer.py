@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import slim_encoder, speech_encoder, student_files, table
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill import slim_encoder, speech_encoder
+from speechdistill.io import checkpoint, fingerprint
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.labels import Scale
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
 from speechdistill.speech_encoder import Encoder, middle
@@ -108,7 +109,7 @@ class TrainedHead:
     scale: Scale
 
     def save(self, head: QualityHead, folder: str, provenance: Mapping[str, Any]) -> None:
-        student_files.write(head, folder, HEAD_ABOVE_ENCODER, asdict(self), provenance)
+        checkpoint.write(head, folder, HEAD_ABOVE_ENCODER, asdict(self), provenance)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class TrainedTeacher:
         return cls(config, slim_encoder.sizes(model), network.encoder.normalises, scale)
 
     def save(self, network: "Network", folder: str, provenance: Mapping[str, Any]) -> None:
-        student_files.write(network, folder, ENCODER_AND_HEAD, asdict(self), provenance)
+        checkpoint.write(network, folder, ENCODER_AND_HEAD, asdict(self), provenance)
 
     def network(self, weights: Mapping[str, Tensor]) -> "Network":
         head = QualityHead(len(weights["head.norm_input.weight"]), *HEAD)
@@ -136,7 +137,7 @@ class TrainedTeacher:
         return network
 
 
-def network(files: student_files.Files, folder: str, encoder: str | None = None) -> "Network":
+def network(files: checkpoint.Files, folder: str, encoder: str | None = None) -> "Network":
     """The encoder and head of a checkpoint; `encoder` is where that of a head alone is now.
 
     Raises `TableError` for files of another network, `FileNotFoundError` where the encoder is not, and `ValueError`
@@ -144,7 +145,7 @@ def network(files: student_files.Files, folder: str, encoder: str | None = None)
     """
     if encoder and files.architecture == ENCODER_AND_HEAD:
         raise ValueError(f"{folder} holds its own encoder; {encoder} would not be used, leave it out")
-    with student_files.fitting(folder):
+    with checkpoint.fitting(folder):
         config = {**files.config, "scale": Scale(**files.config["scale"])}
         if files.architecture == ENCODER_AND_HEAD:
             return TrainedTeacher(**config).network(files.weights)
@@ -160,13 +161,13 @@ def network(files: student_files.Files, folder: str, encoder: str | None = None)
     return Network(found, head)
 
 
-def from_files(files: student_files.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
+def from_files(files: checkpoint.Files, folder: str, encoder: str | None = None, **options: Any) -> EncoderScorer:
     """The scorer of a checkpoint; `options` are those of `EncoderScorer`. Raises what `network` raises."""
     parts = network(files, folder, encoder)
     name, scale = NAMES[files.architecture], Scale(**files.config["scale"])
     # All that decides a score; a head's encoder is another file.
     known = [files.weights_hash, vars(scale), *(files.config.get(key) for key in ("encoder_sha256", "layer"))]
-    return EncoderScorer(parts.encoder, parts.head.eval(), name, table.fingerprint(known), scale=scale, **options)
+    return EncoderScorer(parts.encoder, parts.head.eval(), name, fingerprint.of(known), scale=scale, **options)
 
 
 def _is_whole(wave: np.ndarray) -> bool:

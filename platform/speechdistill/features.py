@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill import audio, flow, pools, shards, table, teachers
+from speechdistill import flow, pools, shards, teachers
 from speechdistill.clips import Clips
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.isolate import Row
 from speechdistill.labeled import split
 from speechdistill.samples import check_storage
@@ -52,7 +54,7 @@ def scored_clips(clips: pa.Table) -> pa.Table:
     for name, part in zip(("train", "validation"), split(clips), strict=True):
         if not len(part):
             splits = sorted({str(found) for found in clips["split"].to_pylist()})
-            raise table.TableError(f"of {len(clips)} scored clips none is of split {name} (there are: {splits})")
+            raise TableError(f"of {len(clips)} scored clips none is of split {name} (there are: {splits})")
         dataset = pc.coalesce(part["dataset"], part["corpus"], pa.scalar("labeled"))
         for column, values in (("split", pa.array([name] * len(part), pa.string())), ("dataset", dataset)):
             part = part.set_column(part.schema.get_field_index(column), part.schema.field(column), values)
@@ -66,7 +68,7 @@ def compute(config: Features) -> Totals:
     layout = shards.Layout(config.out, SCHEMA, "number", num_clips, _ROWS_PER_PART, _totals, row_group=1)
     identity = {
         "job": "features",
-        "clips_sha256": table.file_hash(config.clips),
+        "clips_sha256": fingerprint.of_file(config.clips),
         "encoder": {"sha256": config.sha256, "layer": config.layer, "dtype": config.dtype},
         "libraries": audio.codec_versions(),
     }
@@ -74,7 +76,7 @@ def compute(config: Features) -> Totals:
     job = flow.Flow(layout, identity, stages, config.max_reject_share, config.retry_rejected, grow_to=config.grow_to)
     totals = flow.run(job)
     if totals.complete:
-        table.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
+        storage.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
     return totals
 
 
@@ -102,10 +104,10 @@ class Load:
         (clip,) = self._clips.slice(number, 1).to_pylist()
         try:
             wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
-        except audio.UnreadableError as error:
+        except UnreadableError as error:
             check_storage(Clips.read(self._source), error)
             return error
-        except audio.AudioError as error:
+        except AudioError as error:
             return error
         about = {name: clip[name] for name in _ABOUT}
         return teachers.problem(wave) or {**about, "wave": wave.astype(np.float32).tobytes()}

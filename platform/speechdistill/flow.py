@@ -21,9 +21,10 @@ import ray
 from tqdm import tqdm
 
 from speechdistill import cluster, shards
+from speechdistill.io.errors import RunError
 from speechdistill.isolate import CannotWork, Isolated, Row, Worker
 from speechdistill.monitor import Board, Monitor, Report, Work
-from speechdistill.shards import REJECT, Layout, RunError, Totals
+from speechdistill.shards import REJECT, Layout, Totals
 from speechdistill.watch import Watch, stop_on_sigterm
 
 _LOG = logging.getLogger(__name__)

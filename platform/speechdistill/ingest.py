@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from speechdistill import audio, audio_files, cluster, listening_tests, table, tar_files
+from speechdistill import cluster, listening_tests
 from speechdistill.clips import clip_id
 from speechdistill.corpora import HeldOut, folder, listing, webdataset
+from speechdistill.io import audio, audio_files, storage, table, tar_files
+from speechdistill.io.errors import AudioError, RunError, TableError
 from speechdistill.listening_tests import CorpusName
-from speechdistill.shards import RunError
 from speechdistill.teachers import MIN_DURATION_S
 
 _CHUNK_ROWS = 2_000
@@ -71,14 +72,14 @@ def run(config: Ingest) -> dict[str, Any]:
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
     labeled = scored_rows(config)
-    config = replace(config, out=table.absolute(config.out), list=tuple(files))
+    config = replace(config, out=storage.absolute(config.out), list=tuple(files))
     cluster.connect()
     ignored: Counter[str] = Counter()
     whole: set[tuple[str, str]] = set()
     ingest_rows(chain(labeled, _rows(config, ignored, whole)), config.out)
     _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
     summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
-    table.publish_json(summary, f"{config.out}/ingest.json")
+    storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError(f"no usable audio file was found; the reasons are in {config.out}/rejects.parquet")
     return summary
@@ -125,7 +126,7 @@ def merge(out: str) -> dict[str, Any]:
 
     table.publish_stream(good(), "clip.v1", f"{out}/clips.parquet")
     rejects = _last_rejects(out)
-    table.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{out}/rejects.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{out}/rejects.parquet")
     return {
         "clips": dict(clips),
         "hours": {kind: value / 3600 for kind, value in seconds.items()},
@@ -180,7 +181,7 @@ def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> tuple[pa.Table, pa
     good = [result for result in results if isinstance(result, dict)]
     try:
         clips = table.from_rows(good, "clip.v1")
-    except table.TableError:  # row by row, to find which; otherwise it would cost more than reading the headers
+    except TableError:  # row by row, to find which; otherwise it would cost more than reading the headers
         results = [_valid(result) for result in results]
         clips = table.from_rows([result for result in results if isinstance(result, dict)], "clip.v1")
     rejects = [
@@ -203,7 +204,7 @@ def _valid(result: Row | Exception) -> Row | Exception:
         if isinstance(result, dict):
             table.from_rows([result], "clip.v1")
         return result
-    except table.TableError as error:
+    except TableError as error:
         return error
 
 
@@ -217,10 +218,10 @@ def _clip(row: Row) -> Row:
     if "error" in row:  # what its corpus found out already
         raise row["error"]
     if any("\ud800" <= character <= "\udfff" for character in uri):
-        raise audio.AudioError(uri, "its name is not UTF-8, and tables hold only UTF-8", "rename the file")
+        raise AudioError(uri, "its name is not UTF-8, and tables hold only UTF-8", "rename the file")
     info = audio.probe(uri)
     if row["kind"] == "speech" and info.duration_s < MIN_DURATION_S:
-        raise audio.AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
+        raise AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
     return {
         **row,
         **{key: _number(uri, row, key) for key in ("mos", "votes") if key in row},
@@ -238,7 +239,7 @@ def _number(uri: str, row: Row, key: str) -> float | int:
             raise ValueError
         return int(value) if key == "votes" else value
     except (ValueError, TypeError):
-        raise audio.AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
+        raise AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
 
 
 def _version(row: Row) -> Row:
@@ -252,15 +253,15 @@ def _version(row: Row) -> Row:
 def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
     clips, rejects = tables
     # Clips last: a kill in between leaves rejects of files that are looked at again.
-    table.publish(table.parquet_bytes(rejects), f"{out}/parts/rejects-{number:06d}.parquet")
-    table.publish(table.parquet_bytes(clips), f"{out}/parts/clips-{number:06d}.parquet")
+    storage.publish(table.parquet_bytes(rejects), f"{out}/parts/rejects-{number:06d}.parquet")
+    storage.publish(table.parquet_bytes(clips), f"{out}/parts/clips-{number:06d}.parquet")
     return len(clips) + len(rejects)
 
 
 def _parts(out: str, what: str) -> list[tuple[int, str]]:
     fs, path = fsspec.url_to_fs(f"{out}/parts")
     fs.invalidate_cache()
-    with table.storage(f"{out}/parts"):
+    with storage.access(f"{out}/parts"):
         names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
     found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
     return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
@@ -273,7 +274,7 @@ def _forget_rejects(ids: Iterable[str], out: str) -> None:
         rejects = table.read(path, "reject.v1")
         kept = rejects.filter(pc.invert(pc.is_in(rejects["id"], mended)))
         if len(kept) < len(rejects):
-            table.publish(table.parquet_bytes(kept), path)
+            storage.publish(table.parquet_bytes(kept), path)
 
 
 def _last_rejects(out: str) -> list[Row]:

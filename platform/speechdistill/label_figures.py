@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, shards
+from speechdistill import shards
+from speechdistill.io import audio
 from speechdistill.shards import Totals
 
 SCORE_EDGES = np.linspace(1.0, 5.0, 41)

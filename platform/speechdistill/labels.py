@@ -6,7 +6,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from speechdistill import table
+from speechdistill.io import storage, table
+from speechdistill.io.errors import TableError
 
 SCHEMA = "label_transform.v1"
 # 1 and 5 have no logit. Their stand-ins, 1.02 and 4.98, are as far out as a mean of some fifty votes can tell.
@@ -33,9 +34,9 @@ class LabelTransform:
         """A file of schema `label_transform.v1`, or the identity; raises `TableError` naming what is wrong."""
         if uri is None:
             return cls()
-        document = table.read_json(uri)
+        document = storage.read_json(uri)
         if document is None:
-            raise table.TableError(f"{uri}: no such file; without one, scores are used as they are")
+            raise TableError(f"{uri}: no such file; without one, scores are used as they are")
         table.check_json(document, SCHEMA, uri)
         datasets = {name: Scale(**scale) for name, scale in document["datasets"].items()}
         return cls(datasets, Scale(**document["universal"]))

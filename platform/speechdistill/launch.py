@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 
-from speechdistill import cost, labeled, side_by_side, table
-from speechdistill.shards import RunError
+from speechdistill import cost, labeled, side_by_side
+from speechdistill.io import fingerprint, storage, table
+from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.side_by_side import Run
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
@@ -62,10 +63,10 @@ def capacity(
 def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: clips) -> tuple[str, str]:
     """Clips that listeners scored as a table beside the runs, which all workers read, and its fingerprint."""
     clips = prepare(labeled.manifest(source))
-    fingerprint = table.fingerprint(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
-    path = f"{out}/labeled-{fingerprint[:8]}.parquet"
-    table.publish(table.parquet_bytes(clips), path)
-    return path, fingerprint
+    digest = fingerprint.of(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
+    path = f"{out}/labeled-{digest[:8]}.parquet"
+    storage.publish(table.parquet_bytes(clips), path)
+    return path, digest
 
 
 def git_commit() -> str | None:
@@ -96,7 +97,7 @@ def _log_model(run: Run) -> None:
         if in_mlflow is None:
             raise registry.RegistryError("MLflow has not answered yet")
         registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
-    except (registry.RegistryError, table.TableError, table.StorageError) as error:
+    except (registry.RegistryError, TableError, StorageError) as error:
         _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechdistill import audio
+from speechdistill.io import audio
 
 _FRAME = audio.SAMPLE_RATE // 50
 _MOST_BYTES = 1275  # of a packet with one frame (RFC 6716, section 3.4)

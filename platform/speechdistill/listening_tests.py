@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from speechdistill import corpora, table
+from speechdistill import corpora
 from speechdistill.corpora import (
     blizzard2023,
     challenges,
@@ -13,6 +13,7 @@ from speechdistill.corpora import (
     tcd_voip,
     voicemos,
 )
+from speechdistill.io.errors import TableError
 
 CorpusName = Literal[
     "blizzard2023_sa",
@@ -53,5 +54,5 @@ READERS: dict[str, corpora.Reader] = {
 def rows(name: str, root: str, held_out: corpora.HeldOut = "both") -> list[dict[str, Any]]:
     """The checked rows of a corpus in folder `root`; raises `TableError` for what does not fit, and unknown names."""
     if name not in READERS:
-        raise table.TableError(f"no corpus {name!r}; there are {', '.join(sorted(READERS))}")
+        raise TableError(f"no corpus {name!r}; there are {', '.join(sorted(READERS))}")
     return corpora.checked(name, READERS[name], root, held_out)

@@ -15,7 +15,9 @@ import mlflow
 import numpy as np
 import pandas as pd
 
-from speechdistill import audio, trained
+from speechdistill import trained
+from speechdistill.io import audio
+from speechdistill.io.errors import AudioError
 from speechdistill.teachers import Model
 
 
@@ -41,7 +43,7 @@ class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         try:
             wave, rate = (_decoded(data), audio.SAMPLE_RATE) if has_data else (np.asarray(samples), _rate(row))
             return self._score(wave, rate), None
-        except audio.AudioError as error:  # its path is a temporary one
+        except AudioError as error:  # its path is a temporary one
             return None, f"{error.reason}; {error.fix}"
         except ValueError as error:
             return None, str(error)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.signal import lfilter
 
-from speechdistill import audio
+from speechdistill.io import audio
 
 # featurelib.py and enhance_onnx.py of NSNet2-baseline: 20 ms, gains of -80 to 0 dB.
 _NSNET2_WINDOW = np.sqrt(np.hanning(320)).astype(np.float32)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from speechdistill import degradations
-from speechdistill.assets import Asset
-from speechdistill.audio import SAMPLE_RATE
 from speechdistill.clips import Clip, Clips
 from speechdistill.degradations import Scene, Step
+from speechdistill.io.assets import Asset
+from speechdistill.io.audio import SAMPLE_RATE
 
 SEGMENT_S = 7.68
 """The student's input and the teacher's centre crop: 384 frames of 20 ms."""

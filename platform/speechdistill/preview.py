@@ -4,10 +4,11 @@ from io import BytesIO
 
 import soundfile
 
-from speechdistill import audio, degradations, table
-from speechdistill.assets import Need
+from speechdistill import degradations
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import with_assets
+from speechdistill.io import audio, storage
+from speechdistill.io.assets import Need
 from speechdistill.plan import Plan, Plans, Recipe
 from speechdistill.samples import make_sample
 
@@ -46,5 +47,5 @@ def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
     for wave, path in zip(make_sample(sample), (out, f"{out.removesuffix('.wav')}-clean.wav"), strict=True):
         data = BytesIO()
         soundfile.write(data, wave, audio.SAMPLE_RATE, format="WAV")
-        table.publish(data.getvalue(), path)
+        storage.publish(data.getvalue(), path)
     return sample

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import audio, labeled, score, teachers
+from speechdistill import labeled, score, teachers
+from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.metrics import correlation
 from speechdistill.tracking.run import tracking_uri
 
@@ -171,9 +172,9 @@ class _Unusable(ValueError):
 
 
 def _mos(model: teachers.Teacher, wave: np.ndarray | Exception) -> float:
-    if isinstance(wave, audio.UnreadableError):  # the storage's fault, perhaps: not to be decided around
+    if isinstance(wave, UnreadableError):  # the storage's fault, perhaps: not to be decided around
         raise wave
-    if isinstance(wave, audio.AudioError):
+    if isinstance(wave, AudioError):
         raise _Unusable(f"{wave.reason}; {wave.fix}")
     if isinstance(wave, Exception):
         raise wave

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from speechdistill import audio, cluster, table
-from speechdistill.shards import RunError
+from speechdistill import cluster
+from speechdistill.io import audio, storage
+from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
@@ -119,14 +120,15 @@ def run(config: Prune) -> list[dict[str, Any]]:
 
 
 def _absolute(config: Prune) -> Prune:
-    encoder = config.encoder and table.absolute(config.encoder)
-    return replace(config, out=table.absolute(config.out), labeled=table.absolute(config.labeled), encoder=encoder)
+    encoder = config.encoder and storage.absolute(config.encoder)
+    return replace(config, out=storage.absolute(config.out), labeled=storage.absolute(config.labeled), encoder=encoder)
 
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
-    from speechdistill import launch, student_files
+    from speechdistill import launch
     from speechdistill.batches import LabelRun, Mix
+    from speechdistill.io import checkpoint
     from speechdistill.pruning import Pruning
     from speechdistill.recipes.pruned import Pruned
     from speechdistill.tracking import registry
@@ -139,11 +141,11 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
     clips, fingerprint = launch.scored(config.labeled, config.out)
     with registry.student_folder(config.model) as folder:
-        files = student_files.read(folder)
-        if files.architecture == student_files.CONV_TRANSFORMER:
+        files = checkpoint.read(folder)
+        if files.architecture == checkpoint.CONV_TRANSFORMER:
             raise RunError(f"{config.model} is a student; a teacher's encoder can be pruned (see train-teacher)")
         teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
-        student_files.copy(folder, teacher)
+        checkpoint.copy(folder, teacher)
     sources: dict[str, Any] = {
         "teacher": files.weights_hash,
         "labeled": fingerprint,
@@ -176,7 +178,8 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
-    from speechdistill import student_files, trained
+    from speechdistill import trained
+    from speechdistill.io import checkpoint
     from speechdistill.scorer import torch_device
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
@@ -184,16 +187,16 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         folder = f"{out}/{name}"
-        figures = table.read_json(f"{folder}/figures.json") or {}
-        files = student_files.read(folder)
+        figures = storage.read_json(f"{folder}/figures.json") or {}
+        files = checkpoint.read(folder)
         cost = {f"{d}_s": _cost(first[d], trained.scorer(folder, device=d), d) for d in devices}
         rows.append(
             {
                 "name": name,
                 "remaining": figures.get("remaining"),
-                "nonzero": student_files.nonzero(files),
+                "nonzero": checkpoint.nonzero(files),
                 "parameters": sum(tensor.numel() for tensor in files.weights.values()),
-                "size_mb": student_files.size(folder) / 1e6,
+                "size_mb": checkpoint.size(folder) / 1e6,
                 **cost,
                 "mse": figures.get("mse"),
                 "pcc": figures.get("pcc"),
@@ -231,5 +234,5 @@ def _log(config: Prune, out: str, rows: Sequence[dict[str, Any]]) -> None:
             if config.register:
                 row["version"] = registry.Registry(uri).register(config.register, model).number
         registry.Registry(uri).document(in_mlflow, {NAME: list(rows)}, f"{NAME}.json")
-    except (registry.RegistryError, table.TableError, table.StorageError) as error:
+    except (registry.RegistryError, TableError, StorageError) as error:
         _LOG.warning("not all checkpoints are in MLflow (%s); the same command tries again", error)

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 
-from speechdistill import cluster, cost, degradation_recipes, flow, label_figures, plan, pools, shards, table, teachers
+from speechdistill import cluster, cost, degradation_recipes, flow, label_figures, plan, pools, shards, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import RecipeName
+from speechdistill.io import fingerprint, storage
+from speechdistill.io.errors import RunError
 from speechdistill.isolate import Worker
 from speechdistill.plan import Plans, Recipe
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
-from speechdistill.shards import RunError
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
@@ -121,9 +122,9 @@ def run(config: Pseudolabel) -> dict[str, Any]:
         if not complete:
             session.count(totals.done - sum(there.values()))
         summary = {**label_figures.summary(config.out, totals, session), **_about(config, identity)}
-        earlier = complete and table.read_json(f"{config.out}/summary.json")
+        earlier = complete and storage.read_json(f"{config.out}/summary.json")
         if complete and (session.samples or not earlier):  # otherwise it was complete, and is left as it is
-            table.publish_json(summary, f"{config.out}/summary.json")
+            storage.publish_json(summary, f"{config.out}/summary.json")
             tracking.figure(label_figures.histogram(summary), "scores.png")
             tracking.document(summary, "summary.json")
         if session.samples or not earlier:
@@ -149,8 +150,8 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     """The configuration with absolute paths, its recipe, number of samples and identity: all checked, none written."""
     _validate(config)
     cluster.be_patient()
-    weights, head = (path and table.absolute(path) for path in (config.weights, config.head))
-    clips, out = table.absolute(config.clips), table.absolute(config.out)
+    weights, head = (path and storage.absolute(path) for path in (config.weights, config.head))
+    clips, out = storage.absolute(config.clips), storage.absolute(config.out)
     config = replace(config, clips=clips, out=out, weights=weights, head=head)
     recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
     recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
@@ -223,14 +224,14 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
     """Copy the manifest into the run, where the workers read it: an ingest job may replace the original meanwhile."""
     copy = _manifest(config)
     fs, path = fsspec.url_to_fs(copy)
-    with table.storage(copy):
+    with storage.access(copy):
         is_there = fs.exists(path)
     if not is_there:
-        with table.storage(config.clips), fsspec.open(config.clips, "rb") as file:
+        with storage.access(config.clips), fsspec.open(config.clips, "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now; run the same command again when its ingest has ended")
-        table.publish(data, copy)
+        storage.publish(data, copy)
 
 
 def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
@@ -239,12 +240,12 @@ def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
     """
     if not config.teacher.startswith(MODEL_ADDRESSES):
         return config
-    from speechdistill import student_files
+    from speechdistill.io import checkpoint
     from speechdistill.tracking import registry
 
     copy = f"{config.out}/teacher"
     with registry.student_folder(config.teacher) as folder:
-        student_files.copy(folder, copy)
+        checkpoint.copy(folder, copy)
     return replace(config, teacher=copy)
 
 
@@ -261,7 +262,7 @@ def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
         # With the places of its assets, which stand in the plans.
         "recipe": {**asdict(recipe), "assets": {name: asset._asdict() for name, asset in recipe.assets.items()}},
         "seed": config.seed,
-        "clips_sha256": table.file_hash(config.clips),
+        "clips_sha256": fingerprint.of_file(config.clips),
         "teacher": {"name": teacher.name, "sha256": teacher.weights_hash, "dtype": config.dtype, **intrusive},
         "audio_format": config.audio_format,
         "reference": config.reference,
@@ -302,7 +303,7 @@ def _about(config: Pseudolabel, identity: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": config.recipe,
         "teacher": config.teacher,
         "seed": config.seed,
-        "fingerprint": table.fingerprint(identity),
+        "fingerprint": fingerprint.of(identity),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechdistill import weights_file
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io import weights_file
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.scorer import HOP_S, Windowed, check, segment_starts, torch_device
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES
 from speechdistill.teachers import logits

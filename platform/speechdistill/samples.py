@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import __version__, audio, degradations, file_cache, table, teachers
+from speechdistill import degradations, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradations import Neural, Step
+from speechdistill.io import audio, file_cache, fingerprint, table
+from speechdistill.io.errors import AudioError, UnreadableError
+from speechdistill.io.version import __version__
 from speechdistill.isolate import CannotWork, Row
 from speechdistill.plan import Plan, Plans, Recipe
 
@@ -76,7 +79,7 @@ class Degrade:
     ) -> None:
         import torch
 
-        if different := table.differences(dict(expected), libraries(recipe)):
+        if different := fingerprint.differences(dict(expected), libraries(recipe)):
             raise ValueError(
                 f"this node makes other audio than the driver (driver -> {socket.gethostname()}): "
                 f"{', '.join(different)}; install requirements.lock on every node"
@@ -99,7 +102,7 @@ class Degrade:
             if "plan" not in row:
                 return self._begun(self._plans[row["id"]])
             return {} if row["wave"] is None else self._gone_on(Plan.from_json(row["plan"]), row)
-        except audio.UnreadableError as error:
+        except UnreadableError as error:
             check_storage(self._clips, error)
             return error
         except Exception as error:
@@ -143,7 +146,7 @@ class Degrade:
         return audio.encode(audio.quantise(_within_full_scale(wave)), self._format)
 
 
-def check_storage(clips: Clips, error: audio.UnreadableError) -> None:
+def check_storage(clips: Clips, error: UnreadableError) -> None:
     """Raise `CannotWork` where other files of the storage cannot be read either: an outage rejects no sample."""
     others = clips.others(error.path, _OTHERS)
     threads = ThreadPoolExecutor(_OTHERS)
@@ -160,8 +163,8 @@ def check_storage(clips: Clips, error: audio.UnreadableError) -> None:
 def _answers(uri: str) -> bool:
     try:
         audio.probe(uri)
-    except audio.AudioError as error:  # no audio, or no such file, is an answer of the storage
-        return not isinstance(error, audio.UnreadableError)
+    except AudioError as error:  # no audio, or no such file, is an answer of the storage
+        return not isinstance(error, UnreadableError)
     return True
 
 

@@ -14,7 +14,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, table
+from speechdistill.io import audio, storage, table
+from speechdistill.io.errors import AudioError
 from speechdistill.teachers import Teacher, Unscorable
 
 Row = dict[str, Any]
@@ -79,7 +80,7 @@ def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
     if out is None:
         sys.stdout.write(data.decode())
     else:
-        table.publish(data, out)
+        storage.publish(data, out)
 
 
 def writer(out: str | None) -> Callable[[list[Row]], bytes]:
@@ -126,7 +127,7 @@ def _seconds(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Itera
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, audio.AudioError):  # its path is in the row
+    if isinstance(error, AudioError):  # its path is in the row
         return f"{error.reason}; {error.fix}"
     return str(error) if isinstance(error, Unscorable) else f"{type(error).__name__}: {error}"
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, ConvTransformer
 from speechdistill.teachers import Label, Unscorable, problem, sigmoid
 

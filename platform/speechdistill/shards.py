@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from speechdistill import table
+from speechdistill.io import fingerprint, storage, table
+from speechdistill.io.errors import RunError
 
 REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()), ("reject_message", pa.string())])
 """The status columns of a row on its way: all null while the row is good."""
@@ -31,10 +32,6 @@ ROW_GROUP = 16
 
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
 _THREADS, _FOOTERS = 32, 1024
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,13 @@ class Totals:
 def claim(out: str, identity: Mapping[str, Any]) -> None:
     """Write `run.json`, or find the same identity in it; raises `RunError` naming what differs."""
     mine = json.loads(json.dumps(identity))
-    theirs = table.read_json(f"{out}/run.json")
+    theirs = storage.read_json(f"{out}/run.json")
     if theirs is None:
         if listed(out):
             raise RunError(f"{out} holds shards but no run.json; choose another --out")
-        table.publish_json({"fingerprint": table.fingerprint(mine), "configuration": mine}, f"{out}/run.json")
-    elif theirs["fingerprint"] != table.fingerprint(mine):
-        lines = "\n  ".join(table.differences(theirs["configuration"], mine))
+        storage.publish_json({"fingerprint": fingerprint.of(mine), "configuration": mine}, f"{out}/run.json")
+    elif theirs["fingerprint"] != fingerprint.of(mine):
+        lines = "\n  ".join(fingerprint.differences(theirs["configuration"], mine))
         raise RunError(
             f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n"
             "give the same configuration to resume that run, or another --out to start a new one"
@@ -150,7 +147,7 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
     }
     data = table.parquet_bytes(rows, {"part": json.dumps(part)}, layout.row_group)
     if publish:
-        table.publish(data, layout.path(k, len(block)))
+        storage.publish(data, layout.path(k, len(block)))
     return json.dumps({**part, "size_bytes": len(data)})
 
 
@@ -159,7 +156,7 @@ def reopen(layout: Layout) -> None:
     part that is now to have more ids, so that readers never see an id twice.
     """
     fs, folder = fsspec.url_to_fs(layout.out)
-    with table.storage(layout.out):
+    with storage.access(layout.out):
         for name in ("summary.json", "manifest.parquet"):
             if fs.exists(f"{folder}/{name}"):
                 fs.rm_file(f"{folder}/{name}")
@@ -193,9 +190,9 @@ def finish(layout: Layout, complete: bool = True) -> None:
                 "content_sha256": part["content_sha256"],
             }
         )
-    table.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{layout.out}/rejects/rejects.parquet")
+    storage.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{layout.out}/rejects/rejects.parquet")
     if complete:
-        table.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
+        storage.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
 
 
 def reject_reasons(out: str) -> Counter[str]:
@@ -246,7 +243,7 @@ def _files(out: str) -> list[tuple[int, int, int, str]]:
     """(part, number of its ids, bytes, name) of every committed file."""
     fs, path = fsspec.url_to_fs(f"{out}/shards")
     fs.invalidate_cache()
-    with table.storage(f"{out}/shards"):
+    with storage.access(f"{out}/shards"):
         entries = fs.ls(path, detail=True) if fs.exists(path) else []
     matches = [(_NAME.search(entry["name"]), entry) for entry in entries]
     return [(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m]

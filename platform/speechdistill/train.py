@@ -17,9 +17,10 @@ import pyarrow.fs
 import ray
 import torch
 
-from speechdistill import audio, cluster, shards, table
+from speechdistill import cluster, shards
+from speechdistill.io import storage
+from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
 from speechdistill.loop import Loop, NotFiniteError, Recipe, Training
-from speechdistill.shards import RunError
 
 _STATE = "state.pt"
 _TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
@@ -144,7 +145,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     again and again without a new checkpoint; what was reached is kept.
     """
     shards.claim(job.out, job.identity)
-    if summary := table.read_json(f"{job.out}/summary.json"):
+    if summary := storage.read_json(f"{job.out}/summary.json"):
         return dict(summary)
     result = _trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
@@ -154,9 +155,9 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     with checkpoint.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
             if file.name != _STATE and not file.name.startswith("."):
-                table.publish(file.read_bytes(), f"{job.out}/best/{file.name}")
+                storage.publish(file.read_bytes(), f"{job.out}/best/{file.name}")
     summary = {"steps": job.training.steps, "best": {k: v for k, v in figures.items() if k != "is_best"}}
-    table.publish_json(summary, f"{job.out}/summary.json")
+    storage.publish_json(summary, f"{job.out}/summary.json")
     return summary
 
 
@@ -208,8 +209,8 @@ def _work(config: dict[str, Any]) -> dict[str, str]:
     except NotFiniteError as error:  # raised on all workers
         return {"failure": str(error)}
     except Exception as error:
-        wrong_data = isinstance(error, (table.TableError, audio.AudioError))
-        for_good = wrong_data and not isinstance(error, audio.UnreadableError)
+        wrong_data = isinstance(error, (TableError, AudioError))
+        for_good = wrong_data and not isinstance(error, UnreadableError)
         progress.failed(f"{type(error).__name__}: {error}", for_good)
         raise
 
@@ -254,7 +255,7 @@ def _keep(job: Job, loop: Loop, recipe: Recipe, name: str, figures: Mapping[str,
     """What the network has become, written by worker 0 to a folder of its own; `figures.json` is written last."""
     if rank == 0:
         recipe.save(loop.network, f"{job.out}/{name}")
-        table.publish_json({"step": loop.step, **figures}, f"{job.out}/{name}/figures.json")
+        storage.publish_json({"step": loop.step, **figures}, f"{job.out}/{name}/figures.json")
 
 
 def _told_by_first(value: str | None, world: int) -> str | None:

@@ -3,15 +3,16 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from speechdistill import cluster, table
+from speechdistill import cluster
 from speechdistill.batches import LabelRun, Mix
+from speechdistill.io import storage
 from speechdistill.labels import LabelTransform
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.models.student import Student
     from speechdistill.recipes.distill import Distill
-    from speechdistill.student_files import Student
     from speechdistill.train import Job
 
 
@@ -105,9 +106,9 @@ def _absolute(config: TrainStudents) -> TrainStudents:
     percents = (100.0,) if config.labeled_only else config.labeled_percent or (20.0 if config.labeled else 0.0,)
     return replace(
         config,
-        out=table.absolute(config.out),
-        labeled=config.labeled and table.absolute(config.labeled),
-        label_transform=config.label_transform and table.absolute(config.label_transform),
+        out=storage.absolute(config.out),
+        labeled=config.labeled and storage.absolute(config.labeled),
+        label_transform=config.label_transform and storage.absolute(config.label_transform),
         labeled_percent=tuple(dict.fromkeys(percents)),
     )
 
@@ -157,13 +158,13 @@ def _used(mix: Mix, provenance: dict[str, Any]) -> dict[str, Any]:
 
 def _initial(address: str, out: str) -> "tuple[str, Student]":
     """The student to begin with, copied beside the runs, where all workers read it."""
-    from speechdistill import student_files
+    from speechdistill.models.student import load_student, save_student
     from speechdistill.tracking import registry
 
     with registry.student_folder(address) as folder:
-        student = student_files.load(folder)
+        student = load_student(folder)
     copy = f"{out}/init-{student.weights_hash[:8]}"
-    student_files.save(student.network, copy, student.provenance)
+    save_student(student.network, copy, student.provenance)
     return copy, student
 
 

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from speechdistill import cluster, cost, table
-from speechdistill.shards import RunError
+from speechdistill import cluster, cost
+from speechdistill.io import storage
+from speechdistill.io.errors import RunError
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 
@@ -107,13 +108,13 @@ def _absolute(config: TrainTeacher) -> TrainTeacher:
 
     if config.encoder is None:  # what nobody asked for is not downloaded: 8.7 GB
         speech_encoder.located(speech_encoder.XLSR_2B, only_here=True)
-    out = table.absolute(config.out)
+    out = storage.absolute(config.out)
     return replace(
         config,
         out=out,
-        labeled=table.absolute(config.labeled),
-        encoder=table.absolute(config.encoder or speech_encoder.XLSR_2B),
-        features=table.absolute(config.features or f"{out}/features"),
+        labeled=storage.absolute(config.labeled),
+        encoder=storage.absolute(config.encoder or speech_encoder.XLSR_2B),
+        features=storage.absolute(config.features or f"{out}/features"),
     )
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from speechdistill import student_files
+from speechdistill.io import checkpoint
+from speechdistill.models.student import student_of
 from speechdistill.scorer import Scorer, Windowed
 
 
@@ -12,11 +13,11 @@ def scorer(folder: str, encoder: str | None = None, **options: Any) -> Windowed:
     `encoder` is the place of the speech encoder of a head, where that is another than in training. Raises `TableError`
     for a folder without a checkpoint, and what the scorers raise.
     """
-    files = student_files.read(folder)
-    if files.architecture == student_files.CONV_TRANSFORMER:
+    files = checkpoint.read(folder)
+    if files.architecture == checkpoint.CONV_TRANSFORMER:
         if encoder:
             raise ValueError(f"{folder} holds a student, which takes no other weights")
-        student = student_files.student(files, folder)
+        student = student_of(files, folder)
         return Scorer(student.network, "student", student.weights_hash, **options)
     from speechdistill import encoder_scorer  # transformers is not needed for a student
 

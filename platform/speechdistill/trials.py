@@ -25,11 +25,13 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill import audio, degradations, plan, table, teachers
-from speechdistill.assets import Asset, MissingError
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill import degradations, plan, teachers
 from speechdistill.clips import Clips
 from speechdistill.degradation_recipes import COMPONENTS, RECIPES, with_assets
+from speechdistill.io import audio, storage, table
+from speechdistill.io.assets import Asset
+from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import MissingError
 from speechdistill.samples import check_step, make_sample
 from speechdistill.tracking.run import tracking_uri
 
@@ -75,7 +77,7 @@ def published(out: str, name: str) -> Iterator[str]:
     uri = f"{out}/{name}"
     made = [folder for folder in Path(uri).parents if not folder.exists()] if "://" not in uri else []
     try:
-        table.publish(name.encode(), uri)
+        storage.publish(name.encode(), uri)
         try:
             yield uri
         finally:

@@ -29,9 +29,11 @@ import soundfile
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
-from speechdistill import audio, cli, flow, samples, shards, table
+from speechdistill import cli, flow, samples, shards
 from speechdistill.corpora import folder
 from speechdistill.degradation_recipes import as_is
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.isolate import CannotWork
 from speechdistill.samples import DEGRADED, TAUGHT
 
@@ -257,7 +259,7 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
     for kind in ("500 InternalError", "reset"):
         proxy.fault = lambda method, path, kind=kind: kind if "1.wav" in path else None
         one, bad, two = work(rows)
-        assert isinstance(bad, audio.UnreadableError) and isinstance(one, dict) and isinstance(two, dict)
+        assert isinstance(bad, UnreadableError) and isinstance(one, dict) and isinstance(two, dict)
         proxy.fault = lambda method, path, kind=kind: kind
         with pytest.raises(CannotWork, match=rf"{recordings}/0\.wav.*2 other files of that storage"):
             work(rows)
@@ -269,7 +271,7 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
     finally:
         store.check_credentials(False)
     store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
-    assert [type(result) for result in work(rows)] == [audio.AudioError] * 3
+    assert [type(result) for result in work(rows)] == [AudioError] * 3
 
 
 @pytest.mark.slow  # waits for all tries of each request
@@ -332,7 +334,7 @@ def test_a_stream_that_fails_on_its_way_leaves_the_old_file(store: Store, proxy:
         yield manifest(speech=3)
         raise ArithmeticError
 
-    table.publish(b"old", url)
+    storage.publish(b"old", url)
     with pytest.raises(ArithmeticError):
         table.publish_stream(rows(), "clip.v1", url)
     assert store.fs.cat_file(url) == b"old"
@@ -377,10 +379,10 @@ def load_audio(url: str) -> bool:
 
 WAVE = audio.quantise(voice(2.0))
 OPERATIONS: dict[str, Callable[[str], bool]] = {
-    "publish": lambda url: table.publish(b"new", f"{url}/new") is None,
-    "read-json": lambda url: table.read_json(f"{url}/run.json") == {"a": 1},
-    "read-json-that-is-missing": lambda url: table.read_json(f"{url}/none.json") is None,
-    "hash": lambda url: table.file_hash(f"{url}/run.json") == hashlib.sha256(b'{"a": 1}').hexdigest(),
+    "publish": lambda url: storage.publish(b"new", f"{url}/new") is None,
+    "read-json": lambda url: storage.read_json(f"{url}/run.json") == {"a": 1},
+    "read-json-that-is-missing": lambda url: storage.read_json(f"{url}/none.json") is None,
+    "hash": lambda url: fingerprint.of_file(f"{url}/run.json") == hashlib.sha256(b'{"a": 1}').hexdigest(),
     "list-shards": lambda url: shards.listed(url) == {0: 8},
     "read-footer": read_footer,
     "delete-summary": delete_summary,
@@ -480,7 +482,7 @@ def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work
 ) -> None:
     monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
     clips = f"s3://{BUCKET}/clips.parquet"
-    table.publish(table.parquet_bytes(manifest(speech=3)), clips)
+    storage.publish(table.parquet_bytes(manifest(speech=3)), clips)
     job = ["pseudolabel", "--clips", clips, "--num-samples", "2", "--out"]
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert cli.main([*job, f"s3://{BUCKET}/untracked"]) == 1

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 import training
 from faults.s3 import BUCKET, Proxy, Store, at_random
-from speechdistill import student_files
+from speechdistill.models.student import load_student
 from test_batches import label_run
 
 HANGS_S = 400  # only bounds a hang
@@ -122,7 +122,7 @@ def test_labels_and_run_may_be_on_s3_where_one_request_in_twenty_fails(
         assert_same(run.result(), quiet)
         assert (tmp_path / "marks" / "reached").exists()
         store.fs.get(f"{BUCKET}/run/best", str(tmp_path / "best"), recursive=True)
-    student_files.load(str(tmp_path / "best"))
+    load_student(str(tmp_path / "best"))
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from speechdistill import __version__, table, teachers
+from speechdistill import teachers
 from speechdistill.comparing import paper
+from speechdistill.io import fingerprint, storage
+from speechdistill.io.version import __version__
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import tracking_uri
 
@@ -35,7 +37,7 @@ class Model(NamedTuple):
     @property
     def key(self) -> str:
         """Equal keys, equal scores: of the network, its weights and the code that runs it."""
-        return table.fingerprint([self.sha256, __version__])[:16]
+        return fingerprint.of([self.sha256, __version__])[:16]
 
 
 def listed(text: str) -> dict[str, str]:
@@ -107,25 +109,25 @@ def _is_trained(address: str) -> bool:
 
 def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Model:
     """What was trained here: a student, or a head above the speech encoder at `encoder`, or a pruned teacher."""
-    from speechdistill import student_files
+    from speechdistill.io import checkpoint
 
     with registry.student_folder(address, uri) as folder:
-        files = student_files.read(folder)
-        encoder = encoder and table.absolute(encoder)
+        files = checkpoint.read(folder)
+        encoder = encoder and storage.absolute(encoder)
         teacher = teachers.load(folder, encoder, "cpu").teacher
         copy = f"{out}/models/{teacher.weights_hash[:16]}"
-        student_files.copy(folder, copy)
-    is_student = files.architecture == student_files.CONV_TRANSFORMER
+        checkpoint.copy(folder, copy)
+    is_student = files.architecture == checkpoint.CONV_TRANSFORMER
     pruned = "pruning" in files.provenance
-    parameters = student_files.nonzero(files) if pruned else _parameters(teacher)
+    parameters = checkpoint.nonzero(files) if pruned else _parameters(teacher)
     series = _series(files.provenance) if is_student or pruned else TEACHER
     return Model(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
 
 
 def _built_in(name: str, address: str, weights: str | None, head: str | None) -> Model:
     if weights and "://" not in weights:
-        weights = table.absolute(weights)
-    head = head and table.absolute(head)
+        weights = storage.absolute(weights)
+    head = head and storage.absolute(head)
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
     teacher = teachers.load(address, weights, "cpu", head=head).teacher
     if teacher.intrusive:

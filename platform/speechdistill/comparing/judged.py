@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import audio, labeled, table
+from speechdistill import labeled
 from speechdistill.batches import LabelRun
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import TableError
 
 _LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
@@ -45,13 +47,11 @@ def clips(source: str) -> Judged:
     Of a label run those samples that no student of it is trained on, with the teacher's scores. Raises `TableError`
     for what is neither.
     """
-    source = table.absolute(source)
+    source = storage.absolute(source)
     if source.lower().endswith(_LISTS):
         return _scored(source)
-    if table.read_json(f"{source}/run.json") is None:
-        raise table.TableError(
-            f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
-        )
+    if storage.read_json(f"{source}/run.json") is None:
+        raise TableError(f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run")
     return _labelled(source)
 
 
@@ -68,7 +68,7 @@ def _scored(source: str) -> Judged:
     try:
         rows = labeled.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
     except FileNotFoundError as error:
-        raise table.TableError(f"{source}: no such list; --clips names a file with columns path and mos") from error
+        raise TableError(f"{source}: no such list; --clips names a file with columns path and mos") from error
     uris = rows["uri"].to_pylist()
     with ThreadPoolExecutor(_THREADS) as threads:
         bar = tqdm(threads.map(_sha256, uris), total=len(uris), unit="clip", desc="hashing", dynamic_ncols=True)
@@ -110,6 +110,6 @@ def _group(place: str, group: int) -> tuple[list[bytes], list[str]]:
 
 def _sha256(uri: str) -> str:
     try:
-        return table.file_hash(uri)
+        return fingerprint.of_file(uri)
     except OSError:  # told with its reason when it is to be decoded
         return ""

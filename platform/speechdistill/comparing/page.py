@@ -12,10 +12,11 @@ import soundfile
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from speechdistill import audio
 from speechdistill.comparing import judged, plots, tables
 from speechdistill.comparing.candidates import Model
 from speechdistill.comparing.comparison import Comparison
+from speechdistill.io import audio
+from speechdistill.io.errors import AudioError
 from speechdistill.metrics.figures import METRICS, Value
 
 _WORST = 20
@@ -85,7 +86,7 @@ def _clip(found: Comparison, number: int) -> dict[str, Any]:
     }
     try:
         wave = judged.read(clip.uri)[: round(_HEARD_S * audio.SAMPLE_RATE)]
-    except (audio.AudioError, OSError) as error:  # it was there when it was scored
+    except (AudioError, OSError) as error:  # it was there when it was scored
         return {**shown, "problem": f"It cannot be played: {error}"}
     return {
         **shown,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill import audio
 from speechdistill.comparing.candidates import BASELINE, TEACHER, Model
 from speechdistill.comparing.comparison import Comparison
+from speechdistill.io import audio
 from speechdistill.metrics.figures import Value
 
 _INK = "#1f2a37"

@@ -21,12 +21,13 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import audio, flow, pools, shards, table, teachers
+from speechdistill import flow, pools, shards, teachers
 from speechdistill.comparing import judged
 from speechdistill.comparing.candidates import Model
+from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io.errors import RunError
 from speechdistill.isolate import Row
 from speechdistill.monitor import Report
-from speechdistill.shards import RunError
 
 SCHEMA = "clip_scores.v1"
 _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
@@ -80,7 +81,7 @@ def score(
     if not tasks:
         return Scores(known, {})
     run = _flow(models, tasks, out, report)
-    table.publish_json(tasks, f"{run.layout.out}/{_TASKS}")
+    storage.publish_json(tasks, f"{run.layout.out}/{_TASKS}")
     others = len(missing(models, clips, {})) - len(tasks)
     flow.run(replace(run, max_reject_share=max_reject_share, retry_rejected=True, known=others))
     rows = table.read(f"{run.layout.out}/rejects/rejects.parquet", "reject.v1").to_pylist()
@@ -124,7 +125,7 @@ def _go_on(models: Sequence[Model], clips: Sequence[judged.Clip], out: str, repo
     """Finish the runs that were stopped, where all that is left of them is still to be scored."""
     wanted = {(key, task.sha256) for task in missing(models, clips, {}) for key in task.models}
     for folder in _stopped(out):
-        tasks = [Task(sha256, uri, tuple(keys)) for sha256, uri, keys in table.read_json(f"{folder}/{_TASKS}") or ()]
+        tasks = [Task(sha256, uri, tuple(keys)) for sha256, uri, keys in storage.read_json(f"{folder}/{_TASKS}") or ()]
         run = _flow(models, tasks, out, report)
         if run.layout.out != folder:  # of other models, or versions of libraries
             continue
@@ -143,7 +144,7 @@ def _stopped(out: str) -> list[str]:
 def _files(out: str, pattern: str) -> list[str]:
     fs, path = fsspec.url_to_fs(f"{out}/scores")
     fs.invalidate_cache()
-    with table.storage(out):
+    with storage.access(out):
         found = sorted(fs.glob(f"{path}/{pattern}")) if fs.exists(path) else []
     return [str(fs.unstrip_protocol(file)) for file in found]
 
@@ -156,10 +157,10 @@ def _flow(models: Sequence[Model], tasks: list[Task], out: str, report: Report) 
         "job": "compare",
         "models": {model.key: model.sha256 for model in asked},
         "libraries": audio.codec_versions(),
-        "tasks": table.fingerprint(tasks),
+        "tasks": fingerprint.of(tasks),
     }
     rows = max(1, min(_ROWS_PER_PART, len(tasks) // 8))  # a few clips are spread over the pool, too
-    folder = f"{out}/scores/{table.fingerprint(identity)[:16]}"
+    folder = f"{out}/scores/{fingerprint.of(identity)[:16]}"
     layout = shards.Layout(folder, SCHEMA, "number", len(tasks), rows, _totals)
     stages = partial(_stages, asked, tasks)
     return flow.Flow(layout, identity, stages, max_reject_share=1.0, report=report)

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from speechdistill import table
+from speechdistill.io import storage, table
+from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
 _FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
@@ -59,18 +60,18 @@ def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[st
     Raises `TableError` for a file that is missing or lacks a column, and for lines that are too short.
     """
     if not all(exist([file])):
-        raise table.TableError(f"{file} is missing; --root names the folder of the corpus as it is unpacked")
+        raise TableError(f"{file} is missing; --root names the folder of the corpus as it is unpacked")
     wrong = (UnicodeDecodeError, csv.Error)
     try:
-        with table.storage(file, *wrong), fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as text:
+        with storage.access(file, *wrong), fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text, None if header else needed)
             names, found = list(reader.fieldnames or ()), list(reader)
     except wrong as error:
-        raise table.TableError(f"{file} is no CSV in UTF-8 ({error})") from error
+        raise TableError(f"{file} is no CSV in UTF-8 ({error})") from error
     if absent := [name for name in needed if name not in names]:
-        raise table.TableError(f"{file}: columns {absent} are missing; it has {names}")
+        raise TableError(f"{file}: columns {absent} are missing; it has {names}")
     if short := [str(number + 1) for number, line in enumerate(found) if None in map(line.get, needed)]:
-        raise table.TableError(f"{file}: {some(short, 'rows lack fields')}")
+        raise TableError(f"{file}: {some(short, 'rows lack fields')}")
     return found
 
 
@@ -87,7 +88,7 @@ def exist(uris: Sequence[str]) -> list[bool]:
         if "://" not in uri:
             return Path(uri).is_file()
         fs, path = fsspec.url_to_fs(uri)
-        with table.storage(uri):
+        with storage.access(uri):
             try:
                 return bool(fs.info(path)["type"] == "file")
             except FileNotFoundError:
@@ -109,7 +110,7 @@ def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") ->
     Raises `TableError` with counts and the first ten for missing files, scores that are not from 1 to 5, files named
     twice and unknown splits. Other clip counts than the paper's are a warning.
     """
-    rows = [{"kind": "speech", "dataset": name, **row} for row in reader.rows(table.absolute(root))]
+    rows = [{"kind": "speech", "dataset": name, **row} for row in reader.rows(storage.absolute(root))]
     uris = [row["uri"] for row in rows]
     files = Counter(uris)
     problems = [
@@ -126,7 +127,7 @@ def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") ->
         ),
     ]
     if any(problems) or not rows:
-        raise table.TableError(f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}")
+        raise TableError(f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}")
     rows = [{**row, "mos": _score(row["mos"])} for row in rows]
     if reader.challenge:
         rows = held_out_rows(name, rows, held_out, reader.paper)

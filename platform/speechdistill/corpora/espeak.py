@@ -14,8 +14,9 @@ import numpy as np
 import soundfile
 from scipy.signal import butter, sosfilt
 
-from speechdistill import espeak_ng, table
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill import espeak_ng
+from speechdistill.io import fingerprint, storage
+from speechdistill.io.audio import SAMPLE_RATE
 
 _SEED = 2512  # of everything drawn here
 _LICENCE = "CC0-1.0"  # the sentences are ours; espeak-ng's GPL does not cover what it says
@@ -87,7 +88,7 @@ def write(root: str | Path, num_clips: int = 60) -> Path:
     for row in rows(root, num_clips):
         uri = row.pop("uri")
         writer.writerow({"path": Path(uri).relative_to(target.parent).as_posix(), **row})
-    table.publish(text.getvalue().encode(), str(target))
+    storage.publish(text.getvalue().encode(), str(target))
     return target
 
 
@@ -121,7 +122,7 @@ def _row(path: Path, kind: str, **columns: str) -> dict[str, Any]:
 def _publish(path: Path, wave: np.ndarray, rate: int, subtype: str) -> None:
     buffer = BytesIO()
     soundfile.write(buffer, wave, rate, format="WAV", subtype=subtype)
-    table.publish(buffer.getvalue(), str(path))
+    storage.publish(buffer.getvalue(), str(path))
 
 
 # Speech
@@ -140,7 +141,7 @@ def _job(folder: Path, index: int) -> dict[str, Any]:
         "rate": rate + int(rng.integers(-12, 13)),
         "pitch": pitch + int(rng.integers(-5, 6)),
     }
-    name = f"{index:05d}-{job['speaker']}-{table.fingerprint(job)[:8]}.wav"
+    name = f"{index:05d}-{job['speaker']}-{fingerprint.of(job)[:8]}.wav"
     return {**job, "path": str(folder / "speech" / name)}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
-from speechdistill import table
-from speechdistill.audio import EXTENSIONS
+from speechdistill.io import storage
+from speechdistill.io.audio import EXTENSIONS
 
 _NO_FOLDER = "{} is not a folder; give folders with --speech, --noise, --rir"
 
@@ -51,12 +51,12 @@ def _files(root: str, ignored: Counter[str]) -> Iterator[str]:
 
 def _files_of_url(root: str) -> Iterator[str]:
     fs, path = fsspec.url_to_fs(root)
-    with table.storage(root):
+    with storage.access(root):
         is_folder = fs.isdir(path)
     if not is_folder:
         raise FileNotFoundError(_NO_FOLDER.format(root))
     archive = root[root.index("::") :] if "::" in root else ""  # zip://folder::s3://bucket/a.zip
-    with table.storage(root):
+    with storage.access(root):
         for folder, _, names in fs.walk(path, on_error="raise"):  # else what cannot be listed is left out
             for name in sorted(names):
                 yield fs.unstrip_protocol(f"{folder}/{name}") + archive

@@ -11,7 +11,8 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
-from speechdistill import corpora, table
+from speechdistill import corpora
+from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_lines(file)):
         path = line.pop("path", None) or line.pop("uri", None)
         if not path:
-            raise table.TableError(f"{file}: row {number + 1} has no path; name that column 'path' or 'uri'")
+            raise TableError(f"{file}: row {number + 1} has no path; name that column 'path' or 'uri'")
         if number == 0 and (unknown := sorted(set(line) - corpora.columns())):
             _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(corpora.columns()))
         yield {"kind": "speech", **corpora.given(line), "uri": _absolute(str(path), folder)}
@@ -47,14 +48,14 @@ def _lines(file: str) -> Iterator[dict[str, Any]]:
             for batch in pq.ParquetFile(data).iter_batches(batch_size=2_000):
                 yield from batch.to_pylist()
     else:
-        raise table.TableError(f"{file}: a list is .csv, .jsonl or .parquet")
+        raise TableError(f"{file}: a list is .csv, .jsonl or .parquet")
 
 
 def _parsed(file: str, number: int, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise table.TableError(f"{file}: line {number + 1} is not a JSON object ({error})") from error
+        raise TableError(f"{file}: line {number + 1} is not a JSON object ({error})") from error
 
 
 def _absolute(path: str, folder: str) -> str:

@@ -17,7 +17,9 @@ from zipfile import BadZipFile, ZipFile
 
 import fsspec
 
-from speechdistill import corpora, table
+from speechdistill import corpora
+from speechdistill.io import storage
+from speechdistill.io.errors import TableError
 
 _SPREADSHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _NUM_LISTENERS = 24
@@ -26,16 +28,16 @@ _NUM_LISTENERS = 24
 def rows(root: str) -> Iterator[dict[str, Any]]:
     """`root` is any folder above the spreadsheet and the recordings; references are not in the manifest."""
     fs, path = fsspec.url_to_fs(root)
-    with table.storage(root):
+    with storage.access(root):
         found = [fs.unstrip_protocol(file).removeprefix("file://") for file in fs.find(path)]
     files = {file.rsplit("/", 1)[-1]: file for file in found}
     counts = Counter(file.rsplit("/", 1)[-1] for file in found)
     sheets = (_sheet(file) for file in found if file.lower().endswith(".xlsx"))
     lines = next(filter(None, sheets), None)
     if lines is None:
-        raise table.TableError(f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'")
+        raise TableError(f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'")
     if twice := [line["Filename"] for line in lines if counts[line["Filename"]] > 1]:
-        raise table.TableError(f"{root}: {corpora.some(twice, 'recordings lie in more than one folder')}")
+        raise TableError(f"{root}: {corpora.some(twice, 'recordings lie in more than one folder')}")
     for line in lines:
         name = line["Filename"]
         _, condition, degradation, speaker = f"{name.removesuffix('.wav')}___".split("_")[:4]
@@ -68,7 +70,7 @@ def _sheet(file: str) -> list[dict[str, str]]:
                     named = [{header[c]: text for c, text in line.items() if c in header} for line in lines[1:]]
                     return [{"sample MOS": "", **line} for line in named if line.get("Filename")]
     except (BadZipFile, ET.ParseError, LookupError, ValueError) as error:
-        raise table.TableError(f"{file} cannot be read as a spreadsheet ({error})") from error
+        raise TableError(f"{file} cannot be read as a spreadsheet ({error})") from error
     return []
 
 

@@ -19,8 +19,10 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from speechdistill import audio_files, corpora, table, tar_files
-from speechdistill.audio import EXTENSIONS, AudioError
+from speechdistill import corpora
+from speechdistill.io import audio_files, tar_files
+from speechdistill.io.audio import EXTENSIONS
+from speechdistill.io.errors import AudioError, TableError
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 16  # a tar on an object store is one small request after another: mostly waiting
@@ -74,7 +76,7 @@ def files(patterns: Sequence[str]) -> list[str]:
     """
     found = dict.fromkeys(file for pattern in patterns for file in _matches(pattern))
     if compressed := [file for file in found if _COMPRESSED.search(_path(file))]:
-        raise table.TableError(f"{compressed[0]}: {_IS_COMPRESSED}; {_UNPACK}")
+        raise TableError(f"{compressed[0]}: {_IS_COMPRESSED}; {_UNPACK}")
     return list(found)
 
 
@@ -220,7 +222,7 @@ def _matches(pattern: str) -> list[str]:
         found = list(threads.map(_found, names))
     if problems := [problem for problem in found if isinstance(problem, str)]:
         which = f"{len(problems)} of the {len(names)} files of {pattern!r}, such as " if len(names) > 1 else ""
-        raise table.TableError(f"{which}{', '.join(problems[:5])}; correct --list")
+        raise TableError(f"{which}{', '.join(problems[:5])}; correct --list")
     return [file for matches in found for file in matches]
 
 

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import numpy as np
 
-from speechdistill import assets
-from speechdistill.assets import Asset, Need
 from speechdistill.clips import Clips
+from speechdistill.io import assets
+from speechdistill.io.assets import Asset, Need
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from speechdistill import audio, libopus
-from speechdistill.assets import Need
+from speechdistill import libopus
 from speechdistill.degradations import Neural, Scene
+from speechdistill.io import audio
+from speechdistill.io.assets import Need
 
 _BITRATES_BPS = (6_000, 32_000)
 _FRAME = audio.SAMPLE_RATE // 50

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from speechdistill import assets, audio, espeak_ng
-from speechdistill.assets import Asset, Need
+from speechdistill import espeak_ng
 from speechdistill.degradations import Neural, Scene
+from speechdistill.io import assets, audio
+from speechdistill.io.assets import Asset, Need
 
 _LANGUAGES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # and espeak-ng's voice for each
 _VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1, 8))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from speechdistill import audio
 from speechdistill.degradations import Scene
+from speechdistill.io import audio
 
 _RAMP = audio.SAMPLE_RATE // 50  # a change takes 20 ms, so that it does not click
 _OVER_DB = (3.0, 20.0)

@@ -12,9 +12,9 @@ from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 from scipy.ndimage import maximum_filter1d
 from scipy.signal import lfilter
 
-from speechdistill import audio, file_cache
 from speechdistill.clips import Clip
 from speechdistill.degradations import Scene
+from speechdistill.io import audio, file_cache
 
 NOMINAL_LEVEL_DB = -26.0
 """Active speech level in dBov that telephony assumes (ITU-T P.830); used where the speech is silent."""

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speechdistill import audio, libopus
+from speechdistill import libopus
 from speechdistill.degradations import Scene
+from speechdistill.io import audio
 
 _LOSS = (0.01, 0.2)
 _MEAN_BURST = (2.0, 6.0)  # packets

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import butter, fftconvolve, sosfilt
 
-from speechdistill import audio, file_cache
 from speechdistill.degradations import Scene
+from speechdistill.io import audio, file_cache
+from speechdistill.io.errors import AudioError
 
 MAX_RESPONSE_S = 4.0  # longer files are noise after their decay
 _SILENT_PEAK = 1e-6  # -120 dB re full scale: below what 16 bits hold
@@ -120,7 +121,7 @@ def _measured(uri: str, channel: int) -> np.ndarray:
     direct = int(np.argmax(np.abs(response)))
     if abs(response[direct]) < _SILENT_PEAK:
         reason = f"channel {channel} is silent in its first {len(response) / audio.SAMPLE_RATE:.2f} s"
-        raise audio.AudioError(uri, reason, "not an impulse response: leave it out")
+        raise AudioError(uri, reason, "not an impulse response: leave it out")
     return np.asarray(response[direct:] / response[direct])
 
 

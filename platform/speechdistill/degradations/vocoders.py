@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from speechdistill import audio
-from speechdistill.assets import Need
 from speechdistill.degradations import Neural, Scene
+from speechdistill.io import audio
+from speechdistill.io.assets import Need
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from speechdistill import audio, labeled, student_files, table, validation
+from speechdistill import labeled, validation
 from speechdistill.batches import Batches, Mix
+from speechdistill.io import audio, table
+from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.labeled import Labeled
 from speechdistill.labels import LabelTransform
+from speechdistill.models.student import load_student, save_student
 from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
 
@@ -82,7 +85,7 @@ class Recipe:
 
     def network(self) -> nn.Module:
         if self._config.init:
-            network = student_files.load(self._config.init).network
+            network = load_student(self._config.init).network
             network.config = replace(network.config, segment_samples=self._student.segment_samples)
             return network
         torch.manual_seed(self._config.mix.seed)
@@ -96,12 +99,12 @@ class Recipe:
         mine = [(dataset, target, _score(network, wave)) for dataset, target, wave in self._clips(rank, world)]
         results = validation.gathered(mine, world)
         if not results:
-            raise table.TableError("none of the clips to validate on can be used; see the warnings above")
+            raise TableError("none of the clips to validate on can be used; see the warnings above")
         return validation.figures(results)
 
     def save(self, network: nn.Module, folder: str) -> None:
         assert isinstance(network, ConvTransformer)
-        student_files.save(network, folder, self._config.provenance or {})
+        save_student(network, folder, self._config.provenance or {})
 
     def _clips(self, rank: int, world: int) -> Iterator[tuple[str, float, np.ndarray]]:
         """A worker's share of the validation set: dataset, target, wave."""
@@ -112,9 +115,9 @@ class Recipe:
         for clip in list(self._validation.clips())[rank::world]:
             try:
                 yield clip.dataset, clip.target, audio.load(clip.uri)
-            except audio.UnreadableError:  # the storage's fault, perhaps
+            except UnreadableError:  # the storage's fault, perhaps
                 raise
-            except audio.AudioError as error:
+            except AudioError as error:
                 _LOG.warning("%s; validation goes on without it", error)
 
 

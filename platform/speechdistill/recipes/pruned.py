@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import audio, encoder_scorer, labeled, slim_encoder, student_files, table, validation
+from speechdistill import encoder_scorer, labeled, slim_encoder, validation
 from speechdistill.batches import Batches, Mix
 from speechdistill.encoder_scorer import WHOLE_S, Network, TrainedTeacher
+from speechdistill.io import audio, checkpoint, table
+from speechdistill.io.errors import TableError
 from speechdistill.labeled import Clip, Labeled
 from speechdistill.labels import LabelTransform, Scale
 from speechdistill.pruning import Pruner, Pruning
@@ -48,7 +50,7 @@ class Recipe:
         self._config = config
         rows = labeled.split(table.read(config.labeled, "clip.v1"))
         if not len(rows[1]) or (config.mix.labeled_lanes and not len(rows[0])):
-            raise table.TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
+            raise TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
         self._transform = transform(config.teacher)
         train = Labeled(rows[0], LabelTransform()) if config.mix.labeled_lanes else None
         self._validation = list(Labeled(rows[1], self._transform).clips())
@@ -62,7 +64,7 @@ class Recipe:
 
     def network(self) -> nn.Module:
         config = self._config
-        files = student_files.read(config.teacher)
+        files = checkpoint.read(config.teacher)
         network = encoder_scorer.network(files, config.teacher, config.encoder)
         self._normalises = network.encoder.normalises
         return network.train().requires_grad_(True)
@@ -114,7 +116,7 @@ class Recipe:
 
 def transform(teacher: str) -> LabelTransform:
     """The scales of a teacher's listening tests, from its checkpoint; the identity where it has none."""
-    found = student_files.read(teacher).provenance.get("label_transform")
+    found = checkpoint.read(teacher).provenance.get("label_transform")
     if found is None:
         return LabelTransform()
     datasets = {name: Scale(**scale) for name, scale in found["datasets"].items()}

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import table, validation
+from speechdistill import validation
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.feature_batches import FeatureBatches
+from speechdistill.io import storage, table
 from speechdistill.labels import SCHEMA, LabelTransform, Scale
 from speechdistill.students.conv_transformer import QualityHead
 
@@ -115,7 +116,7 @@ class Recipe:
         head: Any = network.head
         about.save(head, folder, {**(config.provenance or {}), "label_transform": transform})
         table.check_json(transform, SCHEMA, TRANSFORM)
-        table.publish_json(transform, f"{folder}/{TRANSFORM}")
+        storage.publish_json(transform, f"{folder}/{TRANSFORM}")
 
     def _heads_logits(self, network: nn.Module, rank: int, world: int) -> list[tuple[str, float, float]]:
         """A worker's share of the validation set: dataset, score, the head's logit."""

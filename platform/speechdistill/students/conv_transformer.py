@@ -145,7 +145,7 @@ class ConvTransformer(nn.Module):
         """(batch, num_samples) at 16 kHz, any level, to logits (batch,); float32, or float64 as the parameters.
 
         Segments are 122,880 samples, or shorter crops in training. Raises `ValueError` for another shape: pad or crop
-        with `speechdistill.audio.fit`.
+        with `speechdistill.io.audio.fit`.
         """
         if segments.ndim != 2 or segments.shape[1] not in _LENGTHS:
             raise ValueError(

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from speechdistill import audio
-from speechdistill.audio_decoders import MAX_CHANNELS, SAMPLE_RATES
+from speechdistill.io import audio
+from speechdistill.io.audio_decoders import MAX_CHANNELS, SAMPLE_RATES
 
 MIN_DURATION_S = 0.1
 SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, so below it they would judge dither and rounding

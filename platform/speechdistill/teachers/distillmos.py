@@ -8,7 +8,7 @@ from io import BytesIO
 
 import torch
 
-from speechdistill import weights_file
+from speechdistill.io import weights_file
 from speechdistill.scorer import HOP_S, Scorer
 from speechdistill.students.conv_transformer import ConvTransformer
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, relu
 
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.released import Released
 
 _SHORTEST_SAMPLES = 2240  # 0.14 s, one segment of 15 frames

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from speechdistill.audio import SAMPLE_RATE
+from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.teachers import Label, Unscorable, logits, problem
 
 LONGEST_S = 20.0

@@ -13,7 +13,7 @@ from speechdistill.tracking import registry
 class Teacher:
     """A trained student or head.
 
-    `weights` is a checkpoint's folder or URL (`student_files`), or an address of `registry.student_folder`; `encoder`
+    `weights` is a checkpoint's folder or URL (`io.checkpoint`), or an address of `registry.student_folder`; `encoder`
     the place of a head's speech encoder, where that is another than in training. Raises `RegistryError` or
     `TableError` naming what is not there, and what the scorers raise.
     """

@@ -9,8 +9,9 @@ from io import BytesIO
 
 import torch
 
-from speechdistill import speech_encoder, weights_file
+from speechdistill import speech_encoder
 from speechdistill.encoder_scorer import HEAD, EncoderScorer
+from speechdistill.io import weights_file
 from speechdistill.scorer import HOP_S, check
 from speechdistill.speech_encoder import XLSR_2B
 from speechdistill.students.conv_transformer import QualityHead

@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 
-from speechdistill import table
+from speechdistill.io import storage
 
 _SEGMENT_LINES = 256
 
@@ -55,7 +55,7 @@ class EventLog:
         with self._lock:
             files, lines = dict(self._files), list(self._queue)
         for name, data in files.items():  # before the event that tells of it
-            table.publish(data, f"{self._out}/tracking/artifacts/{name}")
+            storage.publish(data, f"{self._out}/tracking/artifacts/{name}")
         while lines:
             added = lines[: _SEGMENT_LINES - len(self._segment)]
             self._publish(added)
@@ -66,7 +66,7 @@ class EventLog:
     def _publish(self, added: list[str]) -> None:
         grown = self._segment + added
         name = f"events-{self._session}-{self._number:06d}.jsonl"
-        table.publish(("\n".join(grown) + "\n").encode(), f"{self._out}/tracking/{name}")
+        storage.publish(("\n".join(grown) + "\n").encode(), f"{self._out}/tracking/{name}")
         with self._lock:
             del self._queue[: len(added)]
         self._segment = grown

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speechdistill import table
+from speechdistill.io import storage
 from speechdistill.tracking.event_log import alone, pending, read, run_event, segments
 
 _LOG = logging.getLogger(__name__)
@@ -206,9 +206,9 @@ class Sender:
 
     def _store(self) -> None:
         """The last writer wins: each tells what it has seen through itself, and at worst some is sent again."""
-        sent = table.read_json(f"{self._out}/tracking/sent.json") or {}
+        sent = storage.read_json(f"{self._out}/tracking/sent.json") or {}
         sent[self._place] = {"run_id": self.run_id, "sent": self._sent, "artifacts_left": self.late}
-        table.publish_json(sent, f"{self._out}/tracking/sent.json")
+        storage.publish_json(sent, f"{self._out}/tracking/sent.json")
 
 
 def _mlflow_client(uri: str) -> Any:
@@ -231,7 +231,7 @@ def _artifact_location(out: str, uri: str) -> str | None:
 
 
 def state(out: str, place: str) -> dict[str, Any]:
-    return dict((table.read_json(f"{out}/tracking/sent.json") or {}).get(place, {}))
+    return dict((storage.read_json(f"{out}/tracking/sent.json") or {}).get(place, {}))
 
 
 def place(out: str, uri: str) -> str:

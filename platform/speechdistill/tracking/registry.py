@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from speechdistill import student_files, table
+from speechdistill.io import checkpoint, storage
+from speechdistill.io.errors import StorageError, TableError
 from speechdistill.tracking import model_code
 from speechdistill.tracking.mlflow_sender import failure, without_password
 from speechdistill.tracking.run import MODEL_ADDRESSES
@@ -61,13 +62,13 @@ class Version(NamedTuple):
 
 
 def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
-    """Log the checkpoint in `folder` (see `student_files`) to an MLflow run as its model `student`.
+    """Log the checkpoint in `folder` (see `io.checkpoint`) to an MLflow run as its model `student`.
 
     `uri` is the MLflow (default: MLFLOW_TRACKING_URI). The checkpoint's provenance becomes metadata and tags of the
     model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
     the folder holds no checkpoint and `RegistryError` where MLflow does not know the run or does not answer.
     """
-    student = student_files.read(folder)
+    student = checkpoint.read(folder)
     registry = Registry(uri)
     same = [model for model in registry.logged(run_id) if model.tags.get("weights_sha256") == student.weights_hash]
     return same[0] if same else registry.log(folder, run_id, student.provenance, student.weights_hash)
@@ -82,7 +83,7 @@ def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
     `RegistryError`.
     """
     if not address.startswith(MODEL_ADDRESSES):
-        yield table.absolute(address)
+        yield storage.absolute(address)
         return
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as folder:
         yield Registry(uri).fetch(address, folder)
@@ -237,7 +238,7 @@ class Registry:
     def _asked(self, what: str) -> Iterator[Self]:
         try:
             yield self
-        except (RegistryError, table.TableError, table.StorageError):
+        except (RegistryError, TableError, StorageError):
             raise
         except Exception as error:
             # `from None`: the original text, which a traceback would print, may hold the password.
@@ -264,8 +265,8 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
-        student_files.copy(folder, f"{staged}/{MODEL}")
-        has_encoder = student_files.read(folder).architecture != student_files.CONV_TRANSFORMER
+        checkpoint.copy(folder, f"{staged}/{MODEL}")
+        has_encoder = checkpoint.read(folder).architecture != checkpoint.CONV_TRANSFORMER
         requirements = (*model_code.REQUIREMENTS, *(model_code.ENCODER_REQUIREMENTS if has_encoder else ()))
         pyfunc.save_model(
             path,

@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from speechdistill import table
+from speechdistill.io import storage
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
 from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
@@ -56,7 +56,7 @@ def tracking_uri(out: str) -> str:
 
 def run_id(out: str) -> str | None:
     """The MLflow run of `out` at `tracking_uri(out)`, or None while that has not answered yet."""
-    out = table.absolute(out)
+    out = storage.absolute(out)
     found = state(out, place(out, tracking_uri(out))).get("run_id")
     return str(found) if found else None
 
@@ -67,7 +67,7 @@ def sync(out: str) -> Synced:
     With MLFLOW_TRACKING_URI set to another server than the job's, that server gets the whole run as a new one. Raises
     `TrackingError` where `out` has no log, the job was tracked at a server that is not set now, or it does not answer.
     """
-    out = table.absolute(out)
+    out = storage.absolute(out)
     uri = tracking_uri(out)
     names = list(segments(out))
     if not names:
@@ -102,7 +102,7 @@ class Tracking:
         parameters: Mapping[str, Any],
         parent: "Tracking | None" = None,
     ) -> None:
-        self._out = table.absolute(out)
+        self._out = storage.absolute(out)
         self._uri: str = parent._uri if parent else tracking_uri(self._out)
         self._identity = {"experiment": experiment, "name": name, "tag": uuid.uuid4().hex}
         self._log, self._sender = EventLog(self._out), Sender(self._out, self._uri)

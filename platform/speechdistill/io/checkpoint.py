@@ -3,15 +3,16 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
-import torch
-from torch import nn
 
-from speechdistill import table
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.io import storage
+from speechdistill.io.errors import TableError
+
+if TYPE_CHECKING:  # safetensors imports it where weights are read or written
+    import torch
+    from torch import nn
 
 WEIGHTS, ABOUT = "model.safetensors", "student.json"
 CONV_TRANSFORMER = "conv_transformer"
@@ -23,55 +24,27 @@ class Files(NamedTuple):
     architecture: str
     config: dict[str, Any]
     provenance: dict[str, Any]
-    weights: dict[str, torch.Tensor]
+    weights: "dict[str, torch.Tensor]"
     weights_hash: str
-
-
-class Student(NamedTuple):
-    """A network in evaluation mode, what `save` was told of it, and the sha256 of its weights file."""
-
-    network: ConvTransformer
-    provenance: dict[str, Any]
-    weights_hash: str
-
-
-def save(network: ConvTransformer, folder: str, provenance: Mapping[str, Any]) -> None:
-    """Write a student to a local folder or URL."""
-    write(network, folder, CONV_TRANSFORMER, asdict(network.config), provenance)
-
-
-def load(folder: str) -> Student:
-    """Read what `save` wrote. Raises `TableError` naming the file that is missing or does not fit."""
-    return student(read(folder), folder)
-
-
-def student(files: Files, folder: str) -> Student:
-    """The student in files of `folder`; raises `TableError` where they hold another network."""
-    with fitting(folder):
-        if files.architecture != CONV_TRANSFORMER:
-            raise ValueError(f"architecture {files.architecture!r}, where {CONV_TRANSFORMER!r} is meant")
-        network = ConvTransformer(ConvTransformerConfig(**files.config))
-        network.load_state_dict(files.weights)
-    return Student(network.eval(), files.provenance, files.weights_hash)
 
 
 def write(
-    network: nn.Module, folder: str, architecture: str, config: Mapping[str, Any], provenance: Mapping[str, Any]
+    network: "nn.Module", folder: str, architecture: str, config: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
     """Write any trained network's weights, in float32, and what is known of it; `student.json` is written last."""
     from safetensors.torch import save as to_bytes
 
     state = {key: _portable(value) for key, value in network.state_dict().items()}
-    table.publish(to_bytes(state), f"{folder}/{WEIGHTS}")
+    storage.publish(to_bytes(state), f"{folder}/{WEIGHTS}")
     about = {"architecture": architecture, "config": dict(config), "provenance": dict(provenance)}
-    table.publish_json(about, f"{folder}/{ABOUT}")
+    storage.publish_json(about, f"{folder}/{ABOUT}")
 
 
 def read(folder: str) -> Files:
     """What `write` wrote; raises `TableError` naming the file that is missing or damaged."""
-    about = table.read_json(f"{folder}/{ABOUT}")
+    about = storage.read_json(f"{folder}/{ABOUT}")
     if about is None:
-        raise table.TableError(f"{folder} holds no checkpoint ({ABOUT} is missing); give the folder of a checkpoint")
+        raise TableError(f"{folder} holds no checkpoint ({ABOUT} is missing); give the folder of a checkpoint")
     with fitting(folder):
         data = _read(f"{folder}/{WEIGHTS}")
         digest = hashlib.sha256(data).hexdigest()
@@ -86,7 +59,7 @@ def nonzero(files: Files) -> int:
 def size(folder: str) -> int:
     """Bytes of the weights file."""
     fs, path = fsspec.url_to_fs(f"{folder}/{WEIGHTS}")
-    with table.storage(folder):
+    with storage.access(folder):
         return int(fs.size(path))
 
 
@@ -97,23 +70,21 @@ def fitting(folder: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise table.TableError(
-            f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})"
-        ) from error
+        raise TableError(f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})") from error
 
 
 def copy(folder: str, target: str) -> None:
     """Copy a student's two files to another folder or URL."""
     for name in (WEIGHTS, ABOUT):
-        table.publish(_read(f"{folder}/{name}"), f"{target}/{name}")
+        storage.publish(_read(f"{folder}/{name}"), f"{target}/{name}")
 
 
 def _read(uri: str) -> bytes:
-    with table.storage(uri), fsspec.open(uri, "rb") as file:
+    with storage.access(uri), fsspec.open(uri, "rb") as file:
         return bytes(file.read())
 
 
-def _weights(data: bytes) -> dict[str, torch.Tensor]:
+def _weights(data: bytes) -> "dict[str, torch.Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
@@ -124,6 +95,6 @@ def _weights(data: bytes) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _portable(value: torch.Tensor) -> torch.Tensor:
+def _portable(value: "torch.Tensor") -> "torch.Tensor":
     value = value.detach().cpu()
     return (value.float() if value.is_floating_point() else value).contiguous()

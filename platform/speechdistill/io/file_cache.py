@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import fsspec
 
-from speechdistill import audio_files, table, tar_files
-from speechdistill.audio_files import AudioError
+from speechdistill.io import audio_files, storage, tar_files
+from speechdistill.io.errors import AudioError
 
 T = TypeVar("T")
 _FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
@@ -83,7 +83,7 @@ def _version(uri: str) -> tuple[int, str]:
 def _root() -> Path:
     if given := os.environ.get("SPEECHDISTILL_CACHE"):
         return Path(given)
-    return table.private_folder(f"speechdistill-cache-{os.getuid()}")  # else anyone could put files into it
+    return storage.private_folder(f"speechdistill-cache-{os.getuid()}")  # else anyone could put files into it
 
 
 def _is_there(path: Path, size: int) -> bool:

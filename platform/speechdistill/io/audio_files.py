@@ -1,4 +1,4 @@
-"""Audio files as bytes, on a disk, behind an fsspec URL or in a tar, and the one error for unusable ones."""
+"""Audio files as bytes, on a disk, behind an fsspec URL or in a tar."""
 
 import re
 import stat
@@ -12,8 +12,9 @@ from typing import IO
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
-from speechdistill import tar_files
-from speechdistill.tar_files import Section
+from speechdistill.io import tar_files
+from speechdistill.io.errors import AudioError, UnreadableError
+from speechdistill.io.tar_files import Section
 
 SAMPLE_RATE = 16_000
 """Hz of every wave inside the platform (Distill-MOS, section IV-B: signal components up to 8 kHz)."""
@@ -23,21 +24,6 @@ COPY = "copy it again from its source"
 # One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
 _BLOCK_BYTES = 1 << 18
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
-
-
-class AudioError(ValueError):
-    """A file that cannot be used: which one, why, and what to do about it."""
-
-    def __init__(self, path: str, reason: str, fix: str) -> None:
-        super().__init__(path, reason, fix)
-        self.path, self.reason, self.fix = path, reason, fix
-
-    def __str__(self) -> str:
-        return f"{self.path!r}: {self.reason}; {self.fix}"
-
-
-class UnreadableError(AudioError):
-    """The storage did not give a file, which may be its own fault and pass (a missing file is no such case)."""
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+# io/: bytes, tables, storage, audio, tars, caches, weights, checkpoints, errors. It imports nothing of ours.
 """What a recipe's components need beside the code: files of trained weights, or texts; found, hashed, asked for."""
 
 import hashlib
@@ -10,20 +11,10 @@ from typing import NamedTuple
 
 import fsspec
 
-from speechdistill import table
+from speechdistill.io import storage
+from speechdistill.io.errors import MissingError
 
 _BLOCK_BYTES = 1 << 20
-
-
-class MissingError(ValueError):
-    """Something that is not there: what, where to get it, under which licence. `components` are those that want it."""
-
-    def __init__(self, text: str, components: tuple[str, ...] = ()) -> None:
-        super().__init__(text, components)
-        self.components = components
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def looked_up(need: Need, source: str | None) -> Asset:
     if not given:
         raise MissingError(_text(need))
     if given != need.hub:
-        given = table.absolute(given)
+        given = storage.absolute(given)
     if "://" in given and ("?" in given or "@" in given.split("/")[2]):
         raise ValueError(
             f"--assets {need.name}: the address is kept with every sample; give one without credentials and query"
@@ -92,10 +83,10 @@ def _found(need: Need, asset: Asset) -> tuple[Path, str]:
 
 def _downloaded(need: Need, asset: Asset) -> tuple[Path, str]:
     """Under its sha256 in a folder of the node's, where its other processes find it; spoilt, it is fetched again."""
-    kept = table.private_folder(f"speechdistill-assets-{os.getuid()}")
+    kept = storage.private_folder(f"speechdistill-assets-{os.getuid()}")
     if asset.sha256 and _is_kept(need, kept / asset.sha256, asset.sha256):
         return kept / asset.sha256 / "asset", asset.sha256
-    with table.storage(asset.source, MissingError), tempfile.TemporaryDirectory(dir=kept) as folder:
+    with storage.access(asset.source, MissingError), tempfile.TemporaryDirectory(dir=kept) as folder:
         new = Path(folder, "new")
         _fetch(need, asset.source, new / "asset")
         sha256 = _sha256(need, new / "asset", asset.source)

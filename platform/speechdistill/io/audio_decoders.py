@@ -11,8 +11,9 @@ import av
 import numpy as np
 import soundfile
 
-from speechdistill import audio_files
-from speechdistill.audio_files import CONVERT, COPY, AudioError, Info, Source, one_line
+from speechdistill.io import audio_files
+from speechdistill.io.audio_files import CONVERT, COPY, Info, Source, one_line
+from speechdistill.io.errors import AudioError
 
 MAX_DURATION_S = 24 * 3600.0
 MAX_CHANNELS = 32

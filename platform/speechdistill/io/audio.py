@@ -14,8 +14,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from speechdistill.audio_decoders import Reader, opened
-from speechdistill.audio_files import SAMPLE_RATE, AudioError, Info, UnreadableError
+from speechdistill.io.audio_decoders import Reader, opened
+from speechdistill.io.audio_files import SAMPLE_RATE, Info
+from speechdistill.io.errors import AudioError, UnreadableError
 
 __all__ = [
     "EXTENSIONS",

@@ -1,27 +1,24 @@
-"""Tables on disk: published schemas, validation, atomic writes, fingerprints.
+"""Tables on disk: published schemas, validation, Parquet.
 
 A schema is `schemas/<name>.json`, of a table (`clip.v1`, `pseudolabel.v1`, ...) or a JSON document. A published one is
 never edited: a change is a new version. Files appear whole or not at all, on a local disk and on object stores.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import stat
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from io import BytesIO
-from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from speechdistill.io import storage
+from speechdistill.io.errors import TableError
 
 _TYPES = {
     "string": pa.string(),
@@ -33,14 +30,6 @@ _TYPES = {
     "float64": pa.float64(),
     "list<string>": pa.list_(pa.string()),
 }
-
-
-class TableError(ValueError):
-    """A table or configuration that does not fit: which one, what is wrong, and what to do."""
-
-
-class StorageError(OSError):
-    """A URL whose storage refused, or did not answer after all retries: which one, why, and what to do."""
 
 
 @cache
@@ -116,7 +105,7 @@ def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]
     Of a URL `ahead_bytes` are read beyond what is asked for (s3fs: 50 MB).
     """
     options = {} if ahead_bytes is None or "://" not in uri else {"block_size": ahead_bytes}
-    with storage(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb", **options) as file:
+    with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb", **options) as file:
         try:
             yield file
         except OSError as error:
@@ -135,36 +124,6 @@ def parquet_bytes(
     return buffer.getvalue()
 
 
-def publish(data: bytes | IO[bytes], uri: str) -> None:
-    """Write a file whole or not at all, replacing an older one.
-
-    Locally a temporary name, fsync and rename; elsewhere one put, which is atomic on object stores (a move would be
-    a copy and a delete, and a file object closed by an exception would publish a torn object).
-    """
-    fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
-    if fs is not None:
-        with storage(uri):
-            fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            shutil.copyfileobj(BytesIO(data) if isinstance(data, bytes) else data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def publish_stream(tables: Iterable[pa.Table], name: str, uri: str) -> None:
     """Write tables of schema `name` as one Parquet file, whole or not at all, one table in memory at a time.
 
@@ -175,43 +134,7 @@ def publish_stream(tables: Iterable[pa.Table], name: str, uri: str) -> None:
             for part in tables:
                 writer.write_table(part)
         file.seek(0)
-        publish(file, uri)
-
-
-def publish_json(value: Any, uri: str) -> None:
-    publish((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), uri)
-
-
-def read_json(uri: str) -> Any | None:
-    """The parsed file, or None where there is none."""
-    try:
-        with storage(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
-            data = file.read()
-        return json.loads(data)
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
-
-
-@contextmanager
-def storage(uri: str, *passed: type[Exception]) -> Iterator[None]:
-    """Raise `StorageError` naming the URL for what its storage raises in the body, but for the types `passed`.
-
-    Plugins raise their libraries' own types, mostly without the address. (A local path is in the error already.)
-    """
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        if "://" not in uri or isinstance(error, passed):
-            raise
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise StorageError(
-            f"{uri}: the storage refused it or did not answer ({type(error).__name__}: {reason}); check the address, "
-            "the credentials in the environment and the connection, then run the same command again"
-        ) from error
+        storage.publish(file, uri)
 
 
 def check_json(document: Any, name: str, source: str) -> None:
@@ -221,49 +144,6 @@ def check_json(document: Any, name: str, source: str) -> None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_published(name)).iter_errors(document))
     if error is not None:
         raise TableError(f"{source}: {name}{error.json_path.removeprefix('$')}: {error.message}")
-
-
-def absolute(uri: str) -> str:
-    """A local path made absolute, since workers run in other folders; `file://` is a local path; a URL as it is."""
-    if uri.startswith("file://"):
-        uri = uri.removeprefix("file://")
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
-
-
-def private_folder(name: str) -> Path:
-    """A folder of this user's in the system's temporary one; raises `PermissionError` where somebody else made it."""
-    folder = Path(tempfile.gettempdir(), name)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not a folder that only this user may write to; delete it")
-    return folder
-
-
-def fingerprint(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`: equal configurations have equal fingerprints."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_hash(uri: str) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with storage(uri), fsspec.open(uri, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as lines `recipe.seed: 1 -> 2`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 @cache

@@ -1,0 +1,35 @@
+"""Hashes by which configurations and files are recognised, and where two configurations differ."""
+
+import hashlib
+import json
+from typing import Any
+
+import fsspec
+
+from speechdistill.io import storage
+
+
+def of(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`: equal configurations have equal fingerprints."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def of_file(uri: str) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with storage.access(uri), fsspec.open(uri, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as lines `recipe.seed: 1 -> 2`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -1,0 +1,100 @@
+"""Files on local disks and object stores: written whole or not at all, read with errors that name the address."""
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from speechdistill.io.errors import StorageError, TableError
+
+
+def publish(data: bytes | IO[bytes], uri: str) -> None:
+    """Write a file whole or not at all, replacing an older one.
+
+    Locally a temporary name, fsync and rename; elsewhere one put, which is atomic on object stores (a move would be
+    a copy and a delete, and a file object closed by an exception would publish a torn object).
+    """
+    fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
+    if fs is not None:
+        with access(uri):
+            fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(BytesIO(data) if isinstance(data, bytes) else data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def publish_json(value: Any, uri: str) -> None:
+    publish((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), uri)
+
+
+def read_json(uri: str) -> Any | None:
+    """The parsed file, or None where there is none."""
+    try:
+        with access(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
+            data = file.read()
+        return json.loads(data)
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
+
+
+@contextmanager
+def access(uri: str, *passed: type[Exception]) -> Iterator[None]:
+    """Raise `StorageError` naming the URL for what its storage raises in the body, but for the types `passed`.
+
+    Plugins raise their libraries' own types, mostly without the address. (A local path is in the error already.)
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if "://" not in uri or isinstance(error, passed):
+            raise
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise StorageError(
+            f"{uri}: the storage refused it or did not answer ({type(error).__name__}: {reason}); check the address, "
+            "the credentials in the environment and the connection, then run the same command again"
+        ) from error
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, since workers run in other folders; `file://` is a local path; a URL as it is."""
+    if uri.startswith("file://"):
+        uri = uri.removeprefix("file://")
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this user's in the system's temporary one; raises `PermissionError` where somebody else made it."""
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not a folder that only this user may write to; delete it")
+    return folder
