@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 import torch
 import tyro
 
-from speechdistill import degradations, plan
-from speechdistill.clips import Clips, clip_id
-from speechdistill.degradation_recipes import RECIPES, RecipeName, network_passes, paper, weights_free, with_assets
+from speechdistill.data import components, plan
+from speechdistill.data.clips import Clips, clip_id
+from speechdistill.data.degradation_recipes import RECIPES, RecipeName, network_passes, paper, weights_free, with_assets
+from speechdistill.data.plan import Plans
 from speechdistill.io import assets, audio, table
 from speechdistill.io.errors import MissingError
-from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -74,7 +74,7 @@ def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> No
     print("\nMilliseconds of CPU per second of audio, one core; of recipes ± the standard error of what was drawn\n")
     print("| | with recordings | without | known |\n|---|---|---|---|", flush=True)
     for name in dict.fromkeys(name for stage in stages for name in stage.odds):
-        number = -(-options.samples // 30) if degradations.network(name) else options.samples
+        number = -(-options.samples // 30) if components.network(name) else options.samples
         costs = [_alone(name, Clips(rows), number, found) for rows in (manifest, poor)]
         print(f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
     for name, recipe in recipes.items():

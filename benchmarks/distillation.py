@@ -24,8 +24,9 @@ import soundfile
 import torch
 import tyro
 
-from speechdistill import cli, labeled
+from speechdistill import cli
 from speechdistill.batches import LabelRun, Mix
+from speechdistill.data import scored_clips
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.loop import Loop, Training
 from speechdistill.metrics import correlation
@@ -160,7 +161,7 @@ def _labeled(runs: dict[str, LabelRun], out: Path) -> str:
             name = f"{split}-{row['sample_id']}.wav"
             soundfile.write(folder / name, audio.decode(row["audio"], row["audio_format"]), audio.SAMPLE_RATE)
             lines.writerow([name, row["score"], split])
-    storage.publish(table.parquet_bytes(labeled.manifest(f"{folder}/scores.csv")), f"{folder}/clips.parquet")
+    storage.publish(table.parquet_bytes(scored_clips.manifest(f"{folder}/scores.csv")), f"{folder}/clips.parquet")
     return f"{folder}/clips.parquet"
 
 

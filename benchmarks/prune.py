@@ -20,9 +20,9 @@ import torch
 import tyro
 
 from speechdistill import slim_encoder, trained
+from speechdistill.data.label_scale import Scale
 from speechdistill.encoder_scorer import Network, TrainedTeacher
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.labels import Scale
 from speechdistill.pruning import Pruner, Pruning, remove_lowest
 from speechdistill.slim_encoder import Kept
 from speechdistill.speech_encoder import Encoder, build

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import tyro
 
 from speechdistill import score
-from speechdistill.clips import Clips, clip_id
-from speechdistill.degradation_recipes import weights_free
+from speechdistill.data.clips import Clips, clip_id
+from speechdistill.data.degradation_recipes import weights_free
+from speechdistill.data.plan import Plans
 from speechdistill.io import audio, storage, table
-from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,7 +221,7 @@ def _write_manifest(speech: str | None, folder: Path) -> None:
 def _recordings(speech: str | None, folder: Path) -> list[str]:
     if speech or RECORDINGS.is_dir():
         return score.expand([speech or str(RECORDINGS)])
-    from speechdistill.corpora import espeak
+    from speechdistill.data.corpora import espeak
 
     return [row["uri"] for row in espeak.rows(folder / "synthetic") if row["kind"] == "speech"]
 

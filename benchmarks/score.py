@@ -20,10 +20,10 @@ import soundfile
 import tyro
 
 from speechdistill import score, teachers
-from speechdistill.clips import Clips, clip_id
-from speechdistill.degradation_recipes import weights_free
+from speechdistill.data.clips import Clips, clip_id
+from speechdistill.data.degradation_recipes import weights_free
+from speechdistill.data.plan import Plans
 from speechdistill.io import audio, table
-from speechdistill.plan import Plans
 from speechdistill.samples import make_sample
 
 Scorer = Callable[[str], float]
@@ -70,7 +70,7 @@ def main(options: Options) -> None:
 def _recordings(options: Options, folder: Path) -> list[str]:
     if options.speech or RECORDINGS.is_dir():
         return score.expand([options.speech or str(RECORDINGS)])
-    from speechdistill.corpora import espeak
+    from speechdistill.data.corpora import espeak
 
     return [row["uri"] for row in espeak.rows(folder / "synthetic") if row["kind"] == "speech"]
 

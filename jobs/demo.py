@@ -17,9 +17,9 @@ import tyro
 
 from speechdistill import cli
 from speechdistill.batches import LabelRun
-from speechdistill.degradation_recipes import weights_free
+from speechdistill.data.degradation_recipes import weights_free
+from speechdistill.data.plan import Plan
 from speechdistill.io import audio, fingerprint, storage
-from speechdistill.plan import Plan
 from speechdistill.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id
 
@@ -84,7 +84,7 @@ def _own(demo: Demo) -> list[str]:
 
 
 def _synthetic(root: Path) -> list[str]:
-    from speechdistill.corpora import espeak
+    from speechdistill.data.corpora import espeak
 
     print(f"synthesising speech in five languages, noise and rooms below {root}", flush=True)
     return ["--list", str(espeak.write(root, num_clips=60))]

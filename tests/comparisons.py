@@ -12,7 +12,7 @@ from manifests import corpus, row, voice
 from speechdistill import flow, shards
 from speechdistill.comparing import candidates, comparison, judged, scoring
 from speechdistill.comparing.comparison import Comparison
-from speechdistill.degradation_recipes import weights_free
+from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.io import storage, table
 from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
-from speechdistill.clips import Clips, clip_id
+from speechdistill.data.clips import Clips, clip_id
 from speechdistill.io import audio, storage, table
 
 

@@ -13,12 +13,13 @@ import soundfile
 
 from manifests import row
 from milli import Degrade, Teach
-from speechdistill import labeled, shards
+from speechdistill import shards
 from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk
+from speechdistill.data import scored_clips
+from speechdistill.data.label_scale import LabelTransform, Scale
+from speechdistill.data.scored_clips import Labeled
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError
-from speechdistill.labeled import Labeled
-from speechdistill.labels import LabelTransform, Scale
 from speechdistill.lanes import share
 from speechdistill.samples import DEGRADED, TAUGHT
 
@@ -243,7 +244,7 @@ def test_a_transform_that_does_not_fit_is_refused_with_the_place(tmp_path: Path,
 def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips(tmp_path)
     (tmp_path / "mine.csv").write_text("path,mos\n0.wav,4.5\n1.wav,\n3.wav,2\n")
-    rows = labeled.manifest(f"{tmp_path}/mine.csv")
+    rows = scored_clips.manifest(f"{tmp_path}/mine.csv")
     assert rows["mos"].to_pylist() == [4.5, 2.0]
     assert rows["duration_s"].to_pylist() == pytest.approx([0.1, 0.4])
     assert "mine.csv: 1 of 3 speech clips have no mos and are left out" in caplog.text
@@ -262,18 +263,18 @@ def test_a_labeled_set_that_cannot_be_used_is_refused(tmp_path: Path, text: str,
     clips(tmp_path)
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises((TableError, AudioError), match=message):
-        labeled.manifest(f"{tmp_path}/mine.csv")
+        scored_clips.manifest(f"{tmp_path}/mine.csv")
 
 
 def test_the_split_is_the_corpus_own_or_by_speaker(tmp_path: Path) -> None:
     rows = clips(tmp_path)
-    train, validation = labeled.split(rows)
+    train, validation = scored_clips.split(rows)
     assert len(validation) > 0 and not set(train["speaker"].to_pylist()) & set(validation["speaker"].to_pylist())
     assert len(train) + len(validation) == len(rows)
     named = rows.set_column(
         rows.schema.get_field_index("split"), "split", pa.array(["train", "validation", "test"] * 4)
     )
-    train, validation = labeled.split(named)
+    train, validation = scored_clips.split(named)
     assert (len(train), len(validation)) == (4, 4)
 
 

@@ -27,10 +27,10 @@ from small_models import speech_encoder
 from speechdistill import cli, compare, flow, prune, teachers
 from speechdistill.compare import Compare
 from speechdistill.comparing import candidates, comparison, judged, scoring, tables
+from speechdistill.data.label_scale import Scale
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError, TableError
-from speechdistill.labels import Scale
 from speechdistill.prune import Prune
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill import corpora, ingest, listening_tests
+from speechdistill import ingest
+from speechdistill.data import corpus, listening_tests
 from speechdistill.ingest import Ingest
 from speechdistill.io import table
 from speechdistill.io.errors import RunError, TableError
@@ -96,7 +97,7 @@ def test_pstn_sets_a_custom_validation_split_aside_that_no_order_changes(tmp_pat
 
 
 def test_a_large_corpus_validates_on_1000_clips() -> None:
-    rows = corpora.with_validation({"uri": f"/c/{number}.wav"} for number in range(20_000))
+    rows = corpus.with_validation({"uri": f"/c/{number}.wav"} for number in range(20_000))
     assert splits(rows) == {"train": 19_000, "validation": 1_000}
 
 

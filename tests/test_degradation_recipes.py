@@ -2,11 +2,11 @@
 
 import pytest
 
-from speechdistill import degradations
-from speechdistill.degradation_recipes import chosen, network_passes, paper, weights_free, with_assets
+from speechdistill.data import components
+from speechdistill.data.degradation_recipes import chosen, network_passes, paper, weights_free, with_assets
+from speechdistill.data.plan import Recipe, Stage
 from speechdistill.io.assets import Asset
 from speechdistill.io.errors import MissingError
-from speechdistill.plan import Recipe, Stage
 
 
 def test_weights_free_gives_missing_components_to_none() -> None:
@@ -34,7 +34,7 @@ def test_paper_has_the_papers_odds_and_says_what_is_missing_before_any_work() ->
     assert paper(lpcnet=True).stages[4].odds == {"vocoders.hifigan": 0.165, "vocoders.lpcnet_codec2": 0.165}
     with pytest.raises(MissingError) as caught:
         with_assets(paper())
-    neural = {c for stage in paper().stages for c in stage.odds if degradations.network(c)}
+    neural = {c for stage in paper().stages for c in stage.odds if components.network(c)}
     assert neural <= set(caught.value.components)
     for part in (
         "denoisers.nsnet2: ",

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import correlate, lfilter
 
-from speechdistill import degradations
-from speechdistill.clips import Clips
-from speechdistill.degradations import Scene, Step, codecs, denoisers, levels, noise, packets, rooms
+from speechdistill.data import components, degradation
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation import Scene, Step
+from speechdistill.data.degradations import codecs, denoisers, levels, noise, packets, rooms
 from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError
 
@@ -194,7 +195,7 @@ def test_the_end_of_a_clip_is_not_lost(steps: dict[str, Step], name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_json_brings_back_the_step_and_its_effect(steps: dict[str, Step], name: str) -> None:
     step, wave = steps[name], speech(0.5)
-    again = degradations.from_json(json.loads(json.dumps(degradations.to_json(step))))
+    again = components.from_json(json.loads(json.dumps(components.to_json(step))))
     assert again == step
     assert again.clip_ids() == step.clip_ids()
     np.testing.assert_array_equal(again.apply(wave), step.apply(wave))
@@ -221,9 +222,9 @@ for line in reversed(sys.stdin.read().splitlines()):
 def test_another_process_makes_the_same_bits(steps: dict[str, Step], tmp_path: Path) -> None:
     wave = speech(2.0)
     np.save(tmp_path / "wave.npy", wave)
-    lines = "\n".join(json.dumps(degradations.to_json(step)) for step in steps.values())
+    lines = "\n".join(json.dumps(components.to_json(step)) for step in steps.values())
     threads = {"OMP_NUM_THREADS": "1", "PRA_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
-    source = str(Path(degradations.__file__).parents[2])
+    source = str(Path(degradation.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", OTHER_PROCESS, str(tmp_path / "wave.npy")],
         input=lines,
@@ -269,7 +270,7 @@ def poor(files: dict[str, Path]) -> Scene:
 
 
 def drawn(component: str, where: Scene, count: int) -> list[Step]:
-    draw = degradations.component(component)
+    draw = components.component(component)
     return [draw(np.random.default_rng(seed), where) for seed in range(count)]
 
 
@@ -278,8 +279,8 @@ def test_draws_are_json_and_repeat_with_their_seed(component: str, rich: Scene, 
     for where in (rich, poor):
         for first, second in zip(drawn(component, where, 40), drawn(component, where, 40), strict=True):
             assert first == second
-            text = json.dumps(degradations.to_json(first), allow_nan=False)
-            assert degradations.from_json(json.loads(text)) == first
+            text = json.dumps(components.to_json(first), allow_nan=False)
+            assert components.from_json(json.loads(text)) == first
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -291,9 +292,9 @@ def test_drawn_steps_work(component: str, rich: Scene, poor: Scene) -> None:
 
 def test_an_unknown_component_is_answered_with_the_families() -> None:
     with pytest.raises(ValueError, match=r"codecs.*denoisers.*noise.*rooms"):
-        degradations.component("reverb.room")
+        components.component("reverb.room")
     with pytest.raises(ValueError, match="codecs has no mp3"):
-        degradations.component("codecs.mp3")
+        components.component("codecs.mp3")
 
 
 def test_codec_and_denoiser_draws_span_their_ranges(poor: Scene) -> None:
@@ -447,7 +448,7 @@ def test_the_meter_agrees_with_the_recommendation_by_the_letter(seed: int) -> No
 @pytest.mark.parametrize("snr_db", [-15.0, 0.0, 12.5, 40.0])
 def test_the_mix_has_its_snr(steps: dict[str, Step], name: str, snr_db: float) -> None:
     wave = 1.9 * speech(1.7)
-    step = degradations.from_json({**degradations.to_json(steps[name]), "snr_db": snr_db})
+    step = components.from_json({**components.to_json(steps[name]), "snr_db": snr_db})
     added = step.apply(wave).astype(np.float64) - wave
     assert noise.active_level_db(wave) - rms_db(added) == pytest.approx(snr_db, abs=0.1)
 

@@ -13,8 +13,8 @@ import pytest
 
 import manifests
 from speechdistill import cli, doctor, teachers, trials
-from speechdistill.degradation_recipes import WEIGHTS_FREE
-from speechdistill.degradations import denoisers
+from speechdistill.data.degradation_recipes import WEIGHTS_FREE
+from speechdistill.data.degradations import denoisers
 from speechdistill.doctor import Doctor, Node, Result
 from speechdistill.io import audio, storage, table
 from speechdistill.trials import Places

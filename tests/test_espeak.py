@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill.corpora import espeak
+from speechdistill.data.corpora import espeak
 from speechdistill.io import audio, table
 
 pytest.importorskip("espeakng_loader", reason='espeak-ng is not installed: pip install "speechdistill[demo]"')

@@ -21,7 +21,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from faults.s3 import BUCKET, Proxy, Store
 from manifests import voice
-from speechdistill.degradations import Step, noise, rooms
+from speechdistill.data.degradation import Step
+from speechdistill.data.degradations import noise, rooms
 from speechdistill.io import audio, file_cache, tar_files
 from speechdistill.io.errors import AudioError, UnreadableError
 

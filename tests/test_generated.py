@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from speechdistill import degradations, espeak_ng
-from speechdistill.clips import Clips
-from speechdistill.degradations import Scene, generated
-from speechdistill.degradations.generated import MODELS, CoquiTts, EspeakNg
+from speechdistill.data import components, degradation, espeak_ng
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation import Scene
+from speechdistill.data.degradations import generated
+from speechdistill.data.degradations.generated import MODELS, CoquiTts, EspeakNg
 from speechdistill.io import assets, audio, table
 from speechdistill.io.assets import Asset
 from speechdistill.io.errors import MissingError
@@ -97,14 +98,14 @@ def test_folders_without_sentences_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["espeak", "text_to_speech"])
 def test_draws_are_equal_and_survive_json(name: str, texts: Asset) -> None:
-    draw, where = degradations.component(f"generated.{name}"), scene(texts=texts, coqui=Asset("/models", "ab"))
-    assert {need.name for need in degradations.needs(f"generated.{name}")} <= set(where.assets)
+    draw, where = components.component(f"generated.{name}"), scene(texts=texts, coqui=Asset("/models", "ab"))
+    assert {need.name for need in components.needs(f"generated.{name}")} <= set(where.assets)
     for seed in range(20):
         step = draw(np.random.default_rng(seed), where)
         assert draw(np.random.default_rng(seed), where) == step
-        assert degradations.from_json(json.loads(json.dumps(degradations.to_json(step)))) == step
-        assert degradations.generates(step) and step.clip_ids() == ()
-    assert degradations.network(f"generated.{name}") is (CoquiTts if name == "text_to_speech" else None)
+        assert components.from_json(json.loads(json.dumps(components.to_json(step)))) == step
+        assert degradation.generates(step) and step.clip_ids() == ()
+    assert components.network(f"generated.{name}") is (CoquiTts if name == "text_to_speech" else None)
 
 
 def test_languages_without_text_are_not_drawn(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_models_say_the_same_with_the_same_seed(model: str, coqui: Asset) -> Non
 
 def test_speakers_differ_and_batches_are_as_each_alone(coqui: Asset) -> None:
     first, last = (step(coqui, "tts_models/en/vctk/vits", speaker) for speaker in ("p225", "p376"))
-    waves = degradations.apply_together([first, last, first], [ANY] * 3, [True] * 3)
+    waves = degradation.apply_together([first, last, first], [ANY] * 3, [True] * 3)
     np.testing.assert_array_equal(waves[0], waves[2])
     np.testing.assert_array_equal(waves[1], last.apply(ANY))
     assert waves[0].shape != waves[1].shape or np.abs(waves[0] - waves[1]).max() > 1e-4
@@ -338,7 +339,7 @@ def test_without_coqui_tts_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ImportError, match=r"pip install \"coqui-tts"):
         generated.Models(tmp_path, "cpu")
     with pytest.raises(ImportError, match=r"pip install \"coqui-tts"):
-        degradations.check("generated.text_to_speech")
+        components.check("generated.text_to_speech")
 
 
 def test_the_paper_s_seventeen_models() -> None:

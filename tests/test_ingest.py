@@ -12,7 +12,7 @@ import soundfile
 
 from manifests import corpus, voice
 from speechdistill import ingest
-from speechdistill.clips import clip_id
+from speechdistill.data.clips import clip_id
 from speechdistill.ingest import Ingest
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError

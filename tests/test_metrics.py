@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from speechdistill import listening_tests
 from speechdistill.comparing import paper
+from speechdistill.data import listening_tests
 from speechdistill.metrics import correlation, figures
 from speechdistill.metrics.figures import METRICS
 

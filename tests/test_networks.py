@@ -12,14 +12,16 @@ import pytest
 
 import small_models
 from manifests import corpus_manifest, voice
-from speechdistill import cli, degradations, flow, pseudolabel, samples
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import chosen, network_passes, paper, with_assets
-from speechdistill.degradations import Neural, codecs, generated
+from speechdistill import cli, flow, pseudolabel, samples
+from speechdistill.data import components, degradation
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation import Neural
+from speechdistill.data.degradation_recipes import chosen, network_passes, paper, with_assets
+from speechdistill.data.degradations import codecs, generated
+from speechdistill.data.plan import Plan, Plans, Recipe, Stage
 from speechdistill.io import assets, storage, table
 from speechdistill.io.assets import Asset, Need
 from speechdistill.io.errors import MissingError, RunError
-from speechdistill.plan import Plan, Plans, Recipe, Stage
 from speechdistill.pseudolabel import Pseudolabel
 
 FACTOR = Need("factor", "a file with a number", "https://example.org/factor", "CC0")
@@ -70,19 +72,19 @@ def factor(tmp_path: Path) -> Iterator[Asset]:
 def test_on_a_gpu_equal_steps_that_end_their_plans_share_a_batch_of_equal_lengths(
     factor: Asset, monkeypatch: pytest.MonkeyPatch, device: str, last: list[bool], batches: list[int]
 ) -> None:
-    monkeypatch.setattr(degradations, "_device", lambda: device)
+    monkeypatch.setattr(degradation, "_device", lambda: device)
     one, other = Scaled(*factor, 0.0), Scaled(*factor, 1.0)
     waves = [np.full(n, n, np.float32) for n in (3, 3, 4, 3, 3)]
-    made = degradations.apply_together([one, one, one, other, one], waves, last)
+    made = degradation.apply_together([one, one, one, other, one], waves, last)
     assert Scaled.batches == batches
     for step, wave, result in zip([one, one, one, other, one], waves, made, strict=True):
         np.testing.assert_array_equal(result, 0.5 * wave + step.offset)
 
 
 def test_a_wave_that_fails_fails_alone(factor: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(degradations, "_device", lambda: "cuda")
+    monkeypatch.setattr(degradation, "_device", lambda: "cuda")
     waves = [np.ones(3, np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)]
-    first, silent, last = degradations.apply_together([Scaled(*factor, 0.0)] * 3, waves, [True] * 3)
+    first, silent, last = degradation.apply_together([Scaled(*factor, 0.0)] * 3, waves, [True] * 3)
     assert isinstance(silent, ArithmeticError)
     np.testing.assert_array_equal([first, last], np.full((2, 3), 0.5))
 
@@ -99,16 +101,16 @@ def test_encodec_keeps_the_length_and_a_batch_changes_nothing(encodec: Asset, nu
     step = codecs.EnCodec(*encodec, kbps)
     rng = np.random.default_rng(num_samples)
     waves = (0.1 * rng.standard_normal((3, num_samples))).astype(np.float32)
-    for wave, batched in zip(waves, degradations.apply_batch(step, waves), strict=True):
+    for wave, batched in zip(waves, degradation.apply_batch(step, waves), strict=True):
         alone = step.apply(wave)
         assert alone.shape == wave.shape and alone.dtype == np.float32 and np.isfinite(alone).all()
         np.testing.assert_allclose(batched, alone, atol=1e-4)
     assert not np.allclose(step.apply(waves[0]), waves[0])
-    assert degradations.from_json(degradations.to_json(step)) == step
+    assert components.from_json(components.to_json(step)) == step
 
 
 def test_encodec_is_drawn_at_each_of_its_bandwidths(encodec: Asset) -> None:
-    scene = degradations.Scene("c", None, 16_000, Clips(table.from_rows([], "clip.v1")), assets={"encodec": encodec})
+    scene = degradation.Scene("c", None, 16_000, Clips(table.from_rows([], "clip.v1")), assets={"encodec": encodec})
     drawn = {codecs.encodec(np.random.default_rng(seed), scene) for seed in range(100)}
     assert {step.bandwidth_kbps for step in drawn} == {1.5, 3.0, 6.0, 12.0, 24.0}
     assert {(step.weights, step.sha256) for step in drawn} == {encodec}
@@ -164,7 +166,7 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     clips: str, tmp_path: Path, encodec: Asset, local_ray: None
 ) -> None:
     without = [name for stage in paper().stages for name in stage.odds if name != "codecs.encodec"]
-    without = [name for name in without if degradations.network(name)]
+    without = [name for name in without if components.network(name)]
     config = Pseudolabel(
         *(clips, str(tmp_path / "run"), "paper", {"encodec": encodec.source}, tuple(without)),
         **{"num_samples": 16, "rows_per_part": 8, "segment_s": 0.5, "audio_format": "pcm16", "seed": 2},

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.signal import butter, sosfiltfilt
 
 from manifests import clips, voice
-from speechdistill import degradations, onnx_denoisers
-from speechdistill.degradations import Neural, Scene
-from speechdistill.degradations.denoisers import DeepFilterNet3, Demucs, NSNet2
+from speechdistill.data import components, onnx_denoisers
+from speechdistill.data.degradation import Neural, Scene
+from speechdistill.data.degradations.denoisers import DeepFilterNet3, Demucs, NSNet2
 from speechdistill.io import assets, audio
 from speechdistill.io.assets import Asset
 
@@ -209,17 +209,17 @@ def test_a_wave_does_not_depend_on_its_batch(step: Neural) -> None:
 
 
 def test_json_brings_back_the_step_and_its_effect(step: Neural) -> None:
-    again = degradations.from_json(json.loads(json.dumps(degradations.to_json(step))))
+    again = components.from_json(json.loads(json.dumps(components.to_json(step))))
     assert again == step and again.clip_ids() == ()
     np.testing.assert_array_equal(again.apply(voice(0.3)), step.apply(voice(0.3)))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_component_finds_its_weights(name: str) -> None:
-    (need,) = degradations.needs(f"denoisers.{name}")
+    (need,) = components.needs(f"denoisers.{name}")
     assert need == KINDS[name].need and need.name == name and need.where.startswith("https://")
     scene = Scene("c", None, RATE, clips(), assets={name: Asset("/w/file", "ab")})
-    assert degradations.component(f"denoisers.{name}")(np.random.default_rng(0), scene) == KINDS[name]("/w/file", "ab")
+    assert components.component(f"denoisers.{name}")(np.random.default_rng(0), scene) == KINDS[name]("/w/file", "ab")
 
 
 def test_no_global_state_changes(step: Neural) -> None:
@@ -396,7 +396,7 @@ def test_demucs_is_the_package_s(tmp_path: Path) -> None:
 def test_without_its_package_demucs_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "denoiser.demucs", None)
     (tmp_path / "w.th").write_bytes(b"")
-    for fails in (lambda: Demucs.load(tmp_path / "w.th", "cpu"), lambda: degradations.check("denoisers.demucs")):
+    for fails in (lambda: Demucs.load(tmp_path / "w.th", "cpu"), lambda: components.check("denoisers.demucs")):
         with pytest.raises(ImportError, match="pip install --no-deps denoiser"):
             fails()
-    degradations.check("denoisers.nsnet2")
+    components.check("denoisers.nsnet2")

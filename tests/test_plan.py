@@ -14,11 +14,11 @@ import pytest
 from scipy.stats import chisquare, kstest, norm, uniform
 
 from manifests import clips
-from speechdistill import degradations, plan
-from speechdistill.degradation_recipes import RECIPES, as_is, paper, weights_free
+from speechdistill.data import components, plan
+from speechdistill.data.degradation_recipes import RECIPES, as_is, paper, weights_free
+from speechdistill.data.plan import Plan, Plans, Stage
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset
-from speechdistill.plan import Plan, Plans, Stage
 
 
 def steps_of(sample: Plan) -> list[str]:
@@ -95,7 +95,7 @@ def given(folder: Path) -> dict[str, Asset]:
     """Sentences in the five languages, and names of networks that are not there: plans open none."""
     for language in ("en", "de", "fr", "es", "pt"):
         (folder / f"{language}.txt").write_text("One sentence.\nAnother one.\n")
-    names = {need.name: need for stage in paper().stages for c in stage.odds for need in degradations.needs(c)}
+    names = {need.name: need for stage in paper().stages for c in stage.odds for need in components.needs(c)}
     return {name: Asset(f"/{name}", "0") for name in names} | {"texts": assets.looked_up(names["texts"], str(folder))}
 
 
@@ -130,8 +130,8 @@ def test_each_epoch_uses_every_clip_once_and_more_samples_only_add() -> None:
 
 def test_a_plan_does_not_depend_on_process_or_order() -> None:
     code = (
-        "from manifests import clips; from speechdistill.degradation_recipes import weights_free;"
-        "from speechdistill.plan import Plans; p = Plans(weights_free(), clips(), 5);"
+        "from manifests import clips; from speechdistill.data.degradation_recipes import weights_free;"
+        "from speechdistill.data.plan import Plans; p = Plans(weights_free(), clips(), 5);"
         "print('\\n'.join(p[i].to_json() for i in (77, 3, 1_000_000)))"
     )
     paths = [str(Path(plan.__file__).parents[1]), str(Path(__file__).parent)]

@@ -8,10 +8,11 @@ import pytest
 import soundfile
 
 from manifests import corpus_manifest
-from speechdistill import cli, degradations
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import RECIPES, voip
-from speechdistill.plan import Plans
+from speechdistill import cli
+from speechdistill.data import components
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation_recipes import RECIPES, voip
+from speechdistill.data.plan import Plans
 from speechdistill.samples import make_sample
 
 
@@ -30,7 +31,7 @@ def test_a_recipe_is_shown_with_every_component_and_probability(name: str, capsy
         for component, probability in [*stage.odds.items(), ("none", stage.none())]:
             percent, *note = shown.pop((stage.name, component))
             assert float(percent[:-1]) == pytest.approx(100 * probability, abs=0.05)
-            needs = degradations.needs(component) if component != "none" else ()
+            needs = components.needs(component) if component != "none" else ()
             assert [word.rstrip(",") for word in note if word not in ("then", "nothing", "else", "needs")] == [
                 need.name for need in needs
             ]

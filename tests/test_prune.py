@@ -16,11 +16,12 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import cli, labeled, prune, speech_encoder, teachers
+from speechdistill import cli, prune, speech_encoder, teachers
 from speechdistill.batches import Mix
+from speechdistill.data import scored_clips
+from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.io import audio, checkpoint, storage, table
-from speechdistill.labels import LabelTransform, Scale
 from speechdistill.prune import Prune
 from speechdistill.pruning import Pruning
 from speechdistill.recipes.pruned import Pruned, normalised
@@ -135,7 +136,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(teacher: str, scores: str, tmp_pa
 def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
     teacher: str, scores: str, tmp_path: Path
 ) -> None:
-    storage.publish(table.parquet_bytes(labeled.manifest(scores)), f"{tmp_path}/clips.parquet")
+    storage.publish(table.parquet_bytes(scored_clips.manifest(scores)), f"{tmp_path}/clips.parquet")
     mix = Mix((label_run(tmp_path / "labels", 24 * 20),), 50, batch_size=8, crop_s=0.1)
     recipe = Pruned(teacher, None, mix, f"{tmp_path}/clips.parquet", Pruning()).make()
     batch = next(recipe.batches.stream(0, 1, 0, 1))

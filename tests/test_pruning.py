@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill import slim_encoder, trained
+from speechdistill.data.label_scale import Scale
 from speechdistill.encoder_scorer import Network, TrainedTeacher
-from speechdistill.labels import Scale
 from speechdistill.lanes import Batch
 from speechdistill.loop import Loop, Training
 from speechdistill.pruning import Pruner, Pruning, remove_lowest

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 import manifests
 from manifests import corpus, voice
 from speechdistill import cli, flow, ingest, pseudolabel, samples, shards, teachers
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import as_is, weights_free
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation_recipes import as_is, weights_free
+from speechdistill.data.plan import Plan, Plans
 from speechdistill.ingest import Ingest
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
-from speechdistill.plan import Plan, Plans
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.tracking.run import run_id
 

@@ -22,9 +22,9 @@ from manifests import voice
 from mlflow_runs import PROVENANCE, Store, serving, student
 from small_models import speech_encoder
 from speechdistill import cli
+from speechdistill.data.label_scale import Scale
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.io import audio, fingerprint
-from speechdistill.labels import Scale
 from speechdistill.speech_encoder import load as load_encoder
 from speechdistill.students.conv_transformer import QualityHead
 from speechdistill.tracking import model_code

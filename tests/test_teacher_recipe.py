@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from small_models import speech_encoder as small_encoder
 from speechdistill import shards, speech_encoder, teachers
+from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError
-from speechdistill.labels import LabelTransform, Scale
 from speechdistill.lanes import share
 from speechdistill.loop import Loop, Training
 from speechdistill.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal

@@ -9,7 +9,8 @@ import ray
 import soundfile
 
 from manifests import voice
-from speechdistill import cli, labeled, launch, train_students
+from speechdistill import cli, launch, train_students
+from speechdistill.data import scored_clips
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.train_students import TrainStudents
@@ -80,7 +81,7 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
     assert [recipe.mix.labeled_lanes for recipe in recipes.values()] == [0, 2, 4, 8, 16, 20] * 2
     heard = {name: len((recipe.provenance or {})["shards"]) for name, recipe in recipes.items()}
     assert {name for name, count in heard.items() if not count} == {"v0-100", "v3-100"}
-    assert labeled.manifest(str(recipes["v0-0"].labeled)).equals(labeled.manifest(str(config.labeled)))
+    assert scored_clips.manifest(str(recipes["v0-0"].labeled)).equals(scored_clips.manifest(str(config.labeled)))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import soundfile
 
 from manifests import voice
 from small_models import speech_encoder
-from speechdistill import cli, features, labeled
+from speechdistill import cli, features
+from speechdistill.data import scored_clips
+from speechdistill.data.label_scale import LabelTransform
 from speechdistill.features import LONGEST_S, Encode, Load
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.isolate import CannotWork
-from speechdistill.labels import LabelTransform
 
 RATE = audio.SAMPLE_RATE
 
@@ -84,7 +85,7 @@ def test_from_listening_tests_to_a_student(
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("clips")
-    rows = labeled.manifest(corpora(folder / "corpora", 12))
+    rows = scored_clips.manifest(corpora(folder / "corpora", 12))
     storage.publish(table.parquet_bytes(features.scored_clips(rows)), f"{folder}/clips.parquet")
     return f"{folder}/clips.parquet"
 
@@ -148,7 +149,7 @@ def test_of_a_long_clip_the_middle_is_heard_and_a_bad_one_is_rejected(tmp_path: 
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
     with (tmp_path / "scores.csv").open("w") as file:
         csv.writer(file).writerows([["path", "mos"], [tmp_path / "long.wav", 3], [tmp_path / "silent.wav", 1]])
-    rows = labeled.manifest(f"{tmp_path}/scores.csv")
+    rows = scored_clips.manifest(f"{tmp_path}/scores.csv")
     storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
     (tmp_path / "silent.wav").write_bytes(b"no audio")
     read = Load(f"{tmp_path}/clips.parquet")([{"id": 0}, {"id": 1}])
@@ -158,7 +159,7 @@ def test_of_a_long_clip_the_middle_is_heard_and_a_bad_one_is_rejected(tmp_path: 
 
 
 def test_splits_and_datasets_are_filled_in(tmp_path: Path) -> None:
-    rows = labeled.manifest(corpora(tmp_path / "corpora", 12))
+    rows = scored_clips.manifest(corpora(tmp_path / "corpora", 12))
     without = rows.set_column(rows.schema.get_field_index("split"), "split", [[None] * len(rows)])
     filled = features.scored_clips(table.validate(without, "clip.v1"))
     assert set(filled["split"].to_pylist()) == {"train", "validation"} and len(filled) == 12

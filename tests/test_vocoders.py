@@ -14,9 +14,9 @@ import torch
 from scipy.signal import butter, sosfiltfilt
 
 from manifests import voice
-from speechdistill import degradations
-from speechdistill.degradations import vocoders
-from speechdistill.degradations.vocoders import Codec2Lpcnet, HifiGan
+from speechdistill.data import components
+from speechdistill.data.degradations import vocoders
+from speechdistill.data.degradations.vocoders import Codec2Lpcnet, HifiGan
 from speechdistill.io import assets, audio
 from speechdistill.io.assets import Asset
 
@@ -108,11 +108,11 @@ def test_a_wave_above_full_scale_is_brought_back(network: Any) -> None:
 
 
 def test_the_component_finds_its_weights_and_the_step_its_network(weights: Path) -> None:
-    (need,) = degradations.needs("vocoders.hifigan")
-    assert degradations.network("vocoders.hifigan") is HifiGan and need == HifiGan.need
+    (need,) = components.needs("vocoders.hifigan")
+    assert components.network("vocoders.hifigan") is HifiGan and need == HifiGan.need
     scene: Any = type("Scene", (), {"assets": {"hifigan": asset(weights)}})()
     step = vocoders.hifigan(np.random.default_rng(0), scene)
-    assert degradations.from_json(json.loads(json.dumps(degradations.to_json(step)))) == step
+    assert components.from_json(json.loads(json.dumps(components.to_json(step)))) == step
     wave = voice(0.5)
     np.testing.assert_array_equal(step.apply(wave), STEP.apply_batch(HifiGan.load(weights, "cpu"), wave[None])[0])
 
@@ -192,7 +192,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # a libcodec2 without LPCNet
     monkeypatch.setattr(vocoders, "OPTIONAL", {"lpcnet_codec2": vocoders.lpcnet_library})
     with pytest.raises(ImportError, match="apt install libcodec2"):
-        degradations.check("vocoders.lpcnet_codec2")
+        components.check("vocoders.lpcnet_codec2")
     step = vocoders.lpcnet_codec2(np.random.default_rng(0), None)  # type: ignore[arg-type]
     with pytest.raises(ImportError, match="apt install libcodec2"):
         step.apply(voice(0.1))
@@ -218,7 +218,7 @@ def test_lpcnet_makes_the_same_bits_again(lpcnet: Codec2Lpcnet) -> None:
     first = lpcnet.apply(wave)
     lpcnet.apply(voice(0.5, seed=1))
     np.testing.assert_array_equal(lpcnet.apply(wave), first)
-    assert replace(lpcnet) == lpcnet == degradations.from_json(degradations.to_json(lpcnet))
+    assert replace(lpcnet) == lpcnet == components.from_json(components.to_json(lpcnet))
 
 
 def envelope(wave: np.ndarray) -> np.ndarray:

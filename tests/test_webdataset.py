@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from manifests import voice
 from speechdistill import ingest
-from speechdistill.corpora import listing, webdataset
+from speechdistill.data.corpora import listing, webdataset
 from speechdistill.ingest import Ingest
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from speechdistill.data.scored_clips import Labeled
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import TableError
-from speechdistill.labeled import Labeled
 from speechdistill.lanes import Batch, read_ahead, rng, share
 from speechdistill.shards import ROW_GROUP
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from speechdistill import report
 from speechdistill.compare import Compare
-from speechdistill.degradation_recipes import RecipeName
+from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.doctor import Doctor
 from speechdistill.ingest import Ingest
 from speechdistill.promote import Promote
@@ -215,7 +215,8 @@ def _recipe(
     ],
 ) -> int:
     """Degradation recipes: what they do, and how a sample sounds."""
-    from speechdistill import degradation_recipes, preview
+    from speechdistill import preview
+    from speechdistill.data import degradation_recipes
 
     recipe = degradation_recipes.chosen(command.name, command.without, command.assets, command.lpcnet)
     if isinstance(command, Show):

@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from speechdistill import degradations, trials
-from speechdistill.degradation_recipes import COMPONENTS
+from speechdistill import trials
+from speechdistill.data import components
+from speechdistill.data.degradation_recipes import COMPONENTS
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
@@ -89,7 +90,7 @@ def run(config: Doctor) -> list[Result]:
     `assets`."""
     required(config.require)
     out, clips = (place and storage.absolute(place) for place in (config.out, config.clips))
-    known = sorted({need.name for component in COMPONENTS for need in degradations.needs(component)})
+    known = sorted({need.name for component in COMPONENTS for need in components.needs(component)})
     if unknown := sorted(set(config.assets) - set(known)):
         raise ValueError(f"--assets {' '.join(unknown)} is unknown; choose from {', '.join(known)}")
     places = Places(out, clips, tuple((name, storage.absolute(place)) for name, place in config.assets.items()))
@@ -282,4 +283,4 @@ def _node(places: Places, wanted: list[str]) -> Node:
 def _versions() -> dict[str, str]:
     """What must be equal everywhere: Python and Ray to talk at all, the rest because labels depend on it."""
     ours = {"python": platform.python_version(), "ray": version("ray"), "speechdistill": __version__}
-    return {**ours, **audio.codec_versions(), **degradations.library_versions(COMPONENTS)}
+    return {**ours, **audio.codec_versions(), **components.library_versions(COMPONENTS)}

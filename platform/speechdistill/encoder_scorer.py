@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from speechdistill import slim_encoder, speech_encoder
+from speechdistill.data.label_scale import Scale
 from speechdistill.io import checkpoint, fingerprint
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.labels import Scale
 from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
 from speechdistill.speech_encoder import Encoder, middle
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, QualityHead

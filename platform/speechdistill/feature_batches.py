@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from speechdistill.data.scored_clips import Datasets
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError
-from speechdistill.labeled import Datasets
 from speechdistill.lanes import Batch, read_ahead, rng, share
 
 _FRAMES = 384

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from speechdistill import flow, pools, shards, teachers
-from speechdistill.clips import Clips
+from speechdistill.data.clips import Clips
+from speechdistill.data.scored_clips import split
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.isolate import Row
-from speechdistill.labeled import split
 from speechdistill.samples import check_storage
 from speechdistill.shards import Totals
 

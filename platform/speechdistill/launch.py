@@ -8,7 +8,8 @@ from typing import Any
 
 import ray
 
-from speechdistill import cost, labeled, side_by_side
+from speechdistill import cost, side_by_side
+from speechdistill.data import scored_clips
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.side_by_side import Run
@@ -62,7 +63,7 @@ def capacity(
 
 def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: clips) -> tuple[str, str]:
     """Clips that listeners scored as a table beside the runs, which all workers read, and its fingerprint."""
-    clips = prepare(labeled.manifest(source))
+    clips = prepare(scored_clips.manifest(source))
     digest = fingerprint.of(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
     path = f"{out}/labeled-{digest[:8]}.parquet"
     storage.publish(table.parquet_bytes(clips), path)

@@ -4,12 +4,12 @@ from io import BytesIO
 
 import soundfile
 
-from speechdistill import degradations
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import with_assets
+from speechdistill.data import components
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation_recipes import with_assets
+from speechdistill.data.plan import Plan, Plans, Recipe
 from speechdistill.io import audio, storage
 from speechdistill.io.assets import Need
-from speechdistill.plan import Plan, Plans, Recipe
 from speechdistill.samples import make_sample
 
 
@@ -21,7 +21,7 @@ def show(recipe: Recipe) -> str:
     wanted: dict[str, Need] = {}
     for stage in recipe.stages:
         for name, probability in [*stage.odds.items(), ("none", stage.none())]:
-            needs = degradations.needs(name) if name in stage.odds else ()
+            needs = components.needs(name) if name in stage.odds else ()
             wanted |= {need.name: need for need in needs}
             note = f"  needs {', '.join(need.name for need in needs)}" if needs else ""
             ends = "  then nothing else" if stage.ends and name != "none" else ""

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import labeled, score, teachers
+from speechdistill import score, teachers
+from speechdistill.data import scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.metrics import correlation
 from speechdistill.tracking.run import tracking_uri
@@ -142,9 +143,9 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     """Both models over all clips; a clip that has no score of both is left out for both."""
     from speechdistill.tracking.registry import student_folder
 
-    clips = labeled.held_out(str(config.eval))
+    clips = scored_clips.held_out(str(config.eval))
     uris = clips["uri"].to_pylist()
-    datasets = labeled.dataset_names(clips)
+    datasets = scored_clips.dataset_names(clips)
     models = []
     with ExitStack() as folders:
         for address in [candidate.uri, *([champion.uri] if champion else [])]:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 
-from speechdistill import cluster, cost, degradation_recipes, flow, label_figures, plan, pools, shards, teachers
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import RecipeName
+from speechdistill import cluster, cost, flow, label_figures, pools, shards, teachers
+from speechdistill.data import degradation_recipes, plan
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation_recipes import RecipeName
+from speechdistill.data.plan import Plans, Recipe
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import RunError
 from speechdistill.isolate import Worker
-from speechdistill.plan import Plans, Recipe
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 

@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import degradations, teachers
-from speechdistill.clips import Clips
-from speechdistill.degradations import Neural, Step
+from speechdistill import teachers
+from speechdistill.data import components, degradation
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation import Neural, Step
+from speechdistill.data.plan import Plan, Plans, Recipe
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.io.version import __version__
 from speechdistill.isolate import CannotWork, Row
-from speechdistill.plan import Plan, Plans, Recipe
 
 SCHEMA = "pseudolabel.v1"
 _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
@@ -31,7 +32,7 @@ _OTHERS, _ANSWERS_WITHIN_S = 3, 60.0
 
 def libraries(recipe: Recipe) -> dict[str, str]:
     """Versions that decide the bits of a recipe's samples; part of a run's fingerprint."""
-    names = degradations.library_versions(recipe.components)
+    names = components.library_versions(recipe.components)
     return {"speechdistill": __version__, **audio.codec_versions(), **names}
 
 
@@ -57,7 +58,7 @@ def _source(sample: Plan) -> np.ndarray:
 
 def check_step(step: Step, before: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """What a step made of `before`; raises `ArithmeticError` where it is not finite or not as long as it must be."""
-    fits = 0 < len(wave) <= len(before) if degradations.generates(step) else wave.shape == before.shape
+    fits = 0 < len(wave) <= len(before) if degradation.generates(step) else wave.shape == before.shape
     if not fits:
         shapes = f"{wave.shape} samples of {before.shape}"
         raise ArithmeticError(f"{type(step).__name__} gave {shapes}; report it with the plan")
@@ -88,8 +89,8 @@ class Degrade:
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
         file_cache.bound_bytes()  # what all samples would fail for is told now
         for name in recipe.components:
-            if degradations.network(name) is None:
-                degradations.check(name)
+            if components.network(name) is None:
+                components.check(name)
         self._clips = Clips.read(clips)
         self._plans = Plans(recipe, self._clips, seed)
         self._format, self._reference = audio_format, reference
@@ -179,8 +180,8 @@ class Enhance:
 
         torch.set_num_threads(1)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which transformers heeds too: one bar an actor
-        for kind in filter(None, map(degradations.network, recipe.components)):
-            degradations.loaded(kind, recipe.assets[kind.need.name])
+        for kind in filter(None, map(components.network, recipe.components)):
+            degradation.loaded(kind, recipe.assets[kind.need.name])
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         import torch
@@ -194,7 +195,7 @@ class Enhance:
             waves = [_wave(row) for row in on_way.values()]
             last = [row["done"] + 1 == len(steps[i]) for i, row in on_way.items()]
             try:
-                made = degradations.apply_together(list(turn.values()), waves, last)
+                made = degradation.apply_together(list(turn.values()), waves, last)
             except Exception as error:  # the weights: no row's fault
                 raise CannotWork(f"{type(error).__name__}: {error}") from error
             for (i, step), before, wave in zip(turn.items(), waves, made, strict=True):

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from speechdistill import cluster
 from speechdistill.batches import LabelRun, Mix
+from speechdistill.data.label_scale import LabelTransform
 from speechdistill.io import storage
-from speechdistill.labels import LabelTransform
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.watch import stop_on_sigterm
 

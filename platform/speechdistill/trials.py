@@ -25,9 +25,10 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill import degradations, plan, teachers
-from speechdistill.clips import Clips
-from speechdistill.degradation_recipes import COMPONENTS, RECIPES, with_assets
+from speechdistill import teachers
+from speechdistill.data import components, degradation, plan
+from speechdistill.data.clips import Clips
+from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_assets
 from speechdistill.io import audio, storage, table
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
@@ -117,13 +118,13 @@ def _degradation(name: str, places: Places) -> str:
     except MissingError as error:
         reason = str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
         raise Missing(reason, f"get it, or give the jobs --without {name}") from error
-    component = degradations.component(name)
+    component = components.component(name)
     steps = set()
     with _corpus() as manifests:
         for clips in manifests:
             clip = clips.speech[0]
             wave = audio.load(clip.uri)
-            scene = degradations.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=found)
+            scene = degradation.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=found)
             for seed in range(4):
                 step = component(np.random.default_rng(seed), scene)
                 degraded = step.apply(wave)
@@ -288,7 +289,7 @@ def _sqlite(path: Path) -> str:
 
 
 def _demo(_: str, places: Places) -> str:
-    from speechdistill.corpora import espeak
+    from speechdistill.data.corpora import espeak
 
     with tempfile.TemporaryDirectory() as folder:
         seconds = audio.probe(next(espeak.rows(folder, 1))["uri"]).duration_s

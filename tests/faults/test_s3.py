@@ -30,8 +30,8 @@ from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
 from speechdistill import cli, flow, samples, shards
-from speechdistill.corpora import folder
-from speechdistill.degradation_recipes import as_is
+from speechdistill.data.corpora import folder
+from speechdistill.data.degradation_recipes import as_is
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.isolate import CannotWork

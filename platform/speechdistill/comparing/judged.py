@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import labeled
 from speechdistill.batches import LabelRun
+from speechdistill.data import scored_clips
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import TableError
 
@@ -66,7 +66,7 @@ def read(uri: str) -> np.ndarray:
 
 def _scored(source: str) -> Judged:
     try:
-        rows = labeled.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
+        rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
     except FileNotFoundError as error:
         raise TableError(f"{source}: no such list; --clips names a file with columns path and mos") from error
     uris = rows["uri"].to_pylist()
@@ -74,7 +74,7 @@ def _scored(source: str) -> Judged:
         bar = tqdm(threads.map(_sha256, uris), total=len(uris), unit="clip", desc="hashing", dynamic_ncols=True)
         hashes = list(bar)
     columns = [rows[name].to_pylist() for name in ("clip_id", "system", "mos")]
-    named = zip(columns[0], uris, hashes, labeled.dataset_names(rows), *columns[1:], strict=True)
+    named = zip(columns[0], uris, hashes, scored_clips.dataset_names(rows), *columns[1:], strict=True)
     return Judged(source, [Clip(*values) for values in named], "listeners")
 
 

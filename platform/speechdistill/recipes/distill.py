@@ -10,12 +10,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from speechdistill import labeled, validation
+from speechdistill import validation
 from speechdistill.batches import Batches, Mix
+from speechdistill.data import scored_clips
+from speechdistill.data.label_scale import LabelTransform
+from speechdistill.data.scored_clips import Labeled
 from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
-from speechdistill.labeled import Labeled
-from speechdistill.labels import LabelTransform
 from speechdistill.models.student import load_student, save_student
 from speechdistill.scorer import segment_starts
 from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
@@ -73,7 +74,7 @@ class Recipe:
         train, self._validation = None, None
         if config.labeled is not None:
             transform = LabelTransform.read(config.transform)
-            rows = labeled.split(table.read(config.labeled, "clip.v1"))
+            rows = scored_clips.split(table.read(config.labeled, "clip.v1"))
             train, self._validation = (_scored(part, transform) for part in rows)
         mix = replace(config.mix, hold_out=self._validation is None)
         self.batches = Batches(mix, train if mix.labeled_lanes else None)

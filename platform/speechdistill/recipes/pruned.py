@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import encoder_scorer, labeled, slim_encoder, validation
+from speechdistill import encoder_scorer, slim_encoder, validation
 from speechdistill.batches import Batches, Mix
+from speechdistill.data import scored_clips
+from speechdistill.data.label_scale import LabelTransform, Scale
+from speechdistill.data.scored_clips import Clip, Labeled
 from speechdistill.encoder_scorer import WHOLE_S, Network, TrainedTeacher
 from speechdistill.io import audio, checkpoint, table
 from speechdistill.io.errors import TableError
-from speechdistill.labeled import Clip, Labeled
-from speechdistill.labels import LabelTransform, Scale
 from speechdistill.pruning import Pruner, Pruning
 from speechdistill.speech_encoder import by_length
 
@@ -48,7 +49,7 @@ class Recipe:
 
     def __init__(self, config: Pruned) -> None:
         self._config = config
-        rows = labeled.split(table.read(config.labeled, "clip.v1"))
+        rows = scored_clips.split(table.read(config.labeled, "clip.v1"))
         if not len(rows[1]) or (config.mix.labeled_lanes and not len(rows[0])):
             raise TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
         self._transform = transform(config.teacher)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from speechdistill import validation
+from speechdistill.data.label_scale import SCHEMA, LabelTransform, Scale
 from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
-from speechdistill.labels import SCHEMA, LabelTransform, Scale
 from speechdistill.students.conv_transformer import QualityHead
 
 TRANSFORM = "label_transform.v1.json"

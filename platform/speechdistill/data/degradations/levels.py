@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from speechdistill.degradations import Scene
+from speechdistill.data.degradation import Scene
 from speechdistill.io import audio
 
 _RAMP = audio.SAMPLE_RATE // 50  # a change takes 20 ms, so that it does not click

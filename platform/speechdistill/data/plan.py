@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill import degradations
-from speechdistill.clips import Clip, Clips
-from speechdistill.degradations import Scene, Step
+from speechdistill.data import components, degradation
+from speechdistill.data.clips import Clip, Clips
+from speechdistill.data.degradation import Scene, Step
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
 
@@ -81,7 +81,7 @@ class Plan:
     @property
     def is_generated(self) -> bool:
         """Whether its first step makes its speech; then the clip is not in it."""
-        return bool(self.steps) and degradations.generates(self.steps[0])
+        return bool(self.steps) and degradation.generates(self.steps[0])
 
     @property
     def clip_ids(self) -> list[str]:
@@ -89,13 +89,13 @@ class Plan:
         return [*own, *(clip_id for step in self.steps for clip_id in step.clip_ids())]
 
     def to_json(self) -> str:
-        steps = [degradations.to_json(step) for step in self.steps]
+        steps = [components.to_json(step) for step in self.steps]
         return json.dumps({**asdict(replace(self, steps=())), "steps": steps}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         values: dict[str, Any] = json.loads(text)
-        steps = tuple(degradations.from_json(step) for step in values.pop("steps"))
+        steps = tuple(components.from_json(step) for step in values.pop("steps"))
         return cls(**values, steps=steps)
 
 
@@ -114,7 +114,7 @@ class Plans:
         self._recipe, self._clips, self._seed = recipe, clips, seed
         scene = self._scene(clips.speech[0], recipe.segment_samples)
         for name in recipe.components:  # what cannot be drawn, for want of texts, is told now
-            degradations.component(name)(np.random.default_rng(0), scene)
+            components.component(name)(np.random.default_rng(0), scene)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._recipe.whole_files else len(self._clips.speech)
@@ -172,7 +172,7 @@ def _steps(recipe: Recipe, rng: np.random.Generator, scene: Scene) -> tuple[Step
     for stage, u in zip(recipe.stages, rng.random(len(recipe.stages)), strict=True):
         name = _chosen(stage.odds, u)
         if name is not None:
-            steps.append(degradations.component(name)(rng, scene))
+            steps.append(components.component(name)(rng, scene))
             if stage.ends:
                 break
     return tuple(steps)

@@ -10,28 +10,28 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 
 def rows(root: str, splits: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Rows of the databases that are keys of `splits`. A condition number counts within its database."""
     needed = ["db", "con", "filename_ref", "lang", "votes", "mos", "filepath_deg"]
-    for line in corpora.lines(f"{root}/NISQA_corpus_file.csv", needed):
+    for line in corpus.lines(f"{root}/NISQA_corpus_file.csv", needed):
         if line["db"] not in splits:
             continue
         columns = {"system": f"{line['db']}-{line['con']}", "input_id": line["filename_ref"], "language": line["lang"]}
         yield {
-            **corpora.given({**columns, "votes": line["votes"]}),
-            "uri": corpora.under(root, line["filepath_deg"]),
+            **corpus.given({**columns, "votes": line["votes"]}),
+            "uri": corpus.under(root, line["filepath_deg"]),
             "corpus": "nisqa",
             "split": splits[line["db"]],
             "mos": line["mos"],
         }
 
 
-def _reader(splits: dict[str, str], *paper: int) -> corpora.Reader:
+def _reader(splits: dict[str, str], *paper: int) -> corpus.Reader:
     train, validation, test = paper
-    return corpora.Reader(partial(rows, splits=splits), (train, validation, test))
+    return corpus.Reader(partial(rows, splits=splits), (train, validation, test))
 
 
 READERS = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from speechdistill.degradations import Neural, Scene
+from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
 

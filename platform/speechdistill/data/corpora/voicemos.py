@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 _MAIN = {"train_mos_list": "train", "val_mos_list": "validation", "test_mos_list": "test"}
 _OOD = {**_MAIN, "unlabeled_mos_list_LABELS": "train"}
@@ -20,9 +20,9 @@ _OOD = {**_MAIN, "unlabeled_mos_list_LABELS": "train"}
 def rows(root: str, splits: dict[str, str], language: str) -> Iterator[dict[str, Any]]:
     """`root` is the folder that holds `DATA`; `splits` says what each of its lists is for."""
     for name, split in splits.items():
-        for line in corpora.lines(f"{root}/DATA/sets/{name}.txt", ["wav", "mos"], header=False):
+        for line in corpus.lines(f"{root}/DATA/sets/{name}.txt", ["wav", "mos"], header=False):
             yield {
-                "uri": corpora.under(f"{root}/DATA/wav", line["wav"]),
+                "uri": corpus.under(f"{root}/DATA/wav", line["wav"]),
                 "corpus": "voicemos2022",
                 "split": split,
                 "system": line["wav"].split("-")[0],
@@ -32,6 +32,6 @@ def rows(root: str, splits: dict[str, str], language: str) -> Iterator[dict[str,
 
 
 READERS = {
-    "voicemos2022_en": corpora.Reader(partial(rows, splits=_MAIN, language="en"), (4_973, 1_065, 1_065)),
-    "voicemos2022_cn": corpora.Reader(partial(rows, splits=_OOD, language="zh"), (674, 136, 539)),
+    "voicemos2022_en": corpus.Reader(partial(rows, splits=_MAIN, language="en"), (4_973, 1_065, 1_065)),
+    "voicemos2022_cn": corpus.Reader(partial(rows, splits=_OOD, language="zh"), (674, 136, 539)),
 }

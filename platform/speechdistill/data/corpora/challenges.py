@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 _NEEDED = ["wav_path", "score", "system_id", "input_id"]
 _EARLIER = "sig_2023.csv"
@@ -18,10 +18,10 @@ _EARLIER = "sig_2023.csv"
 
 def rows(root: str, name: str, split: str | None = None) -> Iterator[dict[str, Any]]:
     """A row per line; without `split`, those of held-out systems and inputs are made of them."""
-    for line in corpora.lines(f"{root}/labels.csv", _NEEDED):
+    for line in corpus.lines(f"{root}/labels.csv", _NEEDED):
         yield {
-            **corpora.given({"votes": line.get("votes"), "language": line.get("language"), "split": split}),
-            "uri": corpora.under(root, line["wav_path"]),
+            **corpus.given({"votes": line.get("votes"), "language": line.get("language"), "split": split}),
+            "uri": corpus.under(root, line["wav_path"]),
             "corpus": name,
             "system": line["system_id"],
             "input_id": line["input_id"],
@@ -31,16 +31,16 @@ def rows(root: str, name: str, split: str | None = None) -> Iterator[dict[str, A
 
 def sig_2024(root: str) -> Iterator[dict[str, Any]]:
     """SIG 2024 without the inputs of SIG 2023, which a copy of that set's `labels.csv` names, `sig_2023.csv`."""
-    earlier = {line["input_id"] for line in corpora.lines(f"{root}/{_EARLIER}", ["input_id"])}
+    earlier = {line["input_id"] for line in corpus.lines(f"{root}/{_EARLIER}", ["input_id"])}
     yield from (row for row in rows(root, "sig_2024", "test") if row["input_id"] not in earlier)
 
 
-def _trained_on(name: str, train: int, validation: int) -> corpora.Reader:
-    return corpora.Reader(partial(rows, name=name), (train, validation, 0), challenge=True)
+def _trained_on(name: str, train: int, validation: int) -> corpus.Reader:
+    return corpus.Reader(partial(rows, name=name), (train, validation, 0), challenge=True)
 
 
-def _tested_on(name: str, test: int) -> corpora.Reader:
-    return corpora.Reader(partial(rows, name=name, split="test"), (0, 0, test))
+def _tested_on(name: str, test: int) -> corpus.Reader:
+    return corpus.Reader(partial(rows, name=name, split="test"), (0, 0, test))
 
 
 READERS = {
@@ -50,5 +50,5 @@ READERS = {
     "plc_2022": _trained_on("plc_2022", 9_412, 958),
     "plc_2024": _tested_on("plc_2024", 11_010),
     "sig_2023": _trained_on("sig_2023", 5_250, 625),
-    "sig_2024": corpora.Reader(sig_2024, (0, 0, 5_100)),
+    "sig_2024": corpus.Reader(sig_2024, (0, 0, 5_100)),
 }

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from scipy.signal import butter, sosfilt
 
-from speechdistill import espeak_ng
+from speechdistill.data import espeak_ng
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.audio import SAMPLE_RATE
 

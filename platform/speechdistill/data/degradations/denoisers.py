@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from speechdistill import onnx_denoisers
-from speechdistill.degradations import Neural, Scene
+from speechdistill.data import onnx_denoisers
+from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
 

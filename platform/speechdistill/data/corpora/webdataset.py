@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 from speechdistill.io import audio_files, tar_files
 from speechdistill.io.audio import EXTENSIONS
 from speechdistill.io.errors import AudioError, TableError
@@ -83,7 +83,7 @@ def files(patterns: Sequence[str]) -> list[str]:
 def _warn(batch: "_Batch", told: set[str]) -> None:
     if new := sorted(batch.unknown - told):
         message = "%s: json keys %s are left out; known are %s"
-        _LOG.warning(message, batch.uri, new, sorted(corpora.columns()))
+        _LOG.warning(message, batch.uri, new, sorted(corpus.columns()))
 
 
 class _Batch(NamedTuple):
@@ -181,8 +181,8 @@ class _Tar:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(type(values).__name__)
-        self._unknown |= {key for key in values if key not in corpora.columns() and not key.startswith("__")}
-        return corpora.given(values)
+        self._unknown |= {key for key in values if key not in corpus.columns() and not key.startswith("__")}
+        return corpus.given(values)
 
 
 def _batches(tars: Iterator[_Tar], threads: ThreadPoolExecutor) -> Generator[_Batch]:

@@ -7,15 +7,15 @@ it), `score` (the mean MUSHRA score, 0 to 100) and where known `system_id` (the 
 from collections.abc import Iterator
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 
 def rows(root: str) -> Iterator[dict[str, Any]]:
     """A row per line, MUSHRA's 0 to 100 as 1 to 5 (Distill-MOS, section III-B)."""
-    for line in corpora.lines(f"{root}/labels.csv", ["wav_path", "score"]):
+    for line in corpus.lines(f"{root}/labels.csv", ["wav_path", "score"]):
         columns = {"system": line.get("system_id"), "input_id": line.get("input_id")}
-        uri = corpora.under(root, line["wav_path"])
-        yield {**corpora.given(columns), "uri": uri, "corpus": "genspeech", "split": "test", "mos": _mos(line["score"])}
+        uri = corpus.under(root, line["wav_path"])
+        yield {**corpus.given(columns), "uri": uri, "corpus": "genspeech", "split": "test", "mos": _mos(line["score"])}
 
 
 def _mos(mushra: str) -> float | str:
@@ -25,4 +25,4 @@ def _mos(mushra: str) -> float | str:
         return mushra  # refused with the others that are no scores
 
 
-READERS = {"genspeech": corpora.Reader(rows, (0, 0, 160))}
+READERS = {"genspeech": corpus.Reader(rows, (0, 0, 160))}

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from speechdistill import corpora
-from speechdistill.corpora import (
+from speechdistill.data import corpus
+from speechdistill.data.corpora import (
     blizzard2023,
     challenges,
     conferencing_speech,
@@ -39,7 +39,7 @@ CorpusName = Literal[
     "voicemos2022_cn",
     "voicemos2022_en",
 ]
-READERS: dict[str, corpora.Reader] = {
+READERS: dict[str, corpus.Reader] = {
     **blizzard2023.READERS,
     **challenges.READERS,
     **conferencing_speech.READERS,
@@ -51,8 +51,8 @@ READERS: dict[str, corpora.Reader] = {
 }
 
 
-def rows(name: str, root: str, held_out: corpora.HeldOut = "both") -> list[dict[str, Any]]:
+def rows(name: str, root: str, held_out: corpus.HeldOut = "both") -> list[dict[str, Any]]:
     """The checked rows of a corpus in folder `root`; raises `TableError` for what does not fit, and unknown names."""
     if name not in READERS:
         raise TableError(f"no corpus {name!r}; there are {', '.join(sorted(READERS))}")
-    return corpora.checked(name, READERS[name], root, held_out)
+    return corpus.checked(name, READERS[name], root, held_out)

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill.clips import clip_id
-from speechdistill.corpora import listing
+from speechdistill.data.clips import clip_id
+from speechdistill.data.corpora import listing
+from speechdistill.data.label_scale import LabelTransform
 from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
-from speechdistill.labels import LabelTransform
 
 _LOG = logging.getLogger(__name__)
 _SPLITS = ("train", "validation", "test")

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from speechdistill import espeak_ng
-from speechdistill.degradations import Neural, Scene
+from speechdistill.data import espeak_ng
+from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import assets, audio
 from speechdistill.io.assets import Asset, Need
 

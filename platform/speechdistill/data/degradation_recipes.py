@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from speechdistill import degradations
+from speechdistill.data import components
+from speechdistill.data.plan import Recipe, Stage
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset
 from speechdistill.io.errors import MissingError
-from speechdistill.plan import Recipe, Stage
 
 WEIGHTS_FREE = (
     "rooms.room",
@@ -115,7 +115,7 @@ def chosen(
     if unknown := sorted(set(without) - set(known)):
         raise ValueError(f"--without {' '.join(unknown)}: recipe {name} has {', '.join(known) or 'no components'}")
     stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
-    wanted = {need.name for component in known for need in degradations.needs(component)}
+    wanted = {need.name for component in known for need in components.needs(component)}
     wanted |= {"texts"} if name == "weights_free" else set()
     if unknown := sorted(set(sources) - wanted):
         use = ", ".join(sorted(wanted)) or "none"
@@ -133,10 +133,10 @@ def with_assets(recipe: Recipe) -> Recipe:
     lacks: dict[str, list[str]] = {}
     for component in recipe.components:
         try:
-            degradations.check(component)
+            components.check(component)
         except ImportError as error:
             lacks.setdefault(str(error), []).append(component)
-        for need in degradations.needs(component):
+        for need in components.needs(component):
             try:
                 if need.name not in found:
                     given = recipe.assets.get(need.name)
@@ -145,12 +145,12 @@ def with_assets(recipe: Recipe) -> Recipe:
                 lacks.setdefault(str(error), []).append(component)
     if lacks:
         lines = "".join(f"\n  {', '.join(components)}: {reason}" for reason, components in lacks.items())
-        components = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
-        left_out = " ".join(f"--without {name}" for name in components)
+        names = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
+        left_out = " ".join(f"--without {name}" for name in names)
         raise MissingError(
             f"recipe {recipe.name!r} has components that lack what they need:{lines}\n",
             f"recipe 'weights_free' works without them; {left_out} leaves out just these",
-            components,
+            names,
         )
     return replace(recipe, assets=found)
 
@@ -159,7 +159,7 @@ def network_passes(recipe: Recipe) -> int:
     """How many times a sample's steps change, at most, from ordinary ones to those of networks."""
     ordinary, network, most = 0, 0, 0
     for stage in recipe.stages:
-        kinds = {degradations.network(name) is not None for name in stage.odds}
+        kinds = {components.network(name) is not None for name in stage.odds}
         after_network = max(network, ordinary + 1) if True in kinds else network
         most = max(most, after_network)
         if not stage.ends:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speechdistill import libopus
-from speechdistill.degradations import Scene
+from speechdistill.data import libopus
+from speechdistill.data.degradation import Scene
 from speechdistill.io import audio
 
 _LOSS = (0.01, 0.2)

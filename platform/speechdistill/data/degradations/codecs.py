@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from speechdistill import libopus
-from speechdistill.degradations import Neural, Scene
+from speechdistill.data import libopus
+from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
 

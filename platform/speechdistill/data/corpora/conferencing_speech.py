@@ -13,23 +13,23 @@ be confirmed. So it is ours that `test.csv` in the corpus' folder lists them: `d
 from collections.abc import Iterator
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 _TENCENT = ("withReverberationTrainDev", "withoutReverberationTrainDev")
 
 
 def pstn(root: str) -> Iterator[dict[str, Any]]:
     """`root` holds `pstn_train/`, and `test.csv` where there is one."""
-    lines = corpora.lines(f"{root}/pstn_train/pstn_train.csv", ["filename", "MOS", "votes"])
+    lines = corpus.lines(f"{root}/pstn_train/pstn_train.csv", ["filename", "MOS", "votes"])
     found = [
         {
-            **corpora.given({"votes": line["votes"]}),
-            "uri": corpora.under(f"{root}/pstn_train", line["filename"]),
+            **corpus.given({"votes": line["votes"]}),
+            "uri": corpus.under(f"{root}/pstn_train", line["filename"]),
             "mos": line["MOS"],
         }
         for line in lines
     ]
-    for row in [*corpora.with_validation(found), *_test(root, needed=False)]:
+    for row in [*corpus.with_validation(found), *_test(root, needed=False)]:
         yield {**row, "corpus": "pstn", "language": "en"}
 
 
@@ -37,12 +37,12 @@ def tencent(root: str) -> Iterator[dict[str, Any]]:
     """`root` is the folder `TencentCorups`; its test clips are listed in `test.csv` where there is one."""
     found = []
     for part in _TENCENT:
-        lines = corpora.lines(f"{root}/{part}MOS.csv", ["deg_wav", "mos"])
-        uris = [corpora.under(root, line["deg_wav"]) for line in lines]
-        for line, uri, there in zip(lines, uris, corpora.exist(uris), strict=True):
+        lines = corpus.lines(f"{root}/{part}MOS.csv", ["deg_wav", "mos"])
+        uris = [corpus.under(root, line["deg_wav"]) for line in lines]
+        for line, uri, there in zip(lines, uris, corpus.exist(uris), strict=True):
             uri = uri if there else uri.replace(f"/{part}MOS/", f"/{part}/")
             found.append({"uri": uri, "mos": line["mos"]})
-    for row in [*corpora.with_validation(found), *_test(root, needed=False)]:
+    for row in [*corpus.with_validation(found), *_test(root, needed=False)]:
         yield {**row, "corpus": "tencent", "language": "zh"}
 
 
@@ -54,12 +54,12 @@ def tub(root: str) -> Iterator[dict[str, Any]]:
 
 def _test(root: str, needed: bool) -> Iterator[dict[str, Any]]:
     file = f"{root}/test.csv"
-    for line in corpora.lines(file, ["deg_wav", "mos"]) if needed or all(corpora.exist([file])) else ():
-        yield {"uri": corpora.under(root, line["deg_wav"]), "mos": line["mos"], "split": "test"}
+    for line in corpus.lines(file, ["deg_wav", "mos"]) if needed or all(corpus.exist([file])) else ():
+        yield {"uri": corpus.under(root, line["deg_wav"]), "mos": line["mos"], "split": "test"}
 
 
 READERS = {
-    "pstn": corpora.Reader(pstn, (57_709, 1_000, 1_040)),
-    "tencent": corpora.Reader(tencent, (10_563, 1_000, 2_898)),
-    "tub": corpora.Reader(tub, (0, 0, 434)),
+    "pstn": corpus.Reader(pstn, (57_709, 1_000, 1_040)),
+    "tencent": corpus.Reader(tencent, (10_563, 1_000, 2_898)),
+    "tub": corpus.Reader(tub, (0, 0, 434)),
 }

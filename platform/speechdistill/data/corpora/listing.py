@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
@@ -28,9 +28,9 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
         path = line.pop("path", None) or line.pop("uri", None)
         if not path:
             raise TableError(f"{file}: row {number + 1} has no path; name that column 'path' or 'uri'")
-        if number == 0 and (unknown := sorted(set(line) - corpora.columns())):
-            _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(corpora.columns()))
-        yield {"kind": "speech", **corpora.given(line), "uri": _absolute(str(path), folder)}
+        if number == 0 and (unknown := sorted(set(line) - corpus.columns())):
+            _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(corpus.columns()))
+        yield {"kind": "speech", **corpus.given(line), "uri": _absolute(str(path), folder)}
 
 
 def _lines(file: str) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ Columns `wav_path` (relative to the list) and `score` (1 to 5), and where known 
 from collections.abc import Iterator
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 _RENAMED = {"score": "mos", "system_id": "system"}
 
@@ -16,9 +16,9 @@ def rows(root: str) -> Iterator[dict[str, Any]]:
     """A row per line; `root` is the folder, or the CSV itself under another name."""
     is_file = root.lower().endswith(".csv")
     file = root if is_file else f"{root}/labels.csv"
-    for line in corpora.lines(file, ["wav_path", "score"]):
-        columns = corpora.given({_RENAMED.get(key, key): value for key, value in line.items() if key})
-        yield {"mos": None, **columns, "uri": corpora.under(file.rsplit("/", 1)[0], line["wav_path"])}
+    for line in corpus.lines(file, ["wav_path", "score"]):
+        columns = corpus.given({_RENAMED.get(key, key): value for key, value in line.items() if key})
+        yield {"mos": None, **columns, "uri": corpus.under(file.rsplit("/", 1)[0], line["wav_path"])}
 
 
-READERS = {"csv": corpora.Reader(rows)}
+READERS = {"csv": corpus.Reader(rows)}

@@ -12,8 +12,8 @@ from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 from scipy.ndimage import maximum_filter1d
 from scipy.signal import lfilter
 
-from speechdistill.clips import Clip
-from speechdistill.degradations import Scene
+from speechdistill.data.clips import Clip
+from speechdistill.data.degradation import Scene
 from speechdistill.io import audio, file_cache
 
 NOMINAL_LEVEL_DB = -26.0

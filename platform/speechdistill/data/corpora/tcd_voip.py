@@ -17,7 +17,7 @@ from zipfile import BadZipFile, ZipFile
 
 import fsspec
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 from speechdistill.io import storage
 from speechdistill.io.errors import TableError
 
@@ -37,7 +37,7 @@ def rows(root: str) -> Iterator[dict[str, Any]]:
     if lines is None:
         raise TableError(f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'")
     if twice := [line["Filename"] for line in lines if counts[line["Filename"]] > 1]:
-        raise TableError(f"{root}: {corpora.some(twice, 'recordings lie in more than one folder')}")
+        raise TableError(f"{root}: {corpus.some(twice, 'recordings lie in more than one folder')}")
     for line in lines:
         name = line["Filename"]
         _, condition, degradation, speaker = f"{name.removesuffix('.wav')}___".split("_")[:4]
@@ -89,4 +89,4 @@ def _cells(row: ET.Element, texts: list[str]) -> dict[str, str]:
     return cells
 
 
-READERS = {"tcd_voip": corpora.Reader(rows, (0, 0, 384))}
+READERS = {"tcd_voip": corpus.Reader(rows, (0, 0, 384))}

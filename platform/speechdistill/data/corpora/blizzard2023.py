@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from speechdistill import corpora
+from speechdistill.data import corpus
 
 
 def rows(root: str, task: str) -> Iterator[dict[str, Any]]:
     """Rows of one task, `NEB` or `AD`; `root` has the recordings, or their folder `wavs`, and `answer.csv`."""
-    lines = corpora.lines(f"{root}/answer.csv", ["name", "mos"], header=False)
+    lines = corpus.lines(f"{root}/answer.csv", ["name", "mos"], header=False)
     uris = [f"{root}/{line['name']}.wav" for line in lines]
-    for line, uri, there in zip(lines, uris, corpora.exist(uris), strict=True):
+    for line, uri, there in zip(lines, uris, corpus.exist(uris), strict=True):
         system = line["name"].split("_")[0].removeprefix("VoiceMOS2023Track1-")
         if not system.endswith(f"-{task}"):
             continue
@@ -32,6 +32,6 @@ def rows(root: str, task: str) -> Iterator[dict[str, Any]]:
 
 
 READERS = {
-    "blizzard2023_tts": corpora.Reader(partial(rows, task="NEB"), (0, 0, 840)),
-    "blizzard2023_sa": corpora.Reader(partial(rows, task="AD"), (0, 0, 578)),
+    "blizzard2023_tts": corpus.Reader(partial(rows, task="NEB"), (0, 0, 840)),
+    "blizzard2023_sa": corpus.Reader(partial(rows, task="AD"), (0, 0, 578)),
 }

@@ -1,3 +1,4 @@
+# data/: which clips there are (corpora/), and what sample i is (degradations/, recipes, plan).
 """The clip manifest as plans see it: three pools of clips, in manifest order."""
 
 import hashlib

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import butter, fftconvolve, sosfilt
 
-from speechdistill.degradations import Scene
+from speechdistill.data.degradation import Scene
 from speechdistill.io import audio, file_cache
 from speechdistill.io.errors import AudioError
 
