@@ -25,8 +25,9 @@ import torch
 import tyro
 
 from speechdistill import cli
-from speechdistill.batches import LabelRun, Mix
+from speechdistill.batches import Mix
 from speechdistill.data import scored_clips
+from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.loop import Loop, Training
 from speechdistill.metrics import correlation

@@ -15,7 +15,8 @@ import tyro
 from distillation import SAMPLES, SHARED, label_run, samples
 from torch import nn
 
-from speechdistill.batches import LabelRun, Mix
+from speechdistill.batches import Mix
+from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.loop import Loop, Training
 from speechdistill.models.student import load_student

@@ -14,8 +14,8 @@ import ray
 import tyro
 from bare import WARM_UP, steps_per_s
 
-from speechdistill import cluster, shards
 from speechdistill.batches import Mix
+from speechdistill.engine import cluster, shards
 from speechdistill.io import audio, storage
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, student

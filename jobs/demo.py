@@ -16,9 +16,9 @@ import soundfile
 import tyro
 
 from speechdistill import cli
-from speechdistill.batches import LabelRun
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plan
+from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id

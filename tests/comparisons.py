@@ -9,12 +9,12 @@ import pyarrow as pa
 import soundfile
 
 from manifests import corpus, row, voice
-from speechdistill import flow, shards
 from speechdistill.comparing import candidates, comparison, judged, scoring
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.data.degradation_recipes import weights_free
+from speechdistill.engine import flow, shards
+from speechdistill.engine.isolate import Row, Worker
 from speechdistill.io import storage, table
-from speechdistill.isolate import Row, Worker
 from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
 RATE = 16_000

@@ -26,7 +26,7 @@ def own_package_first() -> Iterator[None]:
 def local_ray() -> Iterator[None]:
     import ray
 
-    from speechdistill import cluster
+    from speechdistill.engine import cluster
 
     cluster.connect()
     yield

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import flow, shards
+from speechdistill.engine import flow, shards
+from speechdistill.engine.isolate import Row
 from speechdistill.io import audio, table
-from speechdistill.isolate import Row
 from speechdistill.samples import DEGRADED, TAUGHT
 
 COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sample_id"]

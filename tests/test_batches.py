@@ -13,11 +13,12 @@ import soundfile
 
 from manifests import row
 from milli import Degrade, Teach
-from speechdistill import shards
-from speechdistill.batches import Batches, LabelRun, Mix, Ref, Walk
+from speechdistill.batches import Batches, Mix, Ref, Walk
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Labeled
+from speechdistill.engine import shards
+from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError
 from speechdistill.lanes import share

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from speechdistill import cluster
+from speechdistill.engine import cluster
 
 
 def refuse() -> None:

@@ -24,11 +24,12 @@ from comparisons import RATE, asked, compared, label_run, recordings, without_ra
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import cli, compare, flow, prune, teachers
+from speechdistill import cli, compare, prune, teachers
 from speechdistill.compare import Compare
 from speechdistill.comparing import candidates, comparison, judged, scoring, tables
 from speechdistill.data.label_scale import Scale
 from speechdistill.encoder_scorer import HEAD, TrainedHead
+from speechdistill.engine import flow
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError, TableError
 from speechdistill.prune import Prune
@@ -65,7 +66,7 @@ def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
     source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
     config = Compare(source, str(out), f"a={students[0]},b={students[1]}")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+        patch.setattr("speechdistill.engine.flow.run", partial(without_ray, stop_after=2))
         compare.run(config)
     kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
     assert len(heard(out)) == 2 * 2 * 3 and not (out / "summary.json").exists()
@@ -139,10 +140,10 @@ def test_a_worker_that_outlives_its_driver_scores_nothing_twice(
             without_ray(runs[0], stop_after=1)  # the next part, after the second driver has listed what is missing
         without_ray(run)
 
-    monkeypatch.setattr("speechdistill.flow.run", stopped)
+    monkeypatch.setattr("speechdistill.engine.flow.run", stopped)
     with pytest.raises(KeyboardInterrupt):
         scoring.score([a], clips, str(out))
-    monkeypatch.setattr("speechdistill.flow.run", late)
+    monkeypatch.setattr("speechdistill.engine.flow.run", late)
     scoring.score([a, b], clips, str(out))
     assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
 
@@ -153,10 +154,10 @@ def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
     out = tmp_path / "out"
     clips = judged.clips(recordings(tmp_path / "clips", 24)).clips
     a, b = candidates.load({"a": students[0], "b": students[1]}, str(out), {})
-    monkeypatch.setattr("speechdistill.flow.run", partial(without_ray, stop_after=2))
+    monkeypatch.setattr("speechdistill.engine.flow.run", partial(without_ray, stop_after=2))
     with pytest.raises(KeyboardInterrupt):
         scoring.score([a, b], clips, str(out))
-    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    monkeypatch.setattr("speechdistill.engine.flow.run", without_ray)
     scoring.score([a], clips[:12], str(out))
     assert set(heard(out).values()) == {1} and len(heard(out)) == 2 * 6 + 6
     scoring.score([a, b], clips, str(out))
@@ -169,7 +170,7 @@ def test_rejects_are_judged_among_all_files_whenever_they_are_tried_again(
     source, out = recordings(tmp_path / "clips", 24), tmp_path / "out"
     (tmp_path / "clips" / "0.wav").write_bytes(b"RIFF this is no audio")
     entries, clips = candidates.load({"a": students[0]}, str(out), {}), judged.clips(source).clips
-    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    monkeypatch.setattr("speechdistill.engine.flow.run", without_ray)
     for _ in range(2):  # the second time the broken file is all there is to do
         found = scoring.score(entries, clips, str(out))
         assert len(found.scores) == 23 and list(found.rejects) == [clips[0].uri]
@@ -187,9 +188,9 @@ def test_what_is_scored_needs_no_cluster_and_is_what_the_score_command_says(
     source, out = recordings(tmp_path / "clips", 12), tmp_path / "out"
     wanted = f"a={students[0]},tub-expert={students[1]}"
     with monkeypatch.context() as patch:
-        patch.setattr("speechdistill.flow.run", without_ray)
+        patch.setattr("speechdistill.engine.flow.run", without_ray)
         scoring.score(candidates.load(candidates.listed(wanted), str(out), {}), judged.clips(source).clips, str(out))
-    monkeypatch.setattr("speechdistill.flow.run", lambda flow: pytest.fail("there was something to score"))
+    monkeypatch.setattr("speechdistill.engine.flow.run", lambda flow: pytest.fail("there was something to score"))
     assert cli.main(["compare", "--clips", source, "--out", str(out), "--models", wanted, "--paper"]) == 0
     printed = capsys.readouterr().out
     assert "tub-expert" in printed and "beside the paper's Table I" in printed and "metrics.csv" in printed
@@ -250,7 +251,7 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
 def test_a_comparison_of_nothing_is_an_error_with_the_reason(
     tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speechdistill.flow.run", without_ray)
+    monkeypatch.setattr("speechdistill.engine.flow.run", without_ray)
     source, out = recordings(tmp_path / "clips", 3), tmp_path / "out"
     for file in (tmp_path / "clips").glob("*.wav"):
         soundfile.write(file, np.zeros(RATE + int(file.stem)), RATE)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from speechdistill import cost
-from speechdistill.flow import Stage, Trial
+from speechdistill.engine import cost
+from speechdistill.engine.flow import Stage, Trial
+from speechdistill.engine.monitor import Work
 from speechdistill.io.errors import RunError
-from speechdistill.monitor import Work
 from speechdistill.samples import DEGRADED, TAUGHT
 
 

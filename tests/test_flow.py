@@ -15,7 +15,7 @@ import pytest
 
 import milli
 from milli import Degrade, Teach, milli_flow
-from speechdistill import flow, parts, shards
+from speechdistill.engine import flow, parts, shards
 from speechdistill.io import table
 from speechdistill.io.errors import RunError
 

@@ -12,13 +12,14 @@ import pytest
 
 import small_models
 from manifests import corpus_manifest, voice
-from speechdistill import cli, flow, pseudolabel, samples
+from speechdistill import cli, pseudolabel, samples
 from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural
 from speechdistill.data.degradation_recipes import chosen, network_passes, paper, with_assets
 from speechdistill.data.degradations import codecs, generated
 from speechdistill.data.plan import Plan, Plans, Recipe, Stage
+from speechdistill.engine import flow
 from speechdistill.io import assets, storage, table
 from speechdistill.io.assets import Asset, Need
 from speechdistill.io.errors import MissingError, RunError

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import cli, flow, ingest, pseudolabel, samples, shards, teachers
+from speechdistill import cli, ingest, pseudolabel, samples, teachers
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import as_is, weights_free
 from speechdistill.data.plan import Plan, Plans
+from speechdistill.engine import flow, shards
 from speechdistill.ingest import Ingest
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
@@ -127,7 +128,7 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speechdistill.flow._parts", stopped)
+    monkeypatch.setattr("speechdistill.engine.flow._parts", stopped)
     with pytest.raises(KeyboardInterrupt):
         pseudolabel.run(replace(config, num_samples=4))
     assert not (tmp_path / "summary.json").exists()

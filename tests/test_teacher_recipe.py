@@ -10,8 +10,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from small_models import speech_encoder as small_encoder
-from speechdistill import shards, speech_encoder, teachers
+from speechdistill import speech_encoder, teachers
 from speechdistill.data.label_scale import LabelTransform, Scale
+from speechdistill.engine import shards
 from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError

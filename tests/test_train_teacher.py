@@ -13,10 +13,10 @@ from small_models import speech_encoder
 from speechdistill import cli, features
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform
+from speechdistill.engine.isolate import CannotWork
 from speechdistill.features import LONGEST_S, Encode, Load
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
-from speechdistill.isolate import CannotWork
 
 RATE = audio.SAMPLE_RATE
 

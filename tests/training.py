@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from speechdistill import cluster
 from speechdistill.batches import Mix
+from speechdistill.engine import cluster
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, Recipe, tiny
 from speechdistill.train import Job, Progress, fit

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from speechdistill import cluster
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
+from speechdistill.engine import cluster
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__

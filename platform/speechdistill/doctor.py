@@ -21,10 +21,10 @@ from tqdm import tqdm
 from speechdistill import trials
 from speechdistill.data import components
 from speechdistill.data.degradation_recipes import COMPONENTS
+from speechdistill.engine.isolate import ChildDied, Isolated, Row
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
-from speechdistill.isolate import ChildDied, Isolated, Row
 from speechdistill.trials import Missing, Places
 
 _ON_NODES = ("teacher", "degradation", "recipe", "format", "storage", "clips")
@@ -260,7 +260,7 @@ class _Cluster:
             return [error]
 
     def _asked(self) -> list[Result]:
-        from speechdistill import cluster
+        from speechdistill.engine import cluster
 
         cluster.connect()
         answers = cluster.on_every_node(partial(_node, self._places, self._works), _NODES_TIMEOUT_S)

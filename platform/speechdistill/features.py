@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill import flow, pools, shards, teachers
+from speechdistill import teachers
 from speechdistill.data.clips import Clips
 from speechdistill.data.scored_clips import split
+from speechdistill.engine import flow, pools, shards
+from speechdistill.engine.isolate import Row
+from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
-from speechdistill.isolate import Row
 from speechdistill.samples import check_storage
-from speechdistill.shards import Totals
 
 SCHEMA = "feature.v1"
 LONGEST_S = 15.0

@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from speechdistill import cluster
 from speechdistill.data import listening_tests
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
 from speechdistill.data.listening_tests import CorpusName
+from speechdistill.engine import cluster
 from speechdistill.io import audio, audio_files, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError
 from speechdistill.teachers import MIN_DURATION_S

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import shards
+from speechdistill.engine import shards
+from speechdistill.engine.shards import Totals
 from speechdistill.io import audio
-from speechdistill.shards import Totals
 
 SCORE_EDGES = np.linspace(1.0, 5.0, 41)
 

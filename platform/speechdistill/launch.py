@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 
-from speechdistill import cost, side_by_side
+from speechdistill import side_by_side
 from speechdistill.data import scored_clips
+from speechdistill.engine import cost
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.side_by_side import Run

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from speechdistill import cluster
+from speechdistill.engine import cluster
+from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
-from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.pruned import Pruned
@@ -127,7 +127,8 @@ def _absolute(config: Prune) -> Prune:
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
     from speechdistill import launch
-    from speechdistill.batches import LabelRun, Mix
+    from speechdistill.batches import Mix
+    from speechdistill.engine.finished_run import LabelRun
     from speechdistill.io import checkpoint
     from speechdistill.pruning import Pruning
     from speechdistill.recipes.pruned import Pruned

@@ -10,14 +10,15 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 
-from speechdistill import cluster, cost, flow, label_figures, pools, shards, teachers
+from speechdistill import label_figures, teachers
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
+from speechdistill.engine import cluster, cost, flow, pools, shards
+from speechdistill.engine.isolate import Worker
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import RunError
-from speechdistill.isolate import Worker
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 

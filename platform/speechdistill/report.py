@@ -4,7 +4,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speechdistill.cost import Estimate
+    from speechdistill.engine.cost import Estimate
 
 
 def labels(summary: dict[str, Any], out: str) -> str:

@@ -14,10 +14,10 @@ from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural, Step
 from speechdistill.data.plan import Plan, Plans, Recipe
+from speechdistill.engine.isolate import CannotWork, Row
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.io.version import __version__
-from speechdistill.isolate import CannotWork, Row
 
 SCHEMA = "pseudolabel.v1"
 _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")

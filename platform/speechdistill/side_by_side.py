@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from speechdistill import cluster
+from speechdistill.engine import cluster
 from speechdistill.tracking.run import Tracking
 from speechdistill.train import Job, Progress, Told, fit
 

@@ -17,7 +17,7 @@ import pyarrow.fs
 import ray
 import torch
 
-from speechdistill import cluster, shards
+from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
 from speechdistill.loop import Loop, NotFiniteError, Recipe, Training

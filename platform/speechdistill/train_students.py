@@ -3,12 +3,13 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from speechdistill import cluster
-from speechdistill.batches import LabelRun, Mix
+from speechdistill.batches import Mix
 from speechdistill.data.label_scale import LabelTransform
+from speechdistill.engine import cluster
+from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
 from speechdistill.tracking.run import Tracking, tracking_uri
-from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.models.student import Student

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from speechdistill import cluster, cost
+from speechdistill.engine import cluster, cost
+from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
 from speechdistill.tracking.run import Tracking, tracking_uri
-from speechdistill.watch import stop_on_sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.recipes.teacher import Teacher

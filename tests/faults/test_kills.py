@@ -15,7 +15,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import milli
-from speechdistill import flow, shards
+from speechdistill.engine import flow, shards
 from test_flow import assert_exactly_once, contents
 
 NUM_IDS = 800  # a hundred parts

@@ -14,7 +14,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from manifests import corpus
-from speechdistill import ingest, shards
+from speechdistill import ingest
+from speechdistill.engine import shards
 from speechdistill.ingest import Ingest
 from test_pseudolabel import rows_of
 

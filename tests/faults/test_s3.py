@@ -29,12 +29,13 @@ import soundfile
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
-from speechdistill import cli, flow, samples, shards
+from speechdistill import cli, samples
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
+from speechdistill.engine import flow, shards
+from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError
-from speechdistill.isolate import CannotWork
 from speechdistill.samples import DEGRADED, TAUGHT
 
 MILLI = Path(__file__).parents[1] / "milli.py"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill.batches import LabelRun
 from speechdistill.data import scored_clips
+from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import TableError
 

@@ -21,13 +21,14 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import flow, pools, shards, teachers
+from speechdistill import teachers
 from speechdistill.comparing import judged
 from speechdistill.comparing.candidates import Model
+from speechdistill.engine import flow, pools, shards
+from speechdistill.engine.isolate import Row
+from speechdistill.engine.monitor import Report
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
-from speechdistill.isolate import Row
-from speechdistill.monitor import Report
 
 SCHEMA = "clip_scores.v1"
 _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes

@@ -7,7 +7,7 @@ import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from speechdistill.shards import REJECT, Layout
+from speechdistill.engine.shards import REJECT, Layout
 
 
 class Parts(Datasource):  # type: ignore[misc]

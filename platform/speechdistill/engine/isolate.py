@@ -106,7 +106,7 @@ class Isolated:
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
-        code = "from speechdistill.isolate import child; child()"
+        code = "from speechdistill.engine.isolate import child; child()"
         command = [sys.executable, "-c", code, str(theirs.fileno()), str(self._memory_bytes)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with theirs:

@@ -20,12 +20,12 @@ import pyarrow as pa
 import ray
 from tqdm import tqdm
 
-from speechdistill import cluster, shards
+from speechdistill.engine import cluster, shards
+from speechdistill.engine.isolate import CannotWork, Isolated, Row, Worker
+from speechdistill.engine.monitor import Board, Monitor, Report, Work
+from speechdistill.engine.shards import REJECT, Layout, Totals
+from speechdistill.engine.watch import Watch, stop_on_sigterm
 from speechdistill.io.errors import RunError
-from speechdistill.isolate import CannotWork, Isolated, Row, Worker
-from speechdistill.monitor import Board, Monitor, Report, Work
-from speechdistill.shards import REJECT, Layout, Totals
-from speechdistill.watch import Watch, stop_on_sigterm
 
 _LOG = logging.getLogger(__name__)
 # Little of a CPU is needed to make ids and to write, and on a cluster whose pools are full no node may have more left.
@@ -214,7 +214,7 @@ def _parts(
     layout: Layout, stages: tuple[Stage, ...], missing: list[int], board: Board, publish: bool = True
 ) -> Generator[dict[str, Any], None, None]:
     """Run the stages over the missing parts; yields the footer of each part once it is committed."""
-    from speechdistill.parts import Parts  # imports ray.data, which takes seconds
+    from speechdistill.engine.parts import Parts  # imports ray.data, which takes seconds
 
     # One block per part, never split: then a stage's output is whole parts, whatever the order they arrive in. (A
     # repartition before the write, the obvious way, holds all parts back until the stages before it are done.)

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from speechdistill import cluster
-from speechdistill.shards import Totals
+from speechdistill.engine import cluster
+from speechdistill.engine.shards import Totals
 
 _LOG = logging.getLogger(__name__)
 _USE_EVERY_S = 30.0

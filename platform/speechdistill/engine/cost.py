@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speechdistill.flow import Trial
+from speechdistill.engine.flow import Trial
+from speechdistill.engine.monitor import Work
 from speechdistill.io.errors import RunError
-from speechdistill.monitor import Work
 
 _UNITS = ("cpu", "gpu")
 

@@ -1,3 +1,4 @@
+# engine/: Ray Data: the cluster, a flow of actor stages, the commit protocol of shards, cost.
 """The Ray cluster a job runs on: joining it, asking every node, what it can hold."""
 
 import logging
@@ -30,7 +31,7 @@ def connect() -> None:
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # said of every small run
     if ray.is_initialized():
         return
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"py_modules": [str(package)]})
         return
