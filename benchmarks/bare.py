@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from speechdistill.students.conv_transformer import VARIANTS, ConvTransformer
+from speechdistill.models.networks.conv_transformer import VARIANTS, ConvTransformer
 
 BATCH = 20
 WARM_UP = 5  # steps; the first ones choose kernels, or compile

@@ -31,10 +31,10 @@ from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.loop import Loop, Training
 from speechdistill.metrics import correlation
+from speechdistill.models.label import Label
 from speechdistill.models.student import load_student
+from speechdistill.models.student_scorer import Scorer
 from speechdistill.recipes.distill import Distill, student
-from speechdistill.scorer import Scorer
-from speechdistill.teachers import Label
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEAKERS = {"train": 0.7, "validation": 0.1, "test": 0.2}

@@ -46,9 +46,10 @@ def make(path: str, minutes: int) -> None:
 
 def measure(path: str) -> None:
     """Score one file; print this process's peak and anonymous memory in bytes and the seconds it took."""
-    from speechdistill import score, teachers
+    from speechdistill import score
+    from speechdistill.models.load import load_teacher
 
-    teacher = teachers.load("distillmos").teacher
+    teacher = load_teacher("distillmos").teacher
     start = time.perf_counter()
     (row,) = score.score_files([path], teacher)
     if row["error"]:

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 import tyro
 
-from speechdistill import slim_encoder, trained
 from speechdistill.data.label_scale import Scale
-from speechdistill.encoder_scorer import Network, TrainedTeacher
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.models import trained
+from speechdistill.models.encoder_scorer import Network, TrainedTeacher
+from speechdistill.models.networks import slim_encoder
+from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.networks.slim_encoder import Kept
+from speechdistill.models.networks.speech_encoder import Encoder, build
+from speechdistill.models.teachers.xlsr import LAYER
 from speechdistill.pruning import Pruner, Pruning, remove_lowest
-from speechdistill.slim_encoder import Kept
-from speechdistill.speech_encoder import Encoder, build
-from speechdistill.students.conv_transformer import QualityHead
-from speechdistill.teachers.xlsr import LAYER
 
 MIB = 1 << 20
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}

@@ -19,12 +19,12 @@ from speechdistill.batches import Mix
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.loop import Loop, Training
+from speechdistill.models.label import Label
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.models.student import load_student
+from speechdistill.models.student_scorer import Scorer
 from speechdistill.pruning import Pruner, Pruning
 from speechdistill.recipes.distill import Distill, Recipe
-from speechdistill.scorer import Scorer
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
-from speechdistill.teachers import Label
 
 COLUMNS = ("before", "none", "importance", "magnitude", "random")
 

@@ -122,11 +122,11 @@ def loop(clips: str, core: int, first: int) -> None:
     sched_setaffinity(0, {core})
     import torch
 
-    from speechdistill import teachers
+    from speechdistill.models.load import load_teacher
 
     torch.set_num_threads(1)
     plans = Plans(weights_free(), Clips.read(clips), SEED)
-    teacher = teachers.load("distillmos", device="cpu").teacher
+    teacher = load_teacher("distillmos", device="cpu").teacher
 
     def label(sample_id: int) -> None:
         pcm, _ = make_sample(plans[sample_id])

@@ -19,11 +19,12 @@ import numpy as np
 import soundfile
 import tyro
 
-from speechdistill import score, teachers
+from speechdistill import score
 from speechdistill.data.clips import Clips, clip_id
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans
 from speechdistill.io import audio, table
+from speechdistill.models.load import load_teacher
 from speechdistill.samples import make_sample
 
 Scorer = Callable[[str], float]
@@ -76,7 +77,7 @@ def _recordings(options: Options, folder: Path) -> list[str]:
 
 
 def _ours(**settings: Any) -> Scorer:
-    teacher = teachers.load("distillmos", device="cpu", **settings).teacher
+    teacher = load_teacher("distillmos", device="cpu", **settings).teacher
 
     def mos(path: str) -> float:
         (row,) = score.score_files([path], teacher)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from speechdistill.speech_encoder import Encoder, build, by_length
+from speechdistill.models.networks.speech_encoder import Encoder, build, by_length
 
 RATE = 16_000
 SEGMENT_S = 7.68

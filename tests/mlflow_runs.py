@@ -17,8 +17,8 @@ import torch
 from mlflow import MlflowClient
 
 from manifests import voice
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.models.student import save_student
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 
 TINY = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
 PROVENANCE = {"shards": {"labels/manifest.parquet": "5e1f"}, "teacher_sha256": "b18b", "git_commit": "77e141e"}

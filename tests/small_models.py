@@ -44,7 +44,7 @@ def speech_encoder(folder: Path, kind: str, large: bool, seed: int = 0) -> str:
 
 
 def xlsr_head(file: Path, dim_input: int = 16, seed: int = 0) -> str:
-    from speechdistill.students.conv_transformer import QualityHead
+    from speechdistill.models.networks.conv_transformer import QualityHead
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -24,18 +24,19 @@ from comparisons import RATE, asked, compared, label_run, recordings, without_ra
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import cli, compare, prune, teachers
+from speechdistill import cli, compare, prune
 from speechdistill.compare import Compare
 from speechdistill.comparing import candidates, comparison, judged, scoring, tables
 from speechdistill.data.label_scale import Scale
-from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.engine import flow
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError, TableError
+from speechdistill.models.encoder_scorer import HEAD, TrainedHead
+from speechdistill.models.label import Label, Unscorable
+from speechdistill.models.load import load_teacher
+from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.networks.speech_encoder import load as load_encoder
 from speechdistill.prune import Prune
-from speechdistill.speech_encoder import load as load_encoder
-from speechdistill.students.conv_transformer import QualityHead
-from speechdistill.teachers import Label, Unscorable
 
 ROOT = Path(__file__).parents[1]
 
@@ -343,8 +344,8 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
     encoders = sum(p.numel() for p in network.encoder.parameters())
     assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
-    (there,) = teachers.load(after.teacher, device="cpu").teacher.label([voice(1.0)])
-    (here,) = teachers.load(folders["after"], device="cpu").teacher.label([voice(1.0)])
+    (there,) = load_teacher(after.teacher, device="cpu").teacher.label([voice(1.0)])
+    (here,) = load_teacher(folders["after"], device="cpu").teacher.label([voice(1.0)])
     assert there == here, "what workers load is not what was given"
 
 
@@ -364,7 +365,7 @@ def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
     for name, scale in (("plain", Scale()), ("scaled", Scale(1.5, 0.5))):
         TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, scale).save(network, f"{tmp_path}/{name}", {})
     both = candidates.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
-    one, other = (teachers.load(model.teacher, device="cpu").teacher for model in both)
+    one, other = (load_teacher(model.teacher, device="cpu").teacher for model in both)
     assert [one.weights_hash, other.weights_hash] == [model.sha256 for model in both]
     assert one.label([voice(1.0)]) != other.label([voice(1.0)])
 

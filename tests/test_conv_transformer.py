@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechdistill.students.conv_transformer import (
+from speechdistill.models.networks.conv_transformer import (
     FRAME_SAMPLES,
     SEGMENT_SAMPLES,
     VARIANTS,
@@ -17,7 +17,7 @@ from speechdistill.students.conv_transformer import (
     ConvTransformerConfig,
     features,
 )
-from speechdistill.teachers import distillmos
+from speechdistill.models.teachers import distillmos
 
 # By the formula of the released code.
 COUNTS = {

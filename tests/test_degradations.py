@@ -774,7 +774,7 @@ def utterances(real_audio: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_the_teacher_hears_the_order_of_strengths(ladder: str, utterances: list[np.ndarray]) -> None:
-    from speechdistill.teachers import distillmos
+    from speechdistill.models.teachers import distillmos
 
     teacher = distillmos.Teacher()
     scores = [

@@ -11,12 +11,14 @@ import soundfile
 import torch
 
 import speechdistill
-from speechdistill import scorer, teachers
 from speechdistill.io import audio
-from speechdistill.scorer import segment_starts
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, features
-from speechdistill.teachers import Label, Unscorable, distillmos
-from speechdistill.teachers.distillmos import Teacher
+from speechdistill.models import student_scorer
+from speechdistill.models.label import Label, Unscorable
+from speechdistill.models.load import Model, load_teacher
+from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, features
+from speechdistill.models.teachers import distillmos
+from speechdistill.models.teachers.distillmos import Teacher
+from speechdistill.models.windowed import segment_starts
 
 RATE = audio.SAMPLE_RATE
 
@@ -131,11 +133,11 @@ def test_a_longer_hop_takes_fewer_windows(duration_s: float, exact: int, fast: i
 
 def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
     wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
-    fast = teachers.load("distillmos", device="cpu", hop_s=7.68)
+    fast = load_teacher("distillmos", device="cpu", hop_s=7.68)
     windows = [wave[start : start + SEGMENT_SAMPLES] for start in (0, 66_560, 133_120)]  # centres 3.84, 8, 12.16 s
     scores = [scored(label).score for label in teacher.label(windows)]
     assert fast(wave, RATE) == pytest.approx(np.mean(scores), abs=1e-5)
-    assert fast(wave, RATE) != pytest.approx(teachers.Model(teacher)(wave, RATE), abs=1e-3)
+    assert fast(wave, RATE) != pytest.approx(Model(teacher)(wave, RATE), abs=1e-3)
     timeline = [score for _, score in fast.teacher.timeline(wave)]
     assert timeline == pytest.approx([scores[i] for i in 6 * [0] + 4 * [1] + 6 * [2]], abs=1e-5)
 
@@ -143,7 +145,7 @@ def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
 @pytest.mark.parametrize("hop_s", [0, -1, 7.69, float("inf"), float("nan")])
 def test_a_hop_that_skips_audio_is_refused(hop_s: float) -> None:
     with pytest.raises(ValueError, match=rf"hop_s {hop_s}; choose seconds above 0 and up to 7\.68"):
-        teachers.load("distillmos", device="cpu", hop_s=hop_s)
+        load_teacher("distillmos", device="cpu", hop_s=hop_s)
 
 
 def test_timeline_gives_each_second_the_nearest_window(teacher: Teacher) -> None:
@@ -169,7 +171,7 @@ def test_timeline_reports_silence(teacher: Teacher) -> None:
 def test_load_scores_stereo_at_44100_hz_like_its_resampled_mean(teacher: Teacher) -> None:
     rng = np.random.default_rng(0)
     stereo = 0.1 * rng.standard_normal((88_200, 2))
-    model = teachers.load("distillmos", device="cpu")
+    model = load_teacher("distillmos", device="cpu")
     expected = scored(teacher.label([audio.resample(stereo.mean(axis=1).astype(np.float32), 44_100)])[0]).score
     assert model(stereo, 44_100) == pytest.approx(expected, abs=1e-4)
     assert model(torch.from_numpy(stereo), 44_100) == pytest.approx(expected, abs=1e-4)
@@ -206,7 +208,7 @@ def test_load_takes_tensors_and_integers() -> None:
 )
 def test_load_refuses_what_is_not_speech(teacher: Teacher, wave: np.ndarray, rate: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        teachers.Model(teacher)(wave, rate)
+        Model(teacher)(wave, rate)
 
 
 def test_unknown_choices_are_answered_with_the_valid_ones() -> None:
@@ -218,7 +220,7 @@ def test_unknown_choices_are_answered_with_the_valid_ones() -> None:
     ]
     for choice, message in options:
         with pytest.raises(ValueError, match=message):
-            teachers.load(**choice)
+            load_teacher(**choice)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -288,7 +290,7 @@ def test_the_faster_convolutions_give_the_students_maps(teacher: Teacher, num_sa
 
 
 def test_without_onednn_the_scores_are_the_same(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer, "_has_fused", lambda dtype: False)
+    monkeypatch.setattr(student_scorer, "_has_fused", lambda dtype: False)
     expected = scored(teacher.label([noise(2)])[0]).score
     assert scored(Teacher(device="cpu").label([noise(2)])[0]).score == pytest.approx(expected, abs=1e-5)
 

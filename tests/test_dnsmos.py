@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechdistill import dnsmos, teachers
 from speechdistill.io import audio, weights_file
-from speechdistill.teachers import Label, dnsmos_p808, dnsmos_p835
+from speechdistill.models import dnsmos
+from speechdistill.models.label import Label, Teacher
+from speechdistill.models.load import load_teacher
+from speechdistill.models.teachers import dnsmos_p808, dnsmos_p835
 
 RATE = audio.SAMPLE_RATE
 HAS_WHEEL = Path(weights_file.of_package("speechmos", dnsmos_p808.Teacher.file)).is_file()
@@ -35,7 +37,7 @@ def speech(duration_s: float) -> np.ndarray:
     return (0.1 * voice + 0.002 * noise).astype(np.float32)
 
 
-def scores(teacher: teachers.Teacher, waves: list[np.ndarray]) -> list[float]:
+def scores(teacher: Teacher, waves: list[np.ndarray]) -> list[float]:
     return [label.score for label in teacher.label(waves) if isinstance(label, Label)]
 
 
@@ -52,8 +54,8 @@ def test_scores_are_those_of_the_wheel(duration_s: float, p808: float, p835: flo
 def test_a_mixed_batch_scores_each_wave_as_if_alone(name: str) -> None:
     waves = [speech(s) * np.float32(g) for s, g in ((12, 1), (1, 0.3), (9.01, 0.1))]
     silent = np.zeros(RATE, np.float32)
-    teacher = teachers.load(name, device="cpu", batch_s=30).teacher
-    alone = [score for wave in waves for score in scores(teachers.load(name, device="cpu", batch_s=1).teacher, [wave])]
+    teacher = load_teacher(name, device="cpu", batch_s=30).teacher
+    alone = [score for wave in waves for score in scores(load_teacher(name, device="cpu", batch_s=1).teacher, [wave])]
     results = teacher.label([waves[0], silent, *waves[1:]])
     assert [isinstance(result, Label) for result in results] == [True, False, True, True]
     assert scores(teacher, waves) == pytest.approx(alone, abs=1e-4)

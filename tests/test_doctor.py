@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import manifests
-from speechdistill import cli, doctor, teachers, trials
+from speechdistill import cli, doctor, trials
 from speechdistill.data.degradation_recipes import WEIGHTS_FREE
 from speechdistill.data.degradations import denoisers
 from speechdistill.doctor import Doctor, Node, Result
 from speechdistill.io import audio, storage, table
+from speechdistill.models.load import Model
 from speechdistill.trials import Places
 
 SECRET = "hunter2/and+more"
@@ -167,7 +168,7 @@ def test_a_wrong_result_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("degradation:denoisers.spectral_gating", "recipe:weights_free"):
         with pytest.raises(ArithmeticError, match="not finite"):
             tried(name)
-    monkeypatch.setattr(teachers.Model, "__call__", lambda self, wave, sample_rate: float("nan"))
+    monkeypatch.setattr(Model, "__call__", lambda self, wave, sample_rate: float("nan"))
     with pytest.raises(ArithmeticError, match="a score of nan"):
         tried("teacher:distillmos")
     monkeypatch.setattr(audio, "load", lambda uri: np.random.default_rng(0).standard_normal(32_000))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import teachers
 from speechdistill.comparing import candidates, paper
 from speechdistill.io import audio
-from speechdistill.teachers import Label
-from speechdistill.teachers.nisqa import Network, Teacher
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
+from speechdistill.models.teachers.nisqa import Network, Teacher
 
 RATE = audio.SAMPLE_RATE
 RELEASED = {  # of the released file's `args`, what decides
@@ -182,7 +182,7 @@ def test_a_comparison_takes_its_weights_by_path_or_url(weights: str, tmp_path: P
 
 def test_what_is_missing_or_wrong_is_told(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'nisqa' is float32"):
-        teachers.load("nisqa", weights, "cpu", "bfloat16")
+        load_teacher("nisqa", weights, "cpu", "bfloat16")
     (tmp_path / "torn.tar").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save(checkpoint(SMALL)["model_state_dict"], tmp_path / "bare.tar")
     torch.save(checkpoint(SMALL) | {"args": SMALL | {"pool_att_h": 9}}, tmp_path / "other.tar")

@@ -10,12 +10,13 @@ import soundfile
 
 import manifests
 from manifests import voice
-from speechdistill import cli, pseudolabel, teachers, trials
+from speechdistill import cli, pseudolabel, trials
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError
+from speechdistill.models.label import Label, Teacher, Unscorable
+from speechdistill.models.load import load_teacher
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.samples import Teach
-from speechdistill.teachers import Label, Unscorable
 from speechdistill.trials import Places
 
 pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler")
@@ -26,22 +27,22 @@ NOISY = CLEAN + np.random.default_rng(0).standard_normal(len(CLEAN)).astype(np.f
 
 
 @pytest.fixture(scope="module")
-def teacher() -> teachers.Teacher:
-    return teachers.load("pesq_oracle").teacher
+def teacher() -> Teacher:
+    return load_teacher("pesq_oracle").teacher
 
 
-def test_scores_are_those_of_the_library(teacher: teachers.Teacher) -> None:
+def test_scores_are_those_of_the_library(teacher: Teacher) -> None:
     same, noisy = teacher.label([CLEAN, NOISY], [CLEAN, CLEAN])
     assert isinstance(same, Label) and isinstance(noisy, Label)
     assert same.score == pytest.approx(4.6439, abs=1e-3)
     assert noisy.score == pytest.approx(pesq.pesq(RATE, CLEAN, NOISY, "wb"), abs=1e-6)
     assert 1 < noisy.score < same.score - 0.5
     assert noisy.logit == pytest.approx(np.log((noisy.score - 1) / (5 - noisy.score)), abs=1e-6)
-    assert teachers.load("pesq_oracle")(NOISY, RATE, reference=CLEAN) == noisy.score
+    assert load_teacher("pesq_oracle")(NOISY, RATE, reference=CLEAN) == noisy.score
     assert (teacher.intrusive, len(teacher.weights_hash)) == (True, 64)
 
 
-def test_what_pesq_cannot_judge_says_why(teacher: teachers.Teacher) -> None:
+def test_what_pesq_cannot_judge_says_why(teacher: Teacher) -> None:
     silent = np.zeros(RATE, np.float32)
     pairs = {
         "silent": (silent, CLEAN[:RATE]),
@@ -56,14 +57,14 @@ def test_what_pesq_cannot_judge_says_why(teacher: teachers.Teacher) -> None:
         assert isinstance(result, Unscorable) and reason in str(result)
 
 
-def test_as_many_utterances_as_the_longest_wave_can_hold_are_judged(teacher: teachers.Teacher) -> None:
+def test_as_many_utterances_as_the_longest_wave_can_hold_are_judged(teacher: Teacher) -> None:
     t = np.arange(20 * RATE) / RATE  # of 25 s of them the library crashes
     bursts = (0.1 * np.random.default_rng(0).standard_normal(len(t)) * (t % 0.42 < 0.21)).astype(np.float32)
     (label,) = teacher.label([bursts], [bursts])
     assert isinstance(label, Label) and label.score > 4
 
 
-def test_the_labelling_job_drops_the_reference_unless_it_is_kept(teacher: teachers.Teacher) -> None:
+def test_the_labelling_job_drops_the_reference_unless_it_is_kept(teacher: Teacher) -> None:
     row = {"audio_format": "flac"}
     for column, wave in (("audio", NOISY), ("reference", CLEAN)):
         row[column] = audio.encode(audio.quantise(wave), "flac")
@@ -97,13 +98,13 @@ def test_recordings_alone_cannot_be_scored(tmp_path: Path, capsys: pytest.Captur
         captured = capsys.readouterr()
         assert "compares with clean speech, which only the labelling job knows" in captured.err and not captured.out
     with pytest.raises(ValueError, match="give each wave's reference"):
-        teachers.load("pesq_oracle")(NOISY, RATE)
+        load_teacher("pesq_oracle")(NOISY, RATE)
 
 
 def test_the_doctor_tries_it_and_what_is_missing_or_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trials.TRIALS["teacher"]("pesq_oracle", Places()).endswith("4.64 MOS")
     with pytest.raises(ValueError, match="'pesq_oracle' has no weights"):
-        teachers.load("pesq_oracle", "file.pt")
+        load_teacher("pesq_oracle", "file.pt")
     monkeypatch.setitem(sys.modules, "pesq", None)
     with pytest.raises(ImportError, match="pip install pesq"):
-        teachers.load("pesq_oracle")
+        load_teacher("pesq_oracle")

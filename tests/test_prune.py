@@ -16,16 +16,18 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import cli, prune, speech_encoder, teachers
+from speechdistill import cli, prune
 from speechdistill.batches import Mix
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
-from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.io import audio, checkpoint, storage, table
+from speechdistill.models.encoder_scorer import HEAD, TrainedHead
+from speechdistill.models.load import load_teacher
+from speechdistill.models.networks import speech_encoder
+from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.prune import Prune
 from speechdistill.pruning import Pruning
 from speechdistill.recipes.pruned import Pruned, normalised
-from speechdistill.students.conv_transformer import QualityHead
 from test_batches import label_run
 
 ROOT = Path(__file__).parents[1]
@@ -83,15 +85,15 @@ def test_from_a_teacher_to_smaller_ones(
     assert remaining == pytest.approx([1, 0.75, 0.5], abs=0.01)
 
     with pytest.raises(ValueError, match="remaining-50 holds its own encoder; elsewhere would not be used"):
-        teachers.load(f"{out}/pruned/remaining-50", "elsewhere", device="cpu")
+        load_teacher(f"{out}/pruned/remaining-50", "elsewhere", device="cpu")
     wave = voice(2.0, seed=99)
-    before, after = (teachers.load(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}"))
+    before, after = (load_teacher(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}"))
     assert before == pytest.approx(after, abs=1e-5)
     address = ["--model", "models:/pruned/3", "--tracking", out]
     soundfile.write(tmp_path / "voice.wav", wave, RATE, subtype="FLOAT")
     assert cli.main(["score", f"{tmp_path}/voice.wav", *address, "--out", f"{tmp_path}/scores.json"]) == 0
     found = json.loads((tmp_path / "scores.json").read_text())[0]["mos"]
-    assert found == pytest.approx(teachers.load(f"{out}/pruned/{names[2]}", device="cpu")(wave, RATE), abs=1e-5)
+    assert found == pytest.approx(load_teacher(f"{out}/pruned/{names[2]}", device="cpu")(wave, RATE), abs=1e-5)
     capsys.readouterr()
     assert cli.main([*command, "--share", "0.1"]) == 1
     error = capsys.readouterr().err.rpartition("error: ")[2]

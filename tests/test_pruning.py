@@ -18,16 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
-from speechdistill import slim_encoder, trained
 from speechdistill.data.label_scale import Scale
-from speechdistill.encoder_scorer import Network, TrainedTeacher
 from speechdistill.lanes import Batch
 from speechdistill.loop import Loop, Training
+from speechdistill.models import trained
+from speechdistill.models.encoder_scorer import Network, TrainedTeacher
+from speechdistill.models.label import Label
+from speechdistill.models.networks import slim_encoder
+from speechdistill.models.networks.conv_transformer import ConvTransformer
+from speechdistill.models.teachers.xlsr import Teacher
 from speechdistill.pruning import Pruner, Pruning, remove_lowest
 from speechdistill.recipes.distill import tiny
-from speechdistill.students.conv_transformer import ConvTransformer
-from speechdistill.teachers import Label
-from speechdistill.teachers.xlsr import Teacher
 
 Files = tuple[str, str]
 FAST = Pruning(share=0.05, every=3, until=0.5)

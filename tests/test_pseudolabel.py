@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import cli, ingest, pseudolabel, samples, teachers
+from speechdistill import cli, ingest, pseudolabel, samples
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import as_is, weights_free
 from speechdistill.data.plan import Plan, Plans
@@ -29,6 +29,7 @@ from speechdistill.engine import flow, shards
 from speechdistill.ingest import Ingest
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
+from speechdistill.models.load import load_teacher
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.tracking.run import run_id
 
@@ -59,7 +60,7 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     summary = pseudolabel.run(config)
     rows = rows_of(tmp_path)
     assert sorted(rows) == list(range(10))
-    teacher = teachers.load("distillmos")
+    teacher = load_teacher("distillmos")
     for row in rows.values():
         sample = Plan.from_json(row["plan"])
         degraded, clean = samples.make_sample(sample)
@@ -82,7 +83,7 @@ def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_
     assert pseudolabel.run(config)["labelled"] == 4
     both = replace(config, out=f"{tmp_path}/both", teacher="ensemble:distillmos=3,pesq_oracle=1", reference=True)
     assert pseudolabel.run(both)["labelled"] == 4
-    pesq, mos = teachers.load("pesq_oracle"), teachers.load("distillmos")
+    pesq, mos = load_teacher("pesq_oracle"), load_teacher("distillmos")
     compared, averaged = rows_of(tmp_path / "pesq"), rows_of(tmp_path / "both")
     for sample_id, row in compared.items():
         degraded, clean = samples.make_sample(Plan.from_json(row["plan"]))

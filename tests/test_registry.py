@@ -23,15 +23,14 @@ from mlflow_runs import PROVENANCE, Store, serving, student
 from small_models import speech_encoder
 from speechdistill import cli
 from speechdistill.data.label_scale import Scale
-from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.io import audio, fingerprint
-from speechdistill.speech_encoder import load as load_encoder
-from speechdistill.students.conv_transformer import QualityHead
+from speechdistill.models.encoder_scorer import HEAD, TrainedHead
+from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.networks.speech_encoder import load as load_encoder
 from speechdistill.tracking import model_code
 from speechdistill.tracking.registry import Logged, Registry, RegistryError, log_student, save_model, student_folder
 
 RATE = 44_100
-PACKAGE = model_code.ENTRY.parent
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +99,18 @@ def test_a_log_that_failed_is_not_taken_for_a_student(
     store: Store, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = store.run()
-    monkeypatch.setattr(model_code, "CODE", ("torn.py",))
+    monkeypatch.setattr(model_code, "needed", lambda with_encoder: {model_code.ENTRY.parent / "torn.py"})
     with pytest.raises(RegistryError, match=f"run {run}.*torn.py"):
         log_student(checkpoint, run)
     assert Registry().logged(run) == []
 
 
-def test_the_stored_code_is_just_what_is_imported_and_its_requirements_name_the_rest() -> None:
-    reached: set[str] = set()
-    outside: set[str] = set()
-    waiting = ["mlflow_model.py"]
-    while waiting:
-        name = waiting.pop()
-        reached.add(name)
-        for module in _imports(PACKAGE / name):
-            if not module.startswith("speechdistill"):
-                outside.add(module.partition(".")[0])
-                continue
-            parts = module.split(".")[1:]
-            files = {"/".join([*parts[:depth], "__init__.py"]) for depth in range(len(parts) + 1)}
-            waiting += {f for f in {*files, "/".join(parts) + ".py"} - reached if (PACKAGE / f).is_file()}
-    assert reached - {"mlflow_model.py"} == {*model_code.CODE, *model_code.ENCODER_CODE}
+def test_the_requirements_of_the_stored_code_name_what_it_imports_from_elsewhere() -> None:
+    outside = {name for file in (model_code.ENTRY, *model_code.needed(True)) for name in _imports(file)}
     optional = {"jsonschema", "huggingface_hub"}  # for documents that a model has none of; comes with transformers
+    ours = {"speechdistill", *sys.stdlib_module_names}
     distributions = packages_distributions()
-    needed = {min(distributions[name], key=len).lower() for name in outside - set(sys.stdlib_module_names) - optional}
+    needed = {min(distributions[name], key=len).lower() for name in outside - ours - optional}
     requirements = {
         line.name: line for line in map(Requirement, (*model_code.REQUIREMENTS, *model_code.ENCODER_REQUIREMENTS))
     }
@@ -133,14 +120,19 @@ def test_the_stored_code_is_just_what_is_imported_and_its_requirements_name_the_
         assert version(name).partition("+")[0] in line.specifier, line
 
 
+def test_the_stored_code_of_a_student_has_no_encoder_and_no_engine() -> None:
+    package = model_code.ENTRY.parents[1]
+    student, head = ({str(file.relative_to(package)) for file in model_code.needed(flag)} for flag in (False, True))
+    assert {"__init__.py", "models/student_scorer.py", "models/networks/conv_transformer.py"} <= student < head
+    assert head - student >= {"models/encoder_scorer.py", "models/networks/speech_encoder.py"}
+    assert not any(file.startswith(("engine/", "training/", "tracking/")) for file in head)
+
+
 def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    tree = ast.parse(path.read_text())
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in plain | named}
 
 
 ELSEWHERE = """

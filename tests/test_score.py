@@ -15,8 +15,8 @@ import soundfile
 
 from speechdistill import cli, score
 from speechdistill.io import audio
-from speechdistill.teachers import Label, Unscorable
-from speechdistill.teachers.distillmos import Teacher
+from speechdistill.models.label import Label, Unscorable
+from speechdistill.models.teachers.distillmos import Teacher
 
 RATE = audio.SAMPLE_RATE
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import teachers
 from speechdistill.io import audio
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.models.student import save_student
-from speechdistill.scorer import Scorer, segment_starts
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
-from speechdistill.teachers import Label, distillmos
+from speechdistill.models.student_scorer import Scorer
+from speechdistill.models.teachers import distillmos
+from speechdistill.models.windowed import segment_starts
 
 RATE = audio.SAMPLE_RATE
 
@@ -55,12 +57,12 @@ def test_the_released_model_scores_the_same_as_a_student(tmp_path: Path) -> None
     save_student(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
     wave = voice(9.0)
     for options in ({}, {"dtype": "bfloat16"}, {"hop_s": 7.68}):
-        released, ours = (teachers.load(name, **options) for name in ("distillmos", str(tmp_path / "v7")))
+        released, ours = (load_teacher(name, **options) for name in ("distillmos", str(tmp_path / "v7")))
         assert ours(wave, RATE) == released(wave, RATE)
     assert ours.teacher.name == "student" and released.teacher.name == "distillmos"
 
 
 def test_the_teacher_student_wants_to_know_which(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no released weights; give a checkpoint's folder"):
-        teachers.load("student")
-    assert "student" not in teachers.names()
+        load_teacher("student")
+    assert "student" not in teacher_names()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from small_models import speech_encoder as small
-from speechdistill import speech_encoder
+from speechdistill.models.networks import speech_encoder
 
 KINDS = list(product(("wav2vec2", "hubert", "wavlm"), (False, True)))
 NAMES = [f"{kind}-{'large' if large else 'base'}" for kind, large in KINDS]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from manifests import voice
-from speechdistill import teachers
 from speechdistill.io import audio
-from speechdistill.teachers import Label, squim
-from speechdistill.teachers.squim import Teacher
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
+from speechdistill.models.teachers import squim
+from speechdistill.models.teachers.squim import Teacher
 
 RATE = audio.SAMPLE_RATE
 STAND_IN = """
@@ -93,7 +94,7 @@ def test_a_long_wave_is_judged_by_the_windows_that_sound(weights: str) -> None:
 
 def test_what_is_missing_or_wrong_is_told(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'squim' is float32"):
-        teachers.load("squim", weights, "cpu", "bfloat16")
+        load_teacher("squim", weights, "cpu", "bfloat16")
     (tmp_path / "torn.pth").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("torn.pth", "other.pth"):

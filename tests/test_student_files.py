@@ -7,8 +7,8 @@ import torch
 
 from speechdistill.io import storage
 from speechdistill.io.errors import TableError
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.models.student import load_student, save_student
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
 
 TINY = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
 

@@ -10,7 +10,6 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from small_models import speech_encoder as small_encoder
-from speechdistill import speech_encoder, teachers
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.engine import shards
 from speechdistill.feature_batches import FeatureBatches
@@ -18,8 +17,11 @@ from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError
 from speechdistill.lanes import share
 from speechdistill.loop import Loop, Training
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
+from speechdistill.models.networks import speech_encoder
+from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal
-from speechdistill.students.conv_transformer import QualityHead
 
 TRUE = {"far": Scale(0.6, -0.9), "near": Scale(1.0, 0.0), "wide": Scale(1.6, 0.8)}
 """How listeners of three tests hear the same quality."""
@@ -191,20 +193,20 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
     transform = LabelTransform.read(f"{tmp_path}/best/{TRANSFORM}")
     assert transform.universal == Scale(2.0, 0.5) and set(transform.datasets) == set(TRUE)
     wave = (0.1 * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
-    model = teachers.load(f"{tmp_path}/best", device="cpu")
+    model = load_teacher(f"{tmp_path}/best", device="cpu")
     (label,) = model.teacher.label([wave])
     with torch.inference_mode():
         encoder = speech_encoder.load(place, 2).encoder
         logit = head.eval()(speech_encoder.middle(*encoder(*encoder.prepared([wave]))))
-    assert isinstance(label, teachers.Label)
+    assert isinstance(label, Label)
     assert label.logit == pytest.approx(2 * float(logit) + 0.5, abs=1e-5)
     moved = (tmp_path / "encoder").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="encoder: no speech encoder there"):
-        teachers.load(f"{tmp_path}/best", device="cpu")
-    assert teachers.load(f"{tmp_path}/best", str(moved), device="cpu").teacher.label([wave]) == [label]
+        load_teacher(f"{tmp_path}/best", device="cpu")
+    assert load_teacher(f"{tmp_path}/best", str(moved), device="cpu").teacher.label([wave]) == [label]
     other = small_encoder(tmp_path / "other", "wav2vec2", large=True, seed=1)
     with pytest.raises(ValueError, match="other: not the encoder that the head"):
-        teachers.load(f"{tmp_path}/best", other, device="cpu")
+        load_teacher(f"{tmp_path}/best", other, device="cpu")
 
 
 def test_unusable_features_say_why(features: str, tmp_path: Path) -> None:

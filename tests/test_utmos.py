@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifests import voice
-from speechdistill import teachers
 from speechdistill.comparing import candidates, paper
 from speechdistill.io import audio
-from speechdistill.teachers import Label, utmos
-from speechdistill.teachers.utmos import Teacher
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
+from speechdistill.models.teachers import utmos
+from speechdistill.models.teachers.utmos import Teacher
 
 RATE = audio.SAMPLE_RATE
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
@@ -175,7 +176,7 @@ def test_what_is_missing_or_wrong_is_told(
     weights: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="'utmos' is float32"):
-        teachers.load("utmos", weights, "cpu", "bfloat16")
+        load_teacher("utmos", weights, "cpu", "bfloat16")
     (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")

@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
-from speechdistill import cli, speech_encoder, teachers
+from speechdistill import cli
 from speechdistill.io import audio
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
+from speechdistill.models.networks import speech_encoder
+from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.teachers import xlsr
+from speechdistill.models.teachers.xlsr import Teacher
+from speechdistill.models.windowed import segment_starts
 from speechdistill.samples import Teach
-from speechdistill.scorer import segment_starts
-from speechdistill.students.conv_transformer import QualityHead
-from speechdistill.teachers import Label, xlsr
-from speechdistill.teachers.xlsr import Teacher
 
 RATE = audio.SAMPLE_RATE
 
@@ -46,7 +49,7 @@ def noise(duration_s: float, seed: int = 0) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(round(duration_s * RATE))).astype(np.float32)
 
 
-def scores(teacher: teachers.Teacher, waves: list[np.ndarray]) -> list[float]:
+def scores(teacher: Teacher, waves: list[np.ndarray]) -> list[float]:
     return [label.score for label in teacher.label(waves) if isinstance(label, Label)]
 
 
@@ -234,7 +237,7 @@ def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
     deep, head = small_xlsr(tmp_path / "deep", num_hidden_layers=11), xlsr_head(tmp_path / "head.pt")
     wave = audio.quantise(noise(1))
     soundfile.write(tmp_path / "a.wav", wave, RATE)
-    model = teachers.load("xlsr", deep, "cpu", head=head)
+    model = load_teacher("xlsr", deep, "cpu", head=head)
     expected = pytest.approx(model(wave, RATE), abs=1e-5)
     weights = ["--weights", deep, "--head", head]
     assert cli.main(["score", f"{tmp_path}/a.wav", "--out", f"{tmp_path}/out.json", "--model", "xlsr", *weights]) == 0
@@ -244,7 +247,7 @@ def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
     assert isinstance(row, dict)
     assert (row["score"], row["teacher"], row["teacher_hash"]) == (expected, "xlsr", model.teacher.weights_hash)
     with pytest.raises(ValueError, match="teacher 'distillmos' takes no compile and no head"):
-        teachers.load("distillmos", head=head, compile=True)
+        load_teacher("distillmos", head=head, compile=True)
 
 
 @pytest.mark.slow  # a minute of compiling

@@ -10,8 +10,8 @@ def load(name: str = "distillmos", **options: Any) -> Callable[..., float]:
     """A speech-quality model as a function: `load("distillmos")(wave, sample_rate)` is a MOS from 1 to 5.
 
     `wave` is a NumPy array or torch tensor, shape (num_samples,) or (num_samples, channels), at any rate.
-    Options are those of `speechdistill.teachers.load`. Raises `ValueError` for audio that cannot be judged.
+    Options are those of `speechdistill.models.load.load`. Raises `ValueError` for audio that cannot be judged.
     """
-    from speechdistill import teachers  # torch stays out of `import speechdistill`
+    from speechdistill.models.load import load_teacher  # torch stays out of `import speechdistill`
 
-    return teachers.load(name, **options)
+    return load_teacher(name, **options)

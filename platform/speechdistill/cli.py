@@ -276,12 +276,13 @@ def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
 
 @_guarded("nothing was written")
 def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import score, teachers
+    from speechdistill import score
+    from speechdistill.models.load import load_teacher
 
     paths = score.expand(config.paths)
     score.writer(config.out)  # a wrong extension is told before the work
     with _local(config.model, config.tracking) as model:
-        teacher = teachers.load(
+        teacher = load_teacher(
             model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
         ).teacher
     if teacher.intrusive:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill import teachers
 from speechdistill.data.clips import Clips
 from speechdistill.data.scored_clips import split
 from speechdistill.engine import flow, pools, shards
@@ -20,6 +19,7 @@ from speechdistill.engine.isolate import Row
 from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.models.label import problem
 from speechdistill.samples import check_storage
 
 SCHEMA = "feature.v1"
@@ -111,7 +111,7 @@ class Load:
         except AudioError as error:
             return error
         about = {name: clip[name] for name in _ABOUT}
-        return teachers.problem(wave) or {**about, "wave": wave.astype(np.float32).tobytes()}
+        return problem(wave) or {**about, "wave": wave.astype(np.float32).tobytes()}
 
 
 def _middle(uri: str, num_samples: int) -> np.ndarray:
@@ -125,8 +125,8 @@ class Encode:
     def __init__(self, encoder: str, layer: int, dtype: str, sha256: str, batch_s: float) -> None:
         import torch
 
-        from speechdistill import speech_encoder
-        from speechdistill.scorer import DTYPES, torch_device
+        from speechdistill.models.networks import speech_encoder
+        from speechdistill.models.windowed import DTYPES, torch_device
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         found, digest = speech_encoder.load(encoder, layer)
@@ -138,7 +138,7 @@ class Encode:
         self._most = round(batch_s * audio.SAMPLE_RATE)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
-        from speechdistill.speech_encoder import by_length
+        from speechdistill.models.networks.speech_encoder import by_length
 
         waves = [np.frombuffer(row["wave"], np.float32) for row in rows]
         results: dict[int, Row | Exception] = {}
@@ -149,7 +149,7 @@ class Encode:
     def _encoded(self, waves: list[np.ndarray]) -> Iterator[Row | Exception]:
         import torch
 
-        from speechdistill.speech_encoder import FRAMES, middle
+        from speechdistill.models.networks.speech_encoder import FRAMES, middle
 
         with torch.inference_mode():
             frames, counts = self._encoder(*self._encoder.prepared(waves))

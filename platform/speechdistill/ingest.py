@@ -29,7 +29,7 @@ from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
 from speechdistill.io import audio, audio_files, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError
-from speechdistill.teachers import MIN_DURATION_S
+from speechdistill.models.label import MIN_DURATION_S
 
 _CHUNK_ROWS = 2_000
 _THREADS = 8  # per task: reading a header is mostly waiting

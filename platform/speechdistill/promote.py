@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import score, teachers
+from speechdistill import score
 from speechdistill.data import scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.metrics import correlation
+from speechdistill.models.label import Teacher, Unscorable
+from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import tracking_uri
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     with ExitStack() as folders:
         for address in [candidate.uri, *([champion.uri] if champion else [])]:
             folder = folders.enter_context(student_folder(address, registry.uri))
-            models.append(teachers.load(folder, config.encoder).teacher)
+            models.append(load_teacher(folder, config.encoder).teacher)
     kept: list[int] = []
     rows: list[list[float]] = []
     excluded = []
@@ -172,7 +174,7 @@ class _Unusable(ValueError):
     """Why a clip counts for no model."""
 
 
-def _mos(model: teachers.Teacher, wave: np.ndarray | Exception) -> float:
+def _mos(model: Teacher, wave: np.ndarray | Exception) -> float:
     if isinstance(wave, UnreadableError):  # the storage's fault, perhaps: not to be decided around
         raise wave
     if isinstance(wave, AudioError):
@@ -180,7 +182,7 @@ def _mos(model: teachers.Teacher, wave: np.ndarray | Exception) -> float:
     if isinstance(wave, Exception):
         raise wave
     (label,) = model.label([wave])
-    if isinstance(label, teachers.Unscorable):
+    if isinstance(label, Unscorable):
         raise _Unusable(str(label))
     if not math.isfinite(label.score):
         raise _Unusable("a student scores it as NaN")

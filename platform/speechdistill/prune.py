@@ -15,8 +15,8 @@ from speechdistill.io.errors import RunError, StorageError, TableError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.models.windowed import Windowed
     from speechdistill.recipes.pruned import Pruned
-    from speechdistill.scorer import Windowed
     from speechdistill.train import Job
 
 NAME = "pruned"
@@ -179,9 +179,9 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
-    from speechdistill import trained
     from speechdistill.io import checkpoint
-    from speechdistill.scorer import torch_device
+    from speechdistill.models import trained
+    from speechdistill.models.windowed import torch_device
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
     first = {device: trained.scorer(f"{out}/{names[0]}", device=device) for device in devices}

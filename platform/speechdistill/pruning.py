@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill.slim_encoder import Kept
+from speechdistill.models.networks.slim_encoder import Kept
 
 _SMOOTHING = 0.9
 _CHUNK = 1 << 22  # scores looked at together, so that little memory is needed beside them

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 
-from speechdistill import label_figures, teachers
+from speechdistill import label_figures
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
@@ -19,6 +19,8 @@ from speechdistill.engine import cluster, cost, flow, pools, shards
 from speechdistill.engine.isolate import Worker
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import RunError
+from speechdistill.models.label import MIN_DURATION_S
+from speechdistill.models.load import load_teacher
 from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
@@ -201,7 +203,7 @@ def _validate(config: Pseudolabel) -> None:
     smallest = {
         "num_samples": 1,
         "seed": 0,
-        "segment_s": teachers.MIN_DURATION_S,
+        "segment_s": MIN_DURATION_S,
         "snr_sigma_db": 0,
         "max_reject_share": 0,
         "rows_per_part": 1,
@@ -209,7 +211,7 @@ def _validate(config: Pseudolabel) -> None:
         "network_actors": 1,
         "teach_actors": 1,
         "teach_gpus": 0,
-        "batch_s": teachers.MIN_DURATION_S,
+        "batch_s": MIN_DURATION_S,
         "max_hours": 0,
     }
     for name, least in smallest.items():
@@ -257,7 +259,7 @@ def _manifest(config: Pseudolabel) -> str:
 
 def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:
     # On the CPU: the driver only wants its name and hash, and must not hold a GPU for the run.
-    teacher = teachers.load(config.teacher, config.weights, "cpu", config.dtype, head=config.head).teacher
+    teacher = load_teacher(config.teacher, config.weights, "cpu", config.dtype, head=config.head).teacher
     intrusive = {"intrusive": True} if teacher.intrusive else {}  # earlier runs have no such word, and go on
     return {
         "job": "pseudolabel",

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import teachers
 from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural, Step
@@ -18,6 +17,8 @@ from speechdistill.engine.isolate import CannotWork, Row
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.io.version import __version__
+from speechdistill.models.label import Label
+from speechdistill.models.load import load_teacher
 
 SCHEMA = "pseudolabel.v1"
 _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
@@ -243,7 +244,7 @@ class Teach:
         import torch
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
-        self._teacher = teachers.load(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
+        self._teacher = load_teacher(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
         if self._teacher.weights_hash != sha256:
             raise ValueError(
                 f"{teacher} has other weights on this node than on the driver; install the same everywhere"
@@ -256,7 +257,7 @@ class Teach:
             references = _decoded(rows, "reference")
         return [self._row(label) for label in self._teacher.label(waves, references)]
 
-    def _row(self, label: teachers.Label | Exception) -> Row | Exception:
+    def _row(self, label: Label | Exception) -> Row | Exception:
         if isinstance(label, Exception):
             return label
         provenance = {"teacher": self._teacher.name, "teacher_hash": self._teacher.weights_hash}

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError
-from speechdistill.teachers import Teacher, Unscorable
+from speechdistill.models.label import Teacher, Unscorable
 
 Row = dict[str, Any]
 

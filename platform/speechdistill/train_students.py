@@ -117,8 +117,8 @@ def _absolute(config: TrainStudents) -> TrainStudents:
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     """By name, checked: whatever is wrong with a source is told before the work."""
     from speechdistill import launch
+    from speechdistill.models.networks.conv_transformer import VARIANTS
     from speechdistill.recipes import distill
-    from speechdistill.students.conv_transformer import VARIANTS
 
     runs = [LabelRun(place) for place in config.shards]
     places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders

@@ -77,7 +77,8 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     Raises `RunError`, `TableError`, `ValueError` or `FileNotFoundError` where nothing can be trained; what was
     computed is kept.
     """
-    from speechdistill import features, launch, speech_encoder
+    from speechdistill import features, launch
+    from speechdistill.models.networks import speech_encoder
     from speechdistill.side_by_side import Run
 
     cluster.be_patient()
@@ -104,7 +105,7 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
 
 def _absolute(config: TrainTeacher) -> TrainTeacher:
-    from speechdistill import speech_encoder
+    from speechdistill.models.networks import speech_encoder
 
     if config.encoder is None:  # what nobody asked for is not downloaded: 8.7 GB
         speech_encoder.located(speech_encoder.XLSR_2B, only_here=True)

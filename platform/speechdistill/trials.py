@@ -25,7 +25,6 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill import teachers
 from speechdistill.data import components, degradation, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_assets
@@ -33,6 +32,7 @@ from speechdistill.io import audio, storage, table
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError
+from speechdistill.models.load import load_teacher, teacher_names
 from speechdistill.samples import check_step, make_sample
 from speechdistill.tracking.run import tracking_uri
 
@@ -64,7 +64,7 @@ def names() -> list[str]:
     """Everything that can be tried, in the order of the report."""
     return [
         "machine",
-        *(f"teacher:{name}" for name in teachers.names()),
+        *(f"teacher:{name}" for name in teacher_names()),
         *(f"degradation:{name}" for name in COMPONENTS),
         *(f"recipe:{name}" for name in RECIPES),
         *(f"format:{name}" for name in (*_SOUNDFILE, *_AV)),
@@ -101,7 +101,7 @@ def _machine(_: str, places: Places) -> str:
 
 
 def _teacher(name: str, places: Places) -> str:
-    model = teachers.load(name)
+    model = load_teacher(name)
     voice = _voice(2.0)
     score = model(voice, SAMPLE_RATE, **({"reference": voice} if model.teacher.intrusive else {}))
     if not 1 <= score <= 5:

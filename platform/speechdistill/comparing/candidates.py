@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from speechdistill import teachers
 from speechdistill.comparing import paper
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.version import __version__
+from speechdistill.models.label import Teacher
+from speechdistill.models.load import load_teacher, teacher_names
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import tracking_uri
 
@@ -102,7 +103,7 @@ def load(
 
 
 def _is_trained(address: str) -> bool:
-    if address in teachers.names() or address.startswith(_ENSEMBLE):
+    if address in teacher_names() or address.startswith(_ENSEMBLE):
         return False
     return "/" in address or os.path.isdir(address)  # noqa: PTH112
 
@@ -114,7 +115,7 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
     with registry.student_folder(address, uri) as folder:
         files = checkpoint.read(folder)
         encoder = encoder and storage.absolute(encoder)
-        teacher = teachers.load(folder, encoder, "cpu").teacher
+        teacher = load_teacher(folder, encoder, "cpu").teacher
         copy = f"{out}/models/{teacher.weights_hash[:16]}"
         checkpoint.copy(folder, copy)
     is_student = files.architecture == checkpoint.CONV_TRANSFORMER
@@ -129,18 +130,18 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
         weights = storage.absolute(weights)
     head = head and storage.absolute(head)
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
-    teacher = teachers.load(address, weights, "cpu", head=head).teacher
+    teacher = load_teacher(address, weights, "cpu", head=head).teacher
     if teacher.intrusive:
         raise ValueError(f"{address} compares with clean originals, which the clips have not; leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
     return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
 
-def _parameters(teacher: teachers.Teacher) -> int | None:
+def _parameters(teacher: Teacher) -> int | None:
     """Counted where it is torch's; of other networks what the paper prints."""
     import torch
 
-    from speechdistill.students.conv_transformer import ConvTransformer
+    from speechdistill.models.networks.conv_transformer import ConvTransformer
 
     parts = [*vars(teacher).values(), *vars(getattr(teacher, "scorer", teacher)).values()]
     networks = [value for value in parts if isinstance(value, torch.nn.Module)]

@@ -21,7 +21,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from speechdistill import teachers
 from speechdistill.comparing import judged
 from speechdistill.comparing.candidates import Model
 from speechdistill.engine import flow, pools, shards
@@ -29,6 +28,8 @@ from speechdistill.engine.isolate import Row
 from speechdistill.engine.monitor import Report
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
+from speechdistill.models.label import Label, Teacher, Unscorable
+from speechdistill.models.load import load_teacher
 
 SCHEMA = "clip_scores.v1"
 _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
@@ -222,23 +223,23 @@ class Ask:
                     answers[i][key] = answer
         return [{"scores": json.dumps(answer), "wave": None} for answer in answers]
 
-    def _answers(self, teacher: teachers.Teacher, waves: list[np.ndarray]) -> list[dict[str, Any]]:
+    def _answers(self, teacher: Teacher, waves: list[np.ndarray]) -> list[dict[str, Any]]:
         started = time.process_time()
         labels = teacher.label(waves)
         cpu_s = None if self._on_gpu else time.process_time() - started
         return [{**_answer(label), "cpu_s": cpu_s} for label in labels]
 
 
-def _answer(label: teachers.Label | teachers.Unscorable) -> dict[str, Any]:
-    if isinstance(label, teachers.Unscorable):
+def _answer(label: Label | Unscorable) -> dict[str, Any]:
+    if isinstance(label, Unscorable):
         return {"score": None, "error": str(label)}
     if not math.isfinite(label.score):
         return {"score": None, "error": "the model's score is NaN or infinite"}
     return {"score": label.score, "error": None}
 
 
-def _loaded(model: Model) -> teachers.Teacher:
-    teacher = teachers.load(model.teacher, model.weights, head=model.head).teacher
+def _loaded(model: Model) -> Teacher:
+    teacher = load_teacher(model.teacher, model.weights, head=model.head).teacher
     if teacher.weights_hash != model.sha256:
         raise RunError(f"{model.name} has other weights on this node than on the driver; install the same everywhere")
     noise = 0.1 * np.random.default_rng(0).standard_normal(round(_WARM_UP_S * audio.SAMPLE_RATE))

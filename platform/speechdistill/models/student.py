@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from speechdistill.io import checkpoint
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 
 
 class Student(NamedTuple):

@@ -17,9 +17,14 @@ from speechdistill.data.label_scale import LabelTransform
 from speechdistill.data.scored_clips import Labeled
 from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.models.networks.conv_transformer import (
+    SEGMENT_SAMPLES,
+    VARIANTS,
+    ConvTransformer,
+    ConvTransformerConfig,
+)
 from speechdistill.models.student import load_student, save_student
-from speechdistill.scorer import segment_starts
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, VARIANTS, ConvTransformer, ConvTransformerConfig
+from speechdistill.models.windowed import segment_starts
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation

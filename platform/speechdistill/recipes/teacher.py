@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from speechdistill import validation
 from speechdistill.data.label_scale import SCHEMA, LabelTransform, Scale
-from speechdistill.encoder_scorer import HEAD, TrainedHead
 from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
-from speechdistill.students.conv_transformer import QualityHead
+from speechdistill.models.encoder_scorer import HEAD, TrainedHead
+from speechdistill.models.networks.conv_transformer import QualityHead
 
 TRANSFORM = "label_transform.v1.json"
 """The file beside a checkpoint that maps scores of its listening tests to the universal scale."""

@@ -1,31 +1,17 @@
 """The code that MLflow stores with a student, so that it loads where this package is not installed."""
 
+import ast
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 
-ENTRY = _PACKAGE / "mlflow_model.py"
+ENTRY = _PACKAGE / "models" / "served.py"
 """The file that MLflow runs to make the model."""
 
-CODE = (
-    "__init__.py",
-    "audio.py",
-    "audio_decoders.py",
-    "audio_files.py",
-    "scorer.py",
-    "student_files.py",
-    "students/__init__.py",
-    "students/conv_transformer.py",
-    "table.py",
-    "tar_files.py",
-    "teachers/__init__.py",
-    "trained.py",
-)
-"""The part of this package that a student needs."""
-
-ENCODER_CODE = ("encoder_scorer.py", "labels.py", "slim_encoder.py", "speech_encoder.py")
-"""What a head above a speech encoder needs beside."""
+_ENCODER = _PACKAGE / "models" / "encoder_scorer.py"
+"""Imported for a head above a speech encoder only; a student's stored code is without it."""
 
 REQUIREMENTS = (
     "av>=18,<19",
@@ -45,9 +31,33 @@ ENCODER_REQUIREMENTS = ("transformers>=5,<6",)
 
 
 def stage(folder: str, with_encoder: bool) -> str:
-    """Copy the needed part of this package below a local folder; returns the path of the copy."""
+    """Copy the needed part of this package below a local folder; return the path of the copy."""
     package = Path(folder, _PACKAGE.name)
-    for name in (*CODE, *(ENCODER_CODE if with_encoder else ())):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_PACKAGE / name, package / name)
+    for file in needed(with_encoder):
+        copy = package / file.relative_to(_PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     return str(package)
+
+
+def needed(with_encoder: bool) -> set[Path]:
+    """The files of this package that `ENTRY` imports, directly or through others."""
+    reached, waiting = {ENTRY}, [ENTRY]
+    while waiting:
+        for file in _ours(waiting.pop()):
+            if file not in reached and (with_encoder or file != _ENCODER):
+                reached.add(file)
+                waiting.append(file)
+    return reached - {ENTRY}
+
+
+def _ours(file: Path) -> Iterator[Path]:
+    """The files of this package that the import statements of `file` name, and the `__init__.py` above them."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == _PACKAGE.name:
+            for name in (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)):
+                path = _PACKAGE.joinpath(*name.split(".")[1:])
+                packages = [path, *path.parents]
+                packages = packages[: packages.index(_PACKAGE) + 1]
+                candidates = [path.with_suffix(".py"), *(package / "__init__.py" for package in packages)]
+                yield from (candidate for candidate in candidates if candidate.is_file())

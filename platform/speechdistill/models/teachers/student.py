@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from speechdistill import trained
-from speechdistill.scorer import HOP_S
-from speechdistill.teachers import Label, Unscorable
+from speechdistill.models import trained
+from speechdistill.models.label import Label, Unscorable
+from speechdistill.models.windowed import HOP_S
 from speechdistill.tracking import registry
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechdistill.released import Released
-from speechdistill.teachers import problem
+from speechdistill.models.label import problem
+from speechdistill.models.released import Released
 
 _PESQ = 1  # of what the network says: STOI, PESQ, SI-SDR
 _FILE = Path("models") / "squim" / "objective.py"

@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from speechdistill.dnsmos import Dnsmos
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.models.dnsmos import Dnsmos
 
 _WINDOW, _HOP, _MELS = 321, 160, 120  # the wheel's, whose window is odd
 _DYNAMICS_DB = 80.0

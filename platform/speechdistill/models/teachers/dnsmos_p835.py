@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from speechdistill.dnsmos import Dnsmos
+from speechdistill.models.dnsmos import Dnsmos
 
 _OVRL = (-0.06766283, 1.11546468, 0.04602535)  # of the wheel: from the network's scale to the listeners'
 

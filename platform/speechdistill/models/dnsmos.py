@@ -1,3 +1,4 @@
+# models/: networks, and how they are used: scorers, teachers/, served models.
 """What the DNSMOS teachers share: windows of 9.01 s, ONNX networks of Microsoft's `speechmos` wheel (MIT), their MOS.
 
 The wheel is not imported: it needs librosa. Scores equal those of its version 0.0.1.1.
@@ -10,8 +11,8 @@ import numpy as np
 
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.scorer import HOP_S, Windowed, check, torch_device
-from speechdistill.teachers import logits
+from speechdistill.models.label import logits
+from speechdistill.models.windowed import HOP_S, Windowed, check, torch_device
 
 WINDOW_S = 9.01
 SEGMENT_SAMPLES = 144_160

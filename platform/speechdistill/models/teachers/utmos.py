@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speechdistill import speech_encoder
-from speechdistill.released import Released
-from speechdistill.speech_encoder import Encoder
+from speechdistill.models.networks import speech_encoder
+from speechdistill.models.networks.speech_encoder import Encoder
+from speechdistill.models.released import Released
 
 _HEAD_WIDTH = 64  # of attention, in wav2vec 2.0 of all sizes
 _CONVOLUTIONS = 7

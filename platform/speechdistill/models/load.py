@@ -1,75 +1,23 @@
-"""Teachers: models that say how good speech sounds. One file per teacher; its name is the file's name.
+"""Teachers by name or address, and any of them as a function of one recording.
 
-A teacher module holds a class `Teacher(weights=None, device=None, dtype="float32", batch_s=None, hop_s=1.0)` with
-
-- `name: str` and `weights_hash: str`, the sha256 of the weights file, or of what was read of it, for provenance;
-- the verb `label(waves, references=None) -> list[Label | Unscorable]`: mono float32 waves at 16 kHz of any lengths,
-  one result per wave in their order. A wave that cannot be judged (`problem`) is reported, not raised, so that it does
-  not lose the batch;
-- `intrusive: bool`, whether it compares each wave with its clean original, one of `references`: then it raises
-  `ValueError` where there are none. Others have no use for them;
-- `timeline(wave) -> list[tuple[float, float | None]]`: start in seconds and score for each second of audio.
-
-A new teacher is one new file: `load` finds it by name, and passes `head` and `compile` on where its class takes them.
-`student` is any student of ours, by the address of its weights; `ensemble` the mean of several teachers.
+A new teacher is one new file in `teachers/`: `load_teacher` finds it by name, and passes `head` and `compile` on if its
+class takes them. `student` is any checkpoint of ours, by its address; `ensemble` the mean of several teachers.
 """
 
 import importlib
 import inspect
-import math
 import pkgutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any
 
 import numpy as np
 
 from speechdistill.io import audio
 from speechdistill.io.audio_decoders import MAX_CHANNELS, SAMPLE_RATES
+from speechdistill.models import teachers
+from speechdistill.models.label import Teacher, Unscorable
 
-MIN_DURATION_S = 0.1
-SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, so below it they would judge dither and rounding
-_BLOCK_SAMPLES = 1 << 20
 _STUDENT, _ENSEMBLE = "student", "ensemble"  # their `weights` are in the name
-
-
-class Unscorable(ValueError):
-    """Audio that cannot be judged; the message is the reason."""
-
-
-class Label(NamedTuple):
-    """What a teacher says of one wave.
-
-    `score` is the MOS from 1 to 5, `logit` is log(p / (1 - p)) of p = (score - 1) / 4, `disagreement` the
-    standard deviation of the segments' scores, None where there is one segment; of an ensemble, of its members' scores.
-    """
-
-    score: float
-    logit: float
-    disagreement: float | None
-
-    @classmethod
-    def from_logits(cls, logits: np.ndarray) -> Self:
-        """The label of a wave whose segments have these logits, shape (segments,): scores are averaged."""
-        qualities = sigmoid(logits)
-        quality = float(qualities.mean())
-        bounded = min(max(quality, math.ulp(1.0)), 1 - math.ulp(1.0))  # a saturated network stays finite
-        disagreement = 4 * float(qualities.std()) if len(qualities) > 1 else None
-        return cls(1 + 4 * quality, math.log(bounded) - math.log1p(-bounded), disagreement)
-
-
-class Teacher(Protocol):
-    """The contract of the family, see the module's text."""
-
-    name: str
-    weights_hash: str
-    intrusive: bool
-
-    def label(
-        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
-    ) -> list[Label | Unscorable]: ...
-
-    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]: ...
 
 
 class Model:
@@ -94,7 +42,7 @@ class Model:
         return label.score
 
 
-def load(
+def load_teacher(
     name: str,
     weights: str | None = None,
     device: str | None = None,
@@ -116,55 +64,28 @@ def load(
     encoder, and whether `torch.compile` makes the network faster.
     Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
     """
-    extra = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
+    extra: dict[str, Any] = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
     if name.startswith(f"{_ENSEMBLE}:"):
         if weights:
             raise ValueError(f"teacher {name!r} takes no weights; its members have the released ones, or are students")
         name, weights = _ENSEMBLE, name.removeprefix(f"{_ENSEMBLE}:")
-    elif name not in (*names(), _STUDENT):
+        extra["load"] = lambda member: load_teacher(member, None, device, dtype, batch_s, hop_s).teacher
+    elif name not in (*teacher_names(), _STUDENT):
         if not ("/" in name or Path(name).is_dir()):
             raise ValueError(
-                f"teacher {name!r} is unknown; choose from {names()}, or give a student: the folder of its checkpoint "
-                "or models:/NAME@champion; or an ensemble: ensemble:distillmos=0.7,dnsmos_p808=0.3"
+                f"teacher {name!r} is unknown; choose from {teacher_names()}, or give a student: the folder of its "
+                "checkpoint or models:/NAME@champion; or an ensemble: ensemble:distillmos=0.7,dnsmos_p808=0.3"
             )
         name, weights, extra = _STUDENT, name, extra | ({"encoder": weights} if weights else {})
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{teachers.__name__}.{name}")
     if unknown := extra.keys() - inspect.signature(module.Teacher).parameters.keys():
         raise ValueError(f"teacher {name!r} takes no {' and no '.join(sorted(unknown))}")
     return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s, **extra))
 
 
-def names() -> list[str]:
+def teacher_names() -> list[str]:
     """The teachers that are there without an address."""
-    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - {_STUDENT, _ENSEMBLE})
-
-
-def problem(wave: np.ndarray) -> Unscorable | None:
-    """Why a mono wave at 16 kHz cannot be judged, or None; read in blocks, so a memory map stays on disk."""
-    if wave.ndim != 1:
-        raise ValueError(f"wave of shape {wave.shape}; a teacher takes mono waves, shape (num_samples,)")
-    if len(wave) == 0:
-        return Unscorable("no samples")
-    if len(wave) < MIN_DURATION_S * audio.SAMPLE_RATE:
-        return Unscorable(f"{len(wave) / audio.SAMPLE_RATE:.3f} s is shorter than {MIN_DURATION_S} s")
-    peak = 0.0
-    for start in range(0, len(wave), _BLOCK_SAMPLES):
-        block_peak = float(np.abs(wave[start : start + _BLOCK_SAMPLES]).max())
-        if not math.isfinite(block_peak):
-            return Unscorable("NaN or infinite samples")
-        peak = max(peak, block_peak)
-    return Unscorable("silent (peak below -80 dBFS)") if peak < SILENCE_PEAK else None
-
-
-def logits(scores: np.ndarray) -> np.ndarray:
-    """Of MOS from 1 to 5, float64; what is at or beyond an end is brought a millionth of the range inside."""
-    quality = np.clip((np.asarray(scores, np.float64) - 1) / 4, 1e-6, 1 - 1e-6)
-    return np.asarray(np.log(quality) - np.log1p(-quality))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """In float64, exact at both ends."""
-    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
+    return sorted({module.name for module in pkgutil.iter_modules(teachers.__path__)} - {_STUDENT, _ENSEMBLE})
 
 
 def _mono(wave: Any) -> np.ndarray:

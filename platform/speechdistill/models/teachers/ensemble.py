@@ -2,11 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from speechdistill.teachers import Label, Unscorable, load, logits
+from speechdistill.models.label import Label, Unscorable, logits
+from speechdistill.models.label import Teacher as Member
 
 _USAGE = "give two teachers or more with their weights, such as ensemble:distillmos=0.7,dnsmos_p808=0.3"
 
@@ -15,10 +16,10 @@ class Teacher:
     """The mean of its members' scores, weighted; the logit is the mean's.
 
     `weights` says NAME=WEIGHT for each member, with commas between; only their ratio counts. A name is that of a
-    teacher with its released weights, or a student's address; the other options are for all. `disagreement` is the
+    teacher with its released weights, or a student's address; `load` loads a member. `disagreement` is the
     weighted standard deviation of the members' scores: of the windows that a member judges one by one it tells nothing.
     A wave that one member cannot judge has no label, for that member's reason. It is intrusive where a member is.
-    Raises what `load` does, and `ValueError` for another text.
+    Raises what `load` raises, and `ValueError` for another text.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class Teacher:
         dtype: str = "float32",
         batch_s: float | None = None,
         hop_s: float = 1.0,
+        *,
+        load: Callable[[str], Member],
     ) -> None:
         shares = _shares(weights or "")
         self._names = list(shares)
         self._shares = np.array(list(shares.values()))
-        self._members = [load(name, None, device, dtype, batch_s, hop_s).teacher for name in shares]
+        self._members = [load(name) for name in shares]
         self.name = "ensemble:" + ",".join(f"{name}={share:g}" for name, share in shares.items())
         self.intrusive = any(member.intrusive for member in self._members)
         parts = zip(self._members, shares.values(), strict=True)

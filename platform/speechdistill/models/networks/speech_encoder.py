@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from speechdistill import slim_encoder
+from speechdistill.models.networks import slim_encoder
 
 XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
 FRAMES = 384

@@ -9,8 +9,9 @@ from io import BytesIO
 import torch
 
 from speechdistill.io import weights_file
-from speechdistill.scorer import HOP_S, Scorer
-from speechdistill.students.conv_transformer import ConvTransformer
+from speechdistill.models.networks.conv_transformer import ConvTransformer
+from speechdistill.models.student_scorer import Scorer
+from speechdistill.models.windowed import HOP_S
 
 _MISSING = "no such weights file; `pip install --no-deps distillmos==0.9.1` brings it, or give its path"
 

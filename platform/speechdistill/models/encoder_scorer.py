@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import slim_encoder, speech_encoder
 from speechdistill.data.label_scale import Scale
 from speechdistill.io import checkpoint, fingerprint
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.scorer import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
-from speechdistill.speech_encoder import Encoder, middle
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, QualityHead
+from speechdistill.models.networks import slim_encoder, speech_encoder
+from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, QualityHead
+from speechdistill.models.networks.speech_encoder import Encoder, middle
+from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
 
 WHOLE_S = 15.0
 """A longer wave is judged in windows, as the original advises from there on."""

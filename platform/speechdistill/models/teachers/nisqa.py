@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, relu
 
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.released import Released
+from speechdistill.models.released import Released
 
 _SHORTEST_SAMPLES = 2240  # 0.14 s, one segment of 15 frames
 _DIMENSIONS = 5  # overall MOS, noisiness, discontinuity, coloration, loudness

@@ -15,10 +15,10 @@ import mlflow
 import numpy as np
 import pandas as pd
 
-from speechdistill import trained
 from speechdistill.io import audio
 from speechdistill.io.errors import AudioError
-from speechdistill.teachers import Model
+from speechdistill.models import trained
+from speechdistill.models.load import Model
 
 
 class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

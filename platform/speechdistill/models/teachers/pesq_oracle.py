@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.teachers import Label, Unscorable, logits, problem
+from speechdistill.models.label import Label, Unscorable, logits, problem
 
 LONGEST_S = 20.0
 """The library has room for 50 utterances, each 0.2 s or more and 0.2 s apart, does not look, and crashes."""

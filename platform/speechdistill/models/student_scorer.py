@@ -1,99 +1,28 @@
 """Any student as a scorer of waves of any length: windows, batches, and faster convolutions for CPUs.
 
-Memory does not grow with the length of the audio. What a teacher says of a wave is `speechdistill.teachers`' contract;
-`Windowed` is what all teachers that judge a wave by its windows have in common.
+Memory does not grow with the length of the audio.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES, ConvTransformer
-from speechdistill.teachers import Label, Unscorable, problem, sigmoid
-
-HOP_S = 1.0
-"""Windows of long audio start at most so far apart in the released model."""
+from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, ConvTransformer
+from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
 
 _LONGEST_S = SEGMENT_SAMPLES / SAMPLE_RATE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Measured: on a CPU one segment of 7.68 s at a time is fastest (8 take 1.3 times as long each) and smallest.
 _BATCH_SEGMENTS = {"cpu": 1, "cuda": 32}
 _FIRST_FLOAT32 = 2  # convolutions that stay in float32, as in the student: in bfloat16 they double its error
 
 
-class Windowed:
-    """Labels waves by the mean score of their windows; a teacher gives `_starts`, `_window` and `_forward`.
-
-    `_segment` is the samples of a window, `_batch` how many go through the network at once.
-    """
-
-    name: str
-    weights_hash: str
-    intrusive = False
-    _segment: int
-    _batch: int
-
-    def label(
-        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
-    ) -> list[Label | Unscorable]:
-        """One result per wave; waves are mono float32 at 16 kHz of any lengths, memory maps too."""
-        problems = [problem(wave) for wave in waves]
-        good = [wave for wave, why in zip(waves, problems, strict=True) if why is None]
-        labels = (Label.from_logits(logits) for logits in self._logits(good))
-        return [why or next(labels) for why in problems]
-
-    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
-        """(start in s, score) for each second: the score of the window whose centre is nearest its middle.
-
-        The windows are those that `label` averages. The score is None where the window is silent. Raises
-        `Unscorable` for a wave that cannot be judged.
-        """
-        if why := problem(wave):
-            raise why
-        starts = self._starts(wave)
-        (logits,) = self._logits([wave])
-        scores = [
-            None if problem(self._window(wave, start)) else float(1 + 4 * quality)
-            for start, quality in zip(starts, sigmoid(logits), strict=True)
-        ]
-        centres = np.array(starts) + self._segment / 2
-        begins = range(0, len(wave), SAMPLE_RATE)
-        middles = [(begin + min(begin + SAMPLE_RATE, len(wave))) / 2 for begin in begins]
-        nearest = [int(np.abs(centres - middle).argmin()) for middle in middles]
-        return [(begin / SAMPLE_RATE, scores[i]) for begin, i in zip(begins, nearest, strict=True)]
-
-    def _starts(self, wave: np.ndarray) -> list[int]:
-        """First samples of a wave's windows, at least one."""
-        raise NotImplementedError
-
-    def _window(self, wave: np.ndarray, start: int) -> np.ndarray:
-        return wave[start : start + self._segment]
-
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        """The logits of up to `_batch` windows, float64; a window may be shorter than `_segment`."""
-        raise NotImplementedError
-
-    def _logits(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Per wave the logits of its windows; the batches run across waves, those of like length together."""
-        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
-        starts = [self._starts(waves[i]) for i in order]
-        windows = (self._window(waves[i], start) for i, its in zip(order, starts, strict=True) for start in its)
-        logits = [self._forward(batch) for batch in _batches(windows, self._batch)]
-        if not logits:
-            return []
-        ends = np.cumsum([len(its) for its in starts])
-        of_wave = dict(zip(order, np.split(np.concatenate(logits), ends[:-1]), strict=True))
-        return [of_wave[i] for i in range(len(waves))]
-
-
 class Scorer(Windowed):
-    """Labels waves by the mean score of windows about `hop_s` apart; see `speechdistill.teachers`.
+    """Labels waves by the mean score of windows about `hop_s` apart; see `models.label`.
 
     Windows are as long as the segments that the network was trained on, 7.68 s for the released one.
     `network` becomes the scorer's own: it is moved to `device`, put in evaluation mode, and on a CPU its convolutions
@@ -137,17 +66,6 @@ class Scorer(Windowed):
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=low):
             logits = self.network(torch.from_numpy(segments).to(self._device))
         return np.asarray(logits.cpu().numpy(), np.float64)
-
-
-def segment_starts(
-    num_samples: int, hop: int = round(HOP_S * SAMPLE_RATE), segment_samples: int = SEGMENT_SAMPLES
-) -> list[int]:
-    """First samples of the windows over a wave, as the released model places them: evenly, at most `hop` apart.
-
-    A wave of up to one window has one, which is zero-padded at the end.
-    """
-    over = max(0, num_samples - segment_samples)
-    return [int(place * over) for place in np.linspace(0, 1, math.ceil(over / hop) + 1)]
 
 
 class _FastConvolutions(nn.Module):
@@ -204,31 +122,3 @@ def _has_fused(dtype: torch.dtype) -> bool:
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _batches(windows: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    stream = iter(windows)
-    while batch := list(islice(stream, size)):
-        yield batch
-
-
-def check(dtype: str, batch_s: float | None, hop_s: float, longest_s: float = _LONGEST_S) -> None:
-    """Raise `ValueError` for a dtype, batch or hop that a teacher with windows of `longest_s` cannot take."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; choose from {list(DTYPES)}")
-    if batch_s is not None and not batch_s > 0:
-        raise ValueError(f"batch_s {batch_s}; seconds of audio, above 0")
-    if not 0 < hop_s <= longest_s:
-        raise ValueError(f"hop_s {hop_s}; choose seconds above 0 and up to {longest_s} (released: {HOP_S})")
-
-
-def torch_device(name: str | None) -> torch.device:
-    """The device of a name, without one CUDA where there is one; raises `ValueError` for a device that is not there."""
-    available = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if available else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown to torch; choose cpu, cuda or cuda:<index>") from error
-    if device.type == "cuda" and not available:
-        raise ValueError(f"device {name!r}: this torch finds no CUDA device; choose cpu")
-    return device

@@ -4,7 +4,8 @@ from typing import Any
 
 from speechdistill.io import checkpoint
 from speechdistill.models.student import student_of
-from speechdistill.scorer import Scorer, Windowed
+from speechdistill.models.student_scorer import Scorer
+from speechdistill.models.windowed import Windowed
 
 
 def scorer(folder: str, encoder: str | None = None, **options: Any) -> Windowed:
@@ -19,6 +20,6 @@ def scorer(folder: str, encoder: str | None = None, **options: Any) -> Windowed:
             raise ValueError(f"{folder} holds a student, which takes no other weights")
         student = student_of(files, folder)
         return Scorer(student.network, "student", student.weights_hash, **options)
-    from speechdistill import encoder_scorer  # transformers is not needed for a student
+    from speechdistill.models import encoder_scorer  # transformers is not needed for a student
 
     return encoder_scorer.from_files(files, folder, encoder, **options)

@@ -9,12 +9,12 @@ from io import BytesIO
 
 import torch
 
-from speechdistill import speech_encoder
-from speechdistill.encoder_scorer import HEAD, EncoderScorer
 from speechdistill.io import weights_file
-from speechdistill.scorer import HOP_S, check
-from speechdistill.speech_encoder import XLSR_2B
-from speechdistill.students.conv_transformer import QualityHead
+from speechdistill.models.encoder_scorer import HEAD, EncoderScorer
+from speechdistill.models.networks import speech_encoder
+from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.networks.speech_encoder import XLSR_2B
+from speechdistill.models.windowed import HOP_S, check
 
 LAYER = 10
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.scorer import HOP_S, Windowed, check, segment_starts, torch_device
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES
-from speechdistill.teachers import logits
+from speechdistill.models.label import logits
+from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
+from speechdistill.models.windowed import HOP_S, Windowed, check, segment_starts, torch_device
 
 _BATCH_SEGMENTS = {"cpu": 1, "cuda": 8}
 
