@@ -25,7 +25,7 @@ from speechdistill.data.degradation_recipes import RECIPES, RecipeName, network_
 from speechdistill.data.plan import Plans
 from speechdistill.io import assets, audio, table
 from speechdistill.io.errors import MissingError
-from speechdistill.samples import make_sample
+from speechdistill.labelling.samples import make_sample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # What others measured, for the same component; `-` where nobody did.

@@ -22,7 +22,7 @@ from speechdistill.data.clips import Clips, clip_id
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans
 from speechdistill.io import audio, storage, table
-from speechdistill.samples import make_sample
+from speechdistill.labelling.samples import make_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDINGS = ROOT.parent / "shared" / "data" / "speech"

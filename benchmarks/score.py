@@ -24,8 +24,8 @@ from speechdistill.data.clips import Clips, clip_id
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans
 from speechdistill.io import audio, table
+from speechdistill.labelling.samples import make_sample
 from speechdistill.models.load import load_teacher
-from speechdistill.samples import make_sample
 
 Scorer = Callable[[str], float]
 

@@ -17,9 +17,9 @@ from bare import WARM_UP, steps_per_s
 from speechdistill.batches import Mix
 from speechdistill.engine import cluster, shards
 from speechdistill.io import audio, storage
+from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.loop import Training
 from speechdistill.recipes.distill import Distill, student
-from speechdistill.samples import DEGRADED, TAUGHT
 from speechdistill.train import Job, Progress, fit
 
 SAMPLES = 400

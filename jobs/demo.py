@@ -20,7 +20,7 @@ from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plan
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage
-from speechdistill.samples import libraries, make_sample
+from speechdistill.labelling.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id
 
 NOT_PROMOTED = 3  # the exit code of `promote`

@@ -15,7 +15,7 @@ from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row, Worker
 from speechdistill.io import storage, table
-from speechdistill.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
+from speechdistill.labelling.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
 
 RATE = 16_000
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.io import audio, table
-from speechdistill.samples import DEGRADED, TAUGHT
+from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sample_id"]
 

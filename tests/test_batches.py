@@ -21,8 +21,8 @@ from speechdistill.engine import shards
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError
+from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.lanes import share
-from speechdistill.samples import DEGRADED, TAUGHT
 
 
 def label_run(out: Path, num_ids: int, seed: int = 0) -> str:

@@ -8,7 +8,7 @@ from speechdistill.engine import cost
 from speechdistill.engine.flow import Stage, Trial
 from speechdistill.engine.monitor import Work
 from speechdistill.io.errors import RunError
-from speechdistill.samples import DEGRADED, TAUGHT
+from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 
 def trial() -> Trial:

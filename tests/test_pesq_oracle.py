@@ -13,10 +13,10 @@ from manifests import voice
 from speechdistill import cli, pseudolabel, trials
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError
+from speechdistill.labelling.samples import Teach
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
 from speechdistill.pseudolabel import Pseudolabel
-from speechdistill.samples import Teach
 from speechdistill.trials import Places
 
 pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler")

@@ -13,7 +13,7 @@ from speechdistill.data import components
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RECIPES, voip
 from speechdistill.data.plan import Plans
-from speechdistill.samples import make_sample
+from speechdistill.labelling.samples import make_sample
 
 
 @pytest.fixture(scope="module")

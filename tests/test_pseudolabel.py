@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import cli, ingest, pseudolabel, samples
+from speechdistill import cli, ingest, pseudolabel
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import as_is, weights_free
 from speechdistill.data.plan import Plan, Plans
@@ -29,6 +29,7 @@ from speechdistill.engine import flow, shards
 from speechdistill.ingest import Ingest
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
+from speechdistill.labelling import samples
 from speechdistill.models.load import load_teacher
 from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.tracking.run import run_id

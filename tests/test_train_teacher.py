@@ -10,13 +10,14 @@ import soundfile
 
 from manifests import voice
 from small_models import speech_encoder
-from speechdistill import cli, features
+from speechdistill import cli
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine.isolate import CannotWork
-from speechdistill.features import LONGEST_S, Encode, Load
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.labelling import features
+from speechdistill.labelling.features import LONGEST_S, Encode, Load
 
 RATE = audio.SAMPLE_RATE
 

@@ -18,6 +18,7 @@ from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill import cli
 from speechdistill.io import audio
+from speechdistill.labelling.samples import Teach
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
@@ -25,7 +26,6 @@ from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.teachers import xlsr
 from speechdistill.models.teachers.xlsr import Teacher
 from speechdistill.models.windowed import segment_starts
-from speechdistill.samples import Teach
 
 RATE = audio.SAMPLE_RATE
 

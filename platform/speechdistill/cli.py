@@ -215,8 +215,8 @@ def _recipe(
     ],
 ) -> int:
     """Degradation recipes: what they do, and how a sample sounds."""
-    from speechdistill import preview
     from speechdistill.data import degradation_recipes
+    from speechdistill.labelling import preview
 
     recipe = degradation_recipes.chosen(command.name, command.without, command.assets, command.lpcnet)
     if isinstance(command, Show):

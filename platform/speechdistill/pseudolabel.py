@@ -10,7 +10,6 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 
-from speechdistill import label_figures
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
@@ -19,9 +18,10 @@ from speechdistill.engine import cluster, cost, flow, pools, shards
 from speechdistill.engine.isolate import Worker
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import RunError
+from speechdistill.labelling import figures
+from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
-from speechdistill.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
@@ -113,23 +113,23 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
     num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
-    session = label_figures.Session()
+    session = figures.Session()
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     job = replace(
         _flow(config, recipe, num_samples, identity, _manifest(config)),
         on_part=session.add,
-        report=lambda figures: tracking.metrics(label_figures.live(figures), step=int(figures["done"])),
+        report=lambda figures: tracking.metrics(figures.live(figures), step=int(figures["done"])),
     )
     try:
         totals = flow.run(job)
         complete = totals.complete
         if not complete:
             session.count(totals.done - sum(there.values()))
-        summary = {**label_figures.summary(config.out, totals, session), **_about(config, identity)}
+        summary = {**figures.summary(config.out, totals, session), **_about(config, identity)}
         earlier = complete and storage.read_json(f"{config.out}/summary.json")
         if complete and (session.samples or not earlier):  # otherwise it was complete, and is left as it is
             storage.publish_json(summary, f"{config.out}/summary.json")
-            tracking.figure(label_figures.histogram(summary), "scores.png")
+            tracking.figure(figures.histogram(summary), "scores.png")
             tracking.document(summary, "summary.json")
         if session.samples or not earlier:
             numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
@@ -188,7 +188,7 @@ def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[
     reference = config.reference or identity["teacher"].get("intrusive", False)
     degrade = partial(Degrade, clips, recipe, config.seed, config.audio_format, reference, identity["libraries"])
     return flow.Flow(
-        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, label_figures.of_part),
+        shards.Layout(config.out, SCHEMA, "sample_id", num_samples, config.rows_per_part, figures.of_part),
         identity,
         partial(_stages, config, recipe, degrade, identity["teacher"]["sha256"]),
         config.max_reject_share,

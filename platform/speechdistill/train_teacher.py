@@ -77,7 +77,8 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     Raises `RunError`, `TableError`, `ValueError` or `FileNotFoundError` where nothing can be trained; what was
     computed is kept.
     """
-    from speechdistill import features, launch
+    from speechdistill import launch
+    from speechdistill.labelling import features
     from speechdistill.models.networks import speech_encoder
     from speechdistill.side_by_side import Run
 
@@ -120,7 +121,7 @@ def _absolute(config: TrainTeacher) -> TrainTeacher:
 
 
 def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
-    from speechdistill.features import Features
+    from speechdistill.labelling.features import Features
 
     grow_to = cost.amounts("--grow-to", config.grow_to)
     return Features(

@@ -32,8 +32,8 @@ from speechdistill.io import audio, storage, table
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError
+from speechdistill.labelling.samples import check_step, make_sample
 from speechdistill.models.load import load_teacher, teacher_names
-from speechdistill.samples import check_step, make_sample
 from speechdistill.tracking.run import tracking_uri
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.

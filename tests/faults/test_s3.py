@@ -29,14 +29,15 @@ import soundfile
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
-from speechdistill import cli, samples
+from speechdistill import cli
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError
-from speechdistill.samples import DEGRADED, TAUGHT
+from speechdistill.labelling import samples
+from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 MILLI = Path(__file__).parents[1] / "milli.py"
 HANGS_S = 600  # only bounds a hang

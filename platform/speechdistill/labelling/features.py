@@ -1,3 +1,4 @@
+# labelling/: samples to shards: degrade, label, features.
 """Hidden states of a frozen speech encoder for scored clips, computed once: a job on the engine, resumable.
 
 A clip of 7.68 s or more takes 384 frames of the encoder's width in float16: 1.5 MB with XLS-R 2B.
@@ -19,8 +20,8 @@ from speechdistill.engine.isolate import Row
 from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.labelling.samples import check_storage
 from speechdistill.models.label import problem
-from speechdistill.samples import check_storage
 
 SCHEMA = "feature.v1"
 LONGEST_S = 15.0

@@ -10,7 +10,7 @@ from speechdistill.data.degradation_recipes import with_assets
 from speechdistill.data.plan import Plan, Plans, Recipe
 from speechdistill.io import audio, storage
 from speechdistill.io.assets import Need
-from speechdistill.samples import make_sample
+from speechdistill.labelling.samples import make_sample
 
 
 def show(recipe: Recipe) -> str:
