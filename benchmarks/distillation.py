@@ -25,16 +25,16 @@ import torch
 import tyro
 
 from speechdistill import cli
-from speechdistill.batches import Mix
 from speechdistill.data import scored_clips
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage, table
-from speechdistill.loop import Loop, Training
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Label
 from speechdistill.models.student import load_student
 from speechdistill.models.student_scorer import Scorer
-from speechdistill.recipes.distill import Distill, student
+from speechdistill.training.batches import Mix
+from speechdistill.training.loop import Loop, Training
+from speechdistill.training.recipes.distill import Distill, student
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEAKERS = {"train": 0.7, "validation": 0.1, "test": 0.2}

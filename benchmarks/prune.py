@@ -28,7 +28,7 @@ from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.slim_encoder import Kept
 from speechdistill.models.networks.speech_encoder import Encoder, build
 from speechdistill.models.teachers.xlsr import LAYER
-from speechdistill.pruning import Pruner, Pruning, remove_lowest
+from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
 
 MIB = 1 << 20
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}

@@ -15,16 +15,16 @@ import tyro
 from distillation import SAMPLES, SHARED, label_run, samples
 from torch import nn
 
-from speechdistill.batches import Mix
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage
-from speechdistill.loop import Loop, Training
 from speechdistill.models.label import Label
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
 from speechdistill.models.student import load_student
 from speechdistill.models.student_scorer import Scorer
-from speechdistill.pruning import Pruner, Pruning
-from speechdistill.recipes.distill import Distill, Recipe
+from speechdistill.training.batches import Mix
+from speechdistill.training.loop import Loop, Training
+from speechdistill.training.pruning import Pruner, Pruning
+from speechdistill.training.recipes.distill import Distill, Recipe
 
 COLUMNS = ("before", "none", "importance", "magnitude", "random")
 

@@ -14,13 +14,13 @@ import ray
 import tyro
 from bare import WARM_UP, steps_per_s
 
-from speechdistill.batches import Mix
 from speechdistill.engine import cluster, shards
 from speechdistill.io import audio, storage
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
-from speechdistill.loop import Training
-from speechdistill.recipes.distill import Distill, student
-from speechdistill.train import Job, Progress, fit
+from speechdistill.training.batches import Mix
+from speechdistill.training.loop import Training
+from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.recipes.distill import Distill, student
 
 SAMPLES = 400
 

@@ -13,7 +13,6 @@ import soundfile
 
 from manifests import row
 from milli import Degrade, Teach
-from speechdistill.batches import Batches, Mix, Ref, Walk
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Labeled
@@ -22,7 +21,8 @@ from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
-from speechdistill.lanes import share
+from speechdistill.training.batches import Batches, Mix, Ref, Walk
+from speechdistill.training.lanes import share
 
 
 def label_run(out: Path, num_ids: int, seed: int = 0) -> str:

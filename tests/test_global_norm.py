@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from speechdistill.global_norm import GlobalBatchNorm1d, globalise
+from speechdistill.training.global_norm import GlobalBatchNorm1d, globalise
 
 BATCH, FEATURES, FRAMES = 7, 5, 6
 SPLITS = [(7,), (1, 6), (2, 2, 3)]

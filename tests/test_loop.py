@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from manifests import row, voice
-from speechdistill.batches import Mix
 from speechdistill.io import storage, table
-from speechdistill.lanes import share
-from speechdistill.loop import Loop, NotFiniteError, Training
-from speechdistill.recipes.distill import Distill, tiny
+from speechdistill.training.batches import Mix
+from speechdistill.training.lanes import share
+from speechdistill.training.loop import Loop, NotFiniteError, Training
+from speechdistill.training.recipes.distill import Distill, tiny
 from test_batches import label_run
 
 FLOAT64 = Training(steps=40, dtype="float64", learning_rate=1e-4)

@@ -17,7 +17,6 @@ import torch
 from manifests import voice
 from small_models import speech_encoder as small_encoder
 from speechdistill import cli, prune
-from speechdistill.batches import Mix
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.io import audio, checkpoint, storage, table
@@ -26,8 +25,9 @@ from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.prune import Prune
-from speechdistill.pruning import Pruning
-from speechdistill.recipes.pruned import Pruned, normalised
+from speechdistill.training.batches import Mix
+from speechdistill.training.pruning import Pruning
+from speechdistill.training.recipes.pruned import Pruned, normalised
 from test_batches import label_run
 
 ROOT = Path(__file__).parents[1]

@@ -19,16 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill.data.label_scale import Scale
-from speechdistill.lanes import Batch
-from speechdistill.loop import Loop, Training
 from speechdistill.models import trained
 from speechdistill.models.encoder_scorer import Network, TrainedTeacher
 from speechdistill.models.label import Label
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import ConvTransformer
 from speechdistill.models.teachers.xlsr import Teacher
-from speechdistill.pruning import Pruner, Pruning, remove_lowest
-from speechdistill.recipes.distill import tiny
+from speechdistill.training.lanes import Batch
+from speechdistill.training.loop import Loop, Training
+from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
+from speechdistill.training.recipes.distill import tiny
 
 Files = tuple[str, str]
 FAST = Pruning(share=0.05, every=3, until=0.5)
@@ -107,7 +107,7 @@ SCORES: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_the_lowest_are_those_of_a_stable_sort(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speechdistill.pruning._CHUNK", 1_000)
+    monkeypatch.setattr("speechdistill.training.pruning._CHUNK", 1_000)
     torch.manual_seed(0)
     scores, removed = SCORES[name](), torch.rand(9_000) < 0.3
     left = int((~removed).sum())

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from small_models import speech_encoder as small_encoder
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.engine import shards
-from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError
-from speechdistill.lanes import share
-from speechdistill.loop import Loop, Training
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
-from speechdistill.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal
+from speechdistill.training.feature_batches import FeatureBatches
+from speechdistill.training.lanes import share
+from speechdistill.training.loop import Loop, Training
+from speechdistill.training.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal
 
 TRUE = {"far": Scale(0.6, -0.9), "near": Scale(1.0, 0.0), "wide": Scale(1.6, 0.8)}
 """How listeners of three tests hear the same quality."""

@@ -9,15 +9,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from speechdistill.batches import Mix
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
-from speechdistill.loop import Training
 from speechdistill.models.student import load_student
-from speechdistill.recipes.distill import Distill, Recipe, tiny
-from speechdistill.side_by_side import Run, train
 from speechdistill.tracking.run import Tracking
-from speechdistill.train import Job, Progress, _Progress, fit
+from speechdistill.training.batches import Mix
+from speechdistill.training.loop import Training
+from speechdistill.training.ray_train import Job, Progress, _Progress, fit
+from speechdistill.training.recipes.distill import Distill, Recipe, tiny
+from speechdistill.training.side_by_side import Run, train
 from test_batches import label_run
 
 TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)

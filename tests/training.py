@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from speechdistill.batches import Mix
 from speechdistill.engine import cluster
-from speechdistill.loop import Training
-from speechdistill.recipes.distill import Distill, Recipe, tiny
-from speechdistill.train import Job, Progress, fit
+from speechdistill.training.batches import Mix
+from speechdistill.training.loop import Training
+from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.recipes.distill import Distill, Recipe, tiny
 
 STEPS = 60
 

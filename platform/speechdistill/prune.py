@@ -16,8 +16,8 @@ from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.models.windowed import Windowed
-    from speechdistill.recipes.pruned import Pruned
-    from speechdistill.train import Job
+    from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipes.pruned import Pruned
 
 NAME = "pruned"
 _LOG = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def run(config: Prune) -> list[dict[str, Any]]:
     Raises `RunError`, `TableError`, `RegistryError`, `ValueError` or `FileNotFoundError` with the cause and the fix;
     what was reached is kept.
     """
-    from speechdistill import launch
-    from speechdistill.side_by_side import Run
+    from speechdistill.training import launch
+    from speechdistill.training.side_by_side import Run
 
     cluster.be_patient()
     config = _absolute(config)
@@ -126,13 +126,13 @@ def _absolute(config: Prune) -> Prune:
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
-    from speechdistill import launch
-    from speechdistill.batches import Mix
     from speechdistill.engine.finished_run import LabelRun
     from speechdistill.io import checkpoint
-    from speechdistill.pruning import Pruning
-    from speechdistill.recipes.pruned import Pruned
     from speechdistill.tracking import registry
+    from speechdistill.training import launch
+    from speechdistill.training.batches import Mix
+    from speechdistill.training.pruning import Pruning
+    from speechdistill.training.recipes.pruned import Pruned
 
     labels = [LabelRun(place) for place in config.shards]
     if labels and config.labeled_percent == 100:
@@ -158,8 +158,8 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
 
 
 def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tuple[int, int], gpus: float) -> "Job":
-    from speechdistill.loop import Training
-    from speechdistill.train import Job
+    from speechdistill.training.loop import Training
+    from speechdistill.training.ray_train import Job
 
     steps = recipe.pruning.updates
     kept = sorted({share for share in config.keep if share > config.until} | {config.until}, reverse=True)

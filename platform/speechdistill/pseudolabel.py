@@ -118,7 +118,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     job = replace(
         _flow(config, recipe, num_samples, identity, _manifest(config)),
         on_part=session.add,
-        report=lambda figures: tracking.metrics(figures.live(figures), step=int(figures["done"])),
+        report=lambda now: tracking.metrics(figures.live(now), step=int(now["done"])),
     )
     try:
         totals = flow.run(job)

@@ -3,18 +3,18 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from speechdistill.batches import Mix
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
 from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.training.batches import Mix
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.models.student import Student
-    from speechdistill.recipes.distill import Distill
-    from speechdistill.train import Job
+    from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipes.distill import Distill
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     One failure does not stop the others. Raises `RunError`, `TableError` or `ValueError` where nothing can be
     trained.
     """
-    from speechdistill import launch
-    from speechdistill.recipes import distill
-    from speechdistill.side_by_side import Run
+    from speechdistill.training import launch
+    from speechdistill.training.recipes import distill
+    from speechdistill.training.side_by_side import Run
 
     cluster.be_patient()
     config = _absolute(config)
@@ -116,9 +116,9 @@ def _absolute(config: TrainStudents) -> TrainStudents:
 
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     """By name, checked: whatever is wrong with a source is told before the work."""
-    from speechdistill import launch
     from speechdistill.models.networks.conv_transformer import VARIANTS
-    from speechdistill.recipes import distill
+    from speechdistill.training import launch
+    from speechdistill.training.recipes import distill
 
     runs = [LabelRun(place) for place in config.shards]
     places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders
@@ -175,8 +175,8 @@ def _about(run: LabelRun) -> dict[str, Any]:
 
 
 def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int, int], gpus: float) -> "Job":
-    from speechdistill.loop import Training
-    from speechdistill.train import Job
+    from speechdistill.training.loop import Training
+    from speechdistill.training.ray_train import Job
 
     training = Training(
         config.steps,

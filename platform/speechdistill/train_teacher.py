@@ -10,8 +10,8 @@ from speechdistill.io.errors import RunError
 from speechdistill.tracking.run import Tracking, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
-    from speechdistill.recipes.teacher import Teacher
-    from speechdistill.train import Job
+    from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipes.teacher import Teacher
 
 NAME = "teacher"
 
@@ -77,10 +77,10 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     Raises `RunError`, `TableError`, `ValueError` or `FileNotFoundError` where nothing can be trained; what was
     computed is kept.
     """
-    from speechdistill import launch
     from speechdistill.labelling import features
     from speechdistill.models.networks import speech_encoder
-    from speechdistill.side_by_side import Run
+    from speechdistill.training import launch
+    from speechdistill.training.side_by_side import Run
 
     cluster.be_patient()
     config = _absolute(config)
@@ -138,8 +138,8 @@ def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
 
 
 def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
-    from speechdistill import launch
-    from speechdistill.recipes.teacher import Teacher
+    from speechdistill.training import launch
+    from speechdistill.training.recipes.teacher import Teacher
 
     provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
     encoder = (str(config.encoder), sha256, config.layer)
@@ -148,8 +148,8 @@ def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
 
 
 def _job(config: TrainTeacher, recipe: "Teacher", features: str, workers: tuple[int, int], gpus: float) -> "Job":
-    from speechdistill.loop import Training
-    from speechdistill.train import Job
+    from speechdistill.training.loop import Training
+    from speechdistill.training.ray_train import Job
 
     training = Training(
         config.steps,

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import validation
 from speechdistill.data.label_scale import SCHEMA, LabelTransform, Scale
-from speechdistill.feature_batches import FeatureBatches
 from speechdistill.io import storage, table
 from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.training import validation
+from speechdistill.training.feature_batches import FeatureBatches
 
 TRANSFORM = "label_transform.v1.json"
 """The file beside a checkpoint that maps scores of its listening tests to the universal scale."""

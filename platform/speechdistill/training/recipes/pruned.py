@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechdistill import validation
-from speechdistill.batches import Batches, Mix
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Clip, Labeled
@@ -20,7 +18,9 @@ from speechdistill.models import encoder_scorer
 from speechdistill.models.encoder_scorer import WHOLE_S, Network, TrainedTeacher
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.speech_encoder import by_length
-from speechdistill.pruning import Pruner, Pruning
+from speechdistill.training import validation
+from speechdistill.training.batches import Batches, Mix
+from speechdistill.training.pruning import Pruner, Pruning
 
 _AT_ONCE_S = 64 * 7.68  # of audio, in a validation
 

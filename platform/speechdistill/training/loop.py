@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from speechdistill.global_norm import globalise
-from speechdistill.lanes import Batch
-from speechdistill.pruning import Pruner
+from speechdistill.training.global_norm import globalise
+from speechdistill.training.lanes import Batch
+from speechdistill.training.pruning import Pruner
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -10,8 +10,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from speechdistill import validation
-from speechdistill.batches import Batches, Mix
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.data.scored_clips import Labeled
@@ -25,6 +23,8 @@ from speechdistill.models.networks.conv_transformer import (
 )
 from speechdistill.models.student import load_student, save_student
 from speechdistill.models.windowed import segment_starts
+from speechdistill.training import validation
+from speechdistill.training.batches import Batches, Mix
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation

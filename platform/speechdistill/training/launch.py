@@ -8,14 +8,14 @@ from typing import Any
 
 import ray
 
-from speechdistill import side_by_side
 from speechdistill.data import scored_clips
 from speechdistill.engine import cost
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import RunError, StorageError, TableError
-from speechdistill.side_by_side import Run
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
+from speechdistill.training import side_by_side
+from speechdistill.training.side_by_side import Run
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from speechdistill.data.scored_clips import Datasets
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError
-from speechdistill.lanes import Batch, read_ahead, rng, share
+from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]

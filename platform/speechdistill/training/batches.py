@@ -1,3 +1,4 @@
+# training/: one loop for every recipe, its batches, Ray Train around it, runs side by side.
 """Which samples make global batch t, and reading them.
 
 `refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream, so
@@ -19,7 +20,7 @@ import pyarrow as pa
 from speechdistill.data.scored_clips import Labeled
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio
-from speechdistill.lanes import Batch, read_ahead, rng, share
+from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
 _PATTERN = 1_000  # steps after which the mixture of several runs repeats, so its weights are exact to a thousandth

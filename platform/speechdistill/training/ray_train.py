@@ -20,7 +20,7 @@ import torch
 from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
-from speechdistill.loop import Loop, NotFiniteError, Recipe, Training
+from speechdistill.training.loop import Loop, NotFiniteError, Recipe, Training
 
 _STATE = "state.pt"
 _TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from speechdistill.engine import cluster
 from speechdistill.tracking.run import Tracking
-from speechdistill.train import Job, Progress, Told, fit
+from speechdistill.training.ray_train import Job, Progress, Told, fit
 
 _POLL_S = 1.0
 

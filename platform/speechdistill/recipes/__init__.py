@@ -1,1 +1,0 @@
-"""Recipes: one kind of training each, model, data, loss and schedule. One file per recipe."""
