@@ -46,7 +46,7 @@ def make(path: str, minutes: int) -> None:
 
 def measure(path: str) -> None:
     """Score one file; print this process's peak and anonymous memory in bytes and the seconds it took."""
-    from speechdistill import score
+    from speechdistill.commands import score
     from speechdistill.models.load import load_teacher
 
     teacher = load_teacher("distillmos").teacher

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from speechdistill import score
+from speechdistill.commands import score
 from speechdistill.data.clips import Clips, clip_id
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans

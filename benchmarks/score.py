@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import tyro
 
-from speechdistill import score
+from speechdistill.commands import score
 from speechdistill.data.clips import Clips, clip_id
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans

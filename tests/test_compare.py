@@ -24,8 +24,10 @@ from comparisons import RATE, asked, compared, label_run, recordings, without_ra
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
-from speechdistill import cli, compare, prune
-from speechdistill.compare import Compare
+from speechdistill import cli
+from speechdistill.commands import compare, prune
+from speechdistill.commands.compare import Compare
+from speechdistill.commands.prune import Prune
 from speechdistill.comparing import candidates, comparison, judged, scoring, tables
 from speechdistill.data.label_scale import Scale
 from speechdistill.engine import flow
@@ -36,7 +38,6 @@ from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.speech_encoder import load as load_encoder
-from speechdistill.prune import Prune
 
 ROOT = Path(__file__).parents[1]
 

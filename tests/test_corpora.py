@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechdistill import ingest
+from speechdistill.commands import ingest
+from speechdistill.commands.ingest import Ingest
 from speechdistill.data import corpus, listening_tests
-from speechdistill.ingest import Ingest
 from speechdistill.io import table
 from speechdistill.io.errors import RunError, TableError
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import manifests
-from speechdistill import cli, doctor, trials
+from speechdistill import cli
+from speechdistill.commands import doctor, doctor_trials
+from speechdistill.commands.doctor import Doctor, Node, Result
+from speechdistill.commands.doctor_trials import Places
 from speechdistill.data.degradation_recipes import WEIGHTS_FREE
 from speechdistill.data.degradations import denoisers
-from speechdistill.doctor import Doctor, Node, Result
 from speechdistill.io import audio, storage, table
 from speechdistill.models.load import Model
-from speechdistill.trials import Places
 
 SECRET = "hunter2/and+more"
 
@@ -162,7 +163,7 @@ def test_no_secret_is_printed(healthy: Run, sick: Run, monkeypatch: pytest.Monke
 def test_a_wrong_result_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(name: str) -> str:
         kind, _, member = name.partition(":")
-        return trials.TRIALS[kind](member, Places(out="other than in other tests"))
+        return doctor_trials.TRIALS[kind](member, Places(out="other than in other tests"))
 
     monkeypatch.setattr(denoisers.SpectralGating, "apply", lambda self, wave: wave * np.nan)
     for name in ("degradation:denoisers.spectral_gating", "recipe:weights_free"):
@@ -178,7 +179,7 @@ def test_a_wrong_result_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_storage_is_really_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def storage(out: str) -> str:
-        return trials.TRIALS["storage"]("out", Places(out=out))
+        return doctor_trials.TRIALS["storage"]("out", Places(out=out))
 
     assert "written, read, listed, deleted" in storage(f"{tmp_path}/new/deep")
     assert "written, read, listed, deleted" in storage("memory://labels")
@@ -194,7 +195,7 @@ def test_storage_is_really_tried_and_left_as_it_was(tmp_path: Path, monkeypatch:
 
 def test_tracking_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tracking(out: str | None = None) -> str:
-        return trials.TRIALS["tracking"]("", Places(out=out))
+        return doctor_trials.TRIALS["tracking"]("", Places(out=out))
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert "mlflow.db in each run's folder" in tracking()

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 
 from manifests import corpus, voice
-from speechdistill import ingest
+from speechdistill.commands import ingest
+from speechdistill.commands.ingest import Ingest
 from speechdistill.data.clips import clip_id
-from speechdistill.ingest import Ingest
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError
 

@@ -12,7 +12,9 @@ import pytest
 
 import small_models
 from manifests import corpus_manifest, voice
-from speechdistill import cli, pseudolabel
+from speechdistill import cli
+from speechdistill.commands import pseudolabel
+from speechdistill.commands.pseudolabel import Pseudolabel
 from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural
@@ -24,7 +26,6 @@ from speechdistill.io import assets, storage, table
 from speechdistill.io.assets import Asset, Need
 from speechdistill.io.errors import MissingError, RunError
 from speechdistill.labelling import samples
-from speechdistill.pseudolabel import Pseudolabel
 
 FACTOR = Need("factor", "a file with a number", "https://example.org/factor", "CC0")
 

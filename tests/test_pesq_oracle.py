@@ -10,14 +10,15 @@ import soundfile
 
 import manifests
 from manifests import voice
-from speechdistill import cli, pseudolabel, trials
+from speechdistill import cli
+from speechdistill.commands import doctor_trials, pseudolabel
+from speechdistill.commands.doctor_trials import Places
+from speechdistill.commands.pseudolabel import Pseudolabel
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.labelling.samples import Teach
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
-from speechdistill.pseudolabel import Pseudolabel
-from speechdistill.trials import Places
 
 pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler")
 
@@ -102,7 +103,7 @@ def test_recordings_alone_cannot_be_scored(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_doctor_tries_it_and_what_is_missing_or_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trials.TRIALS["teacher"]("pesq_oracle", Places()).endswith("4.64 MOS")
+    assert doctor_trials.TRIALS["teacher"]("pesq_oracle", Places()).endswith("4.64 MOS")
     with pytest.raises(ValueError, match="'pesq_oracle' has no weights"):
         load_teacher("pesq_oracle", "file.pt")
     monkeypatch.setitem(sys.modules, "pesq", None)

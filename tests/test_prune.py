@@ -16,7 +16,9 @@ import torch
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
-from speechdistill import cli, prune
+from speechdistill import cli
+from speechdistill.commands import prune
+from speechdistill.commands.prune import Prune
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.io import audio, checkpoint, storage, table
@@ -24,7 +26,6 @@ from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
-from speechdistill.prune import Prune
 from speechdistill.training.batches import Mix
 from speechdistill.training.pruning import Pruning
 from speechdistill.training.recipes.pruned import Pruned, normalised

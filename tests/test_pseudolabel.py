@@ -21,17 +21,18 @@ from hypothesis import strategies as st
 
 import manifests
 from manifests import corpus, voice
-from speechdistill import cli, ingest, pseudolabel
+from speechdistill import cli
+from speechdistill.commands import ingest, pseudolabel
+from speechdistill.commands.ingest import Ingest
+from speechdistill.commands.pseudolabel import Pseudolabel
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import as_is, weights_free
 from speechdistill.data.plan import Plan, Plans
 from speechdistill.engine import flow, shards
-from speechdistill.ingest import Ingest
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
 from speechdistill.labelling import samples
 from speechdistill.models.load import load_teacher
-from speechdistill.pseudolabel import Pseudolabel
 from speechdistill.tracking.run import run_id
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from speechdistill import cli, score
+from speechdistill import cli
+from speechdistill.commands import score
 from speechdistill.io import audio
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.teachers.distillmos import Teacher

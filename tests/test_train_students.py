@@ -9,11 +9,12 @@ import ray
 import soundfile
 
 from manifests import voice
-from speechdistill import cli, train_students
+from speechdistill import cli
+from speechdistill.commands import train_students
+from speechdistill.commands.train_students import TrainStudents
 from speechdistill.data import scored_clips
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError
-from speechdistill.train_students import TrainStudents
 from speechdistill.training import launch
 from test_batches import clips, label_run
 

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests import voice
-from speechdistill import ingest
+from speechdistill.commands import ingest
+from speechdistill.commands.ingest import Ingest
 from speechdistill.data.corpora import listing, webdataset
-from speechdistill.ingest import Ingest
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError
 

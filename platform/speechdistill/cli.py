@@ -12,16 +12,16 @@ from typing import Annotated, Any, Literal, ParamSpec
 import tyro
 from tqdm import tqdm
 
-from speechdistill import report
-from speechdistill.compare import Compare
+from speechdistill.commands import report
+from speechdistill.commands.compare import Compare
+from speechdistill.commands.doctor import Doctor
+from speechdistill.commands.ingest import Ingest
+from speechdistill.commands.promote import Promote
+from speechdistill.commands.prune import Prune
+from speechdistill.commands.pseudolabel import Pseudolabel
+from speechdistill.commands.train_students import TrainStudents
+from speechdistill.commands.train_teacher import TrainTeacher
 from speechdistill.data.degradation_recipes import RecipeName
-from speechdistill.doctor import Doctor
-from speechdistill.ingest import Ingest
-from speechdistill.promote import Promote
-from speechdistill.prune import Prune
-from speechdistill.pseudolabel import Pseudolabel
-from speechdistill.train_students import TrainStudents
-from speechdistill.train_teacher import TrainTeacher
 
 P = ParamSpec("P")
 
@@ -155,7 +155,7 @@ def _guarded(resume: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
 
 @_guarded("nothing was changed")
 def _doctor(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(name="")]) -> int:
-    from speechdistill import doctor
+    from speechdistill.commands import doctor
 
     results = doctor.run(config)
     print(doctor.as_json(results) if config.json else doctor.report(config, results))
@@ -164,7 +164,7 @@ def _doctor(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(n
 
 @_guarded("what is scored is kept, and the same command goes on from there")
 def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
-    from speechdistill import compare
+    from speechdistill.commands import compare
     from speechdistill.comparing import tables
 
     found = compare.run(config)
@@ -183,7 +183,7 @@ def _compare(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg
 
 @_guarded("the same command goes on where it stopped")
 def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import ingest
+    from speechdistill.commands import ingest
 
     summary = ingest.run(config)
     kinds = ", ".join(f"{n:,} {kind} ({summary['hours'][kind]:.2f} h)" for kind, n in summary["clips"].items())
@@ -197,7 +197,7 @@ def _ingest(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
 
 @_guarded("what is labelled is kept, and the same command goes on from there")
 def _pseudolabel(config: Annotated[tyro.conf.UseAppendAction[Pseudolabel], tyro.conf.arg(name="")]) -> int:
-    from speechdistill import pseudolabel
+    from speechdistill.commands import pseudolabel
 
     if config.dry_run:
         print(report.estimate(pseudolabel.dry_run(config), config.price))
@@ -229,7 +229,7 @@ def _recipe(
 
 @_guarded("what is trained is kept, and the same command goes on from the last checkpoints")
 def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import train_students
+    from speechdistill.commands import train_students
 
     rows = train_students.run(config)
     print(report.students(rows))
@@ -238,7 +238,7 @@ def _train_students(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) ->
 
 @_guarded("what is computed and trained is kept, and the same command goes on from there")
 def _train_teacher(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import train_teacher
+    from speechdistill.commands import train_teacher
 
     rows = train_teacher.run(config)
     print(report.students(rows))
@@ -247,7 +247,7 @@ def _train_teacher(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> i
 
 @_guarded("what is pruned and trained is kept, and the same command goes on from the last checkpoint")
 def _prune(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import prune
+    from speechdistill.commands import prune
 
     print(report.pruned(prune.run(config)))
     return 0
@@ -255,7 +255,7 @@ def _prune(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
 
 @_guarded("the same command goes on; the champion is moved last")
 def _promote(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import promote
+    from speechdistill.commands import promote
 
     decision = promote.run(config)
     print(json.dumps(decision, indent=2, ensure_ascii=False))
@@ -276,7 +276,7 @@ def _sync(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
 
 @_guarded("nothing was written")
 def _score(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    from speechdistill import score
+    from speechdistill.commands import score
     from speechdistill.models.load import load_teacher
 
     paths = score.expand(config.paths)

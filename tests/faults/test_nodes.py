@@ -14,9 +14,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from manifests import corpus
-from speechdistill import ingest
+from speechdistill.commands import ingest
+from speechdistill.commands.ingest import Ingest
 from speechdistill.engine import shards
-from speechdistill.ingest import Ingest
 from test_pseudolabel import rows_of
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests import corpus
-from speechdistill import ingest
-from speechdistill.ingest import Ingest
+from speechdistill.commands import ingest
+from speechdistill.commands.ingest import Ingest
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from speechdistill import trials
+from speechdistill.commands import doctor_trials
+from speechdistill.commands.doctor_trials import Missing, Places
 from speechdistill.data import components
 from speechdistill.data.degradation_recipes import COMPONENTS
 from speechdistill.engine.isolate import ChildDied, Isolated, Row
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
-from speechdistill.trials import Missing, Places
 
 _ON_NODES = ("teacher", "degradation", "recipe", "format", "storage", "clips")
 _TIMEOUT_S = 120.0
@@ -97,7 +97,7 @@ def run(config: Doctor) -> list[Result]:
     local = Isolated(partial(_Trials, places), timeout_s=_TIMEOUT_S)
     results = []
     with tqdm(total=len(names()), unit="trial", dynamic_ncols=True, leave=False) as bar:
-        for name in trials.names():
+        for name in doctor_trials.names():
             bar.set_description(name)
             results.append(_tried(local, name))
             bar.update()
@@ -108,7 +108,7 @@ def run(config: Doctor) -> list[Result]:
 
 def names() -> list[str]:
     """The names that `require` takes, whole or their part after the colon."""
-    return [*trials.names(), "cluster"]
+    return [*doctor_trials.names(), "cluster"]
 
 
 def required(words: tuple[str, ...]) -> list[str]:
@@ -214,7 +214,7 @@ class _Trials:
     def _tried(self, name: str) -> Result:
         kind, _, member = name.partition(":")
         try:
-            return Result(name, "ok", trials.TRIALS[kind](member, self._places))
+            return Result(name, "ok", doctor_trials.TRIALS[kind](member, self._places))
         except Exception as error:
             return _failure(name, error)
 
@@ -267,7 +267,7 @@ class _Cluster:
         nodes = compared(_versions(), self._works, answers)
         if self._places.out and "storage:out" in self._works:
             try:
-                with trials.published(self._places.out, f"doctor-{uuid.uuid4().hex}"):  # leaves no folder behind
+                with doctor_trials.published(self._places.out, f"doctor-{uuid.uuid4().hex}"):  # leaves no folder behind
                     cluster.check_shared(self._places.out)
             except RunError as error:
                 nodes.append(_failure("storage:shared", error))

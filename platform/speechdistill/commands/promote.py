@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill import score
+from speechdistill.commands import score
 from speechdistill.data import scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.metrics import correlation
