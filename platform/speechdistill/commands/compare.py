@@ -1,3 +1,4 @@
+# commands/: one file per command of `speechdistill`, its options and what it does.
 """Compare models on clips that listeners scored: score all of them once, then figures, tables and a page."""
 
 import platform
@@ -5,8 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from speechdistill.commands.guarded import guarded
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.engine import cluster
@@ -48,6 +52,22 @@ class Compare:
     """Resamples of the bootstrap."""
     seed: int = 0
     """Decides what the bootstrap draws."""
+
+
+@guarded("what is scored is kept, and the same command goes on from there")
+def command(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
+    found = run(config)
+    print(tables.as_text(tables.table_one(found)))
+    for line in tables.gaps(found):
+        print(f"no figure of {line}")
+    for line in tables.left_out(found):
+        print(f"in no figure: {line}")
+    if config.paper:
+        beside = tables.beside_paper(found)
+        none = "none of these models on these datasets is in it"
+        print(f"\nbeside the paper's Table I:\n{tables.as_text(beside) if len(beside) > 1 else none}")
+    print(f"the page: {config.out}/report.html (scores.parquet, table.md, metrics.csv and plots are beside it)")
+    return 0
 
 
 def run(config: Compare) -> Comparison:

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import fsspec
+import tyro
 from tqdm import tqdm
 
 from speechdistill.commands import doctor_trials
 from speechdistill.commands.doctor_trials import Missing, Places
+from speechdistill.commands.guarded import guarded
 from speechdistill.data import components
 from speechdistill.data.degradation_recipes import COMPONENTS
 from speechdistill.engine.isolate import ChildDied, Isolated, Row
@@ -83,6 +85,13 @@ class Node(NamedTuple):
 
     versions: dict[str, str]
     results: list[Result]
+
+
+@guarded("nothing was changed")
+def command(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(name="")]) -> int:
+    results = run(config)
+    print(as_json(results) if config.json else report(config, results))
+    return 1 if unmet(config, results) else 0
 
 
 def run(config: Doctor) -> list[Result]:

@@ -6,21 +6,23 @@ Work is committed in parts, so a killed run goes on where it stopped, and a run 
 
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Annotated, Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
+import tyro
 from tqdm import tqdm
 
+from speechdistill.commands import report
+from speechdistill.commands.guarded import guarded
 from speechdistill.data import listening_tests
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
@@ -67,6 +69,18 @@ class Ingest:
     ones are left out), or either, those with one of them, too. For another choice take another OUT."""
 
 
+@guarded("the same command goes on where it stopped")
+def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
+    summary = run(config)
+    kinds = ", ".join(f"{n:,} {kind} ({summary['hours'][kind]:.2f} h)" for kind, n in summary["clips"].items())
+    print(f"{kinds} in {summary['manifest']}")
+    if summary["rejected"]:
+        print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
+    if summary["ignored_extensions"]:
+        print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
+    return 0
+
+
 def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
     if not (config.speech or config.noise or config.rir or config.list or config.corpus):
@@ -98,19 +112,11 @@ def scored_rows(config: Ingest) -> Iterator[Row]:
 
 def ingest_rows(rows: Iterator[Row], out: str, probe: Callable[[Row], Row] | None = None) -> None:
     """Read the headers of all rows not yet ingested, and commit them part by part; memory does not grow with rows."""
-    number = 1 + max((n for what in ("clips", "rejects") for n, _ in _parts(out, what)), default=-1)
-    probing = ray.remote(_probed)
-    cpus = max(16, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have none yet
-    waiting: deque[Any] = deque()
+    first = 1 + max((n for what in ("clips", "rejects") for n, _ in _parts(out, what)), default=-1)
+    chunks = _new_chunks(rows, out)
     with tqdm(unit="file", dynamic_ncols=True, desc="headers") as bar:
-        for chunk in _new_chunks(rows, out):
-            waiting.append(probing.remote(chunk, probe or _clip))
-            if len(waiting) >= 2 * cpus:
-                bar.update(_commit(ray.get(waiting.popleft()), out, number))
-                number += 1
-        while waiting:
-            bar.update(_commit(ray.get(waiting.popleft()), out, number))
-            number += 1
+        for number, tables in enumerate(cluster.in_order(partial(_probed, probe=probe or _clip), chunks), first):
+            bar.update(_commit(tables, out, number))
 
 
 def merge(out: str) -> dict[str, Any]:

@@ -13,12 +13,14 @@ import logging
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from speechdistill.commands import score
+from speechdistill.commands.guarded import guarded
 from speechdistill.data import scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.metrics import correlation
@@ -83,6 +85,13 @@ class Scored(NamedTuple):
     candidate: np.ndarray
     champion: np.ndarray | None
     excluded: list[dict[str, str]]
+
+
+@guarded("the same command goes on; the champion is moved last")
+def command(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
+    decision = run(config)
+    print(json.dumps(decision, indent=2, ensure_ascii=False))
+    return 3 if decision["decision"] == "kept" else 0
 
 
 def run(config: Promote) -> dict[str, Any]:

@@ -4,10 +4,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
+from speechdistill.commands import report
+from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, storage
@@ -83,6 +86,12 @@ class Prune:
     """bfloat16: mixed precision."""
     seed: int = 0
     """Decides batches."""
+
+
+@guarded("what is pruned and trained is kept, and the same command goes on from the last checkpoint")
+def command(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
+    print(report.pruned(run(config)))
+    return 0
 
 
 def run(config: Prune) -> list[dict[str, Any]]:

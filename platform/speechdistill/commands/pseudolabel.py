@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import fsspec
 import pyarrow as pa
+import tyro
 
+from speechdistill.commands import report
+from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
@@ -98,6 +101,15 @@ class Pseudolabel:
     """Write nothing: label 200 samples of the run, and print what all of it would take."""
     price: str | None = None
     """With --dry-run: money for an hour of each, such as cpu=0.05,gpu=2.5."""
+
+
+@guarded("what is labelled is kept, and the same command goes on from there")
+def command(config: Annotated[tyro.conf.UseAppendAction[Pseudolabel], tyro.conf.arg(name="")]) -> int:
+    if config.dry_run:
+        print(report.estimate(dry_run(config), config.price))
+    else:
+        print(report.labels(run(config), config.out))
+    return 0
 
 
 def run(config: Pseudolabel) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
+
+from speechdistill.commands import report
+from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.finished_run import LabelRun
@@ -69,6 +73,13 @@ class TrainStudents:
     """Compile the network (torch.compile)."""
     seed: int = 0
     """Decides batches and initial weights."""
+
+
+@guarded("what is trained is kept, and the same command goes on from the last checkpoints")
+def command(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
+    rows = run(config)
+    print(report.students(rows))
+    return 0 if all(row["state"] == "done" for row in rows) else 1
 
 
 def run(config: TrainStudents) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
 """Train a teacher: a quality head above a frozen speech encoder, on every listening test there is."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
+
+from speechdistill.commands import report
+from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
@@ -69,6 +73,13 @@ class TrainTeacher:
     """Arithmetic of the training; bfloat16: mixed precision."""
     seed: int = 0
     """Decides batches and initial weights."""
+
+
+@guarded("what is computed and trained is kept, and the same command goes on from there")
+def command(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
+    rows = run(config)
+    print(report.students(rows))
+    return 0 if all(row["state"] == "done" for row in rows) else 1
 
 
 def run(config: TrainTeacher) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import secrets
 import subprocess
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from speechdistill.io.errors import RunError, StorageError, TableError
 
+A = TypeVar("A")
 T = TypeVar("T")
 Use = tuple[float, list[float]]
 
@@ -49,6 +51,19 @@ def connect() -> None:
         logging_level=logging.ERROR,
         runtime_env={"worker_process_setup_hook": _set_up_worker},
     )
+
+
+def in_order(function: Callable[[A], T], arguments: Iterable[A]) -> Iterator[T]:
+    """Yield `function(argument)` for each argument, in their order, computed by Ray tasks a bounded number ahead."""
+    task = ray.remote(_called)
+    cpus = max(16, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have none yet
+    waiting: deque[Any] = deque()
+    for argument in arguments:
+        waiting.append(task.remote(partial(function, argument)))
+        if len(waiting) >= 2 * cpus:
+            yield ray.get(waiting.popleft())
+    while waiting:
+        yield ray.get(waiting.popleft())
 
 
 def be_patient() -> None:
