@@ -48,7 +48,7 @@ def check_cluster(config: dict[str, Any]) -> None:
 
 
 def check_rayjob(config: dict[str, Any]) -> None:
-    schema = json.loads((ROOT / "tests" / "data" / "rayjob.schema.json").read_text())
+    schema = json.loads((ROOT / "tests" / "fixtures" / "rayjob.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(config)
 
 
@@ -261,6 +261,6 @@ def test_the_image_has_no_code_and_no_root() -> None:
 
 
 def test_git_and_ray_take_the_files_along() -> None:
-    files = ["requirements.lock", "Dockerfile", "cluster.yaml", "kuberay.yaml", "tests/data/rayjob.schema.json"]
+    files = ["requirements.lock", "Dockerfile", "cluster.yaml", "kuberay.yaml", "tests/fixtures/rayjob.schema.json"]
     ignored = subprocess.run(["git", "check-ignore", "--no-index", *files], cwd=ROOT, capture_output=True, text=True)
     assert ignored.returncode == 1 and not ignored.stdout, f"ignored by git, and so by ray job submit: {ignored.stdout}"

@@ -23,7 +23,7 @@ def test_the_wheel_works_elsewhere_with_its_schemas(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import platform, speechdistill; from speechdistill import table, cli;"
+        "import platform, speechdistill; from speechdistill import cli; from speechdistill.io import table;"
         "print(speechdistill.__file__, len(table.schema('pseudolabel.v1')), platform.system())"
     )
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]

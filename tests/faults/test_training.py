@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
+from test_batches import label_run
 
-import training
+import small_training
 from faults.s3 import BUCKET, Proxy, Store, at_random
 from speechdistill.models.student import load_student
-from test_batches import label_run
 
 HANGS_S = 400  # only bounds a hang
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -32,7 +32,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 def quiet(labels: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What the undisturbed run ends with."""
     folder = tmp_path_factory.mktemp("quiet")
-    run = Run(labels, folder, most=1, step=training.STEPS + 1)
+    run = Run(labels, folder, most=1, step=small_training.STEPS + 1)
     return run.result()
 
 
@@ -47,7 +47,7 @@ class Run:
         self._marks.mkdir(exist_ok=True)
         self._command = [
             sys.executable,
-            training.__file__,
+            small_training.__file__,
             labels,
             out or str(folder / "run"),
             str(most),
@@ -100,7 +100,7 @@ def assert_same(result: dict[str, object], quiet: dict[str, object]) -> None:
 def step() -> int:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    return random.Random(seed).randrange(2, training.STEPS)
+    return random.Random(seed).randrange(2, small_training.STEPS)
 
 
 def test_a_killed_worker_costs_only_time(labels: str, quiet: dict[str, object], tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def test_nothing_usable_is_an_error_that_names_the_rejects(tmp_path: Path, local
 _MEMORY = """
 import pathlib, sys
 from milli_ingest import rows, probe
-from speechdistill import cluster, ingest
+from speechdistill.commands import ingest
+from speechdistill.engine import cluster
 cluster.connect()
 ingest.ingest_rows(rows(int(sys.argv[2])), sys.argv[1], probe)
 found = ingest.merge(sys.argv[1])["clips"]["speech"]

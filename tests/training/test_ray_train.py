@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from test_batches import label_run
 
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
@@ -18,7 +19,6 @@ from speechdistill.training.loop import Training
 from speechdistill.training.ray_train import Job, Progress, _Progress, fit
 from speechdistill.training.recipes.distill import Distill, Recipe, tiny
 from speechdistill.training.side_by_side import Run, train
-from test_batches import label_run
 
 TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)
 

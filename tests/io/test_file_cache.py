@@ -305,7 +305,7 @@ def test_an_outage_is_an_unreadable_file_of_its_uri(store: Store, proxy: Proxy) 
 
 WORKER = """
 import hashlib, json, random, sys
-from speechdistill import audio, file_cache
+from speechdistill.io import audio, file_cache
 uris = json.loads(sys.argv[1])
 for _ in range(3):
     random.shuffle(uris)
@@ -323,7 +323,7 @@ def test_processes_share_the_files(
     for uri, wave in waves.items():
         store.fs.pipe_file(uri, wav(wave))
     command = [sys.executable, "-c", WORKER, json.dumps(list(waves))]
-    paths = {"PYTHONPATH": str(Path(file_cache.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": str(Path(file_cache.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, env={**os.environ, **paths}, stdout=subprocess.PIPE) for _ in range(4)]
     while evicted and any(worker.poll() is None for worker in workers):
         for path in files(folder):

@@ -305,8 +305,8 @@ def test_global_state_of_torch_is_left_alone(teacher: Teacher) -> None:
 
 def test_neither_the_released_package_nor_torchaudio_is_imported() -> None:
     code = (
-        "import sys; from speechdistill import teachers; light = 'torch' not in sys.modules;"
-        "teachers.load('distillmos', device='cpu');"
+        "import sys; from speechdistill.models.load import load_teacher; light = 'torch' not in sys.modules;"
+        "load_teacher('distillmos', device='cpu');"
         "print(light, {'distillmos', 'torchaudio', 'transformers'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -317,9 +317,9 @@ PEAK_OF_LABELLING = """
 import sys
 from pathlib import Path
 import torch
-from speechdistill import audio
-from speechdistill.students.conv_transformer import ConvTransformer, ConvTransformerConfig
-from speechdistill.teachers.distillmos import Teacher
+from speechdistill.io import audio
+from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.models.teachers.distillmos import Teacher
 torch.manual_seed(0)  # about one network in fifteen scores every crop the same
 teacher = Teacher(device="cpu")
 teacher.network = ConvTransformer(ConvTransformerConfig(2, 4, 2, 1, 1)).eval()  # small: streaming is measured

@@ -134,7 +134,7 @@ def test_a_plan_does_not_depend_on_process_or_order() -> None:
         "from speechdistill.data.plan import Plans; p = Plans(weights_free(), clips(), 5);"
         "print('\\n'.join(p[i].to_json() for i in (77, 3, 1_000_000)))"
     )
-    paths = [str(Path(plan.__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(plan.__file__).parents[2]), str(Path(__file__).parents[1])]
     run = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r};{code}"]
     there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split("\n")[:3]
     here = Plans(weights_free(), clips(), 5)

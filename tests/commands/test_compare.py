@@ -39,7 +39,7 @@ from speechdistill.models.load import load_teacher
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.speech_encoder import load as load_encoder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_batches import label_run
 
 from manifests import voice
 from small_models import speech_encoder as small_encoder
@@ -29,9 +30,8 @@ from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training.batches import Mix
 from speechdistill.training.pruning import Pruning
 from speechdistill.training.recipes.pruned import Pruned, normalised
-from test_batches import label_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RATE = audio.SAMPLE_RATE
 
 

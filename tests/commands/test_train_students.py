@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 import soundfile
+from test_batches import clips, label_run
 
 from manifests import voice
 from speechdistill import cli
@@ -16,7 +17,6 @@ from speechdistill.data import scored_clips
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.training import launch
-from test_batches import clips, label_run
 
 
 @pytest.fixture(scope="module")

@@ -211,10 +211,10 @@ def test_steps_name_the_clips_that_they_read(steps: dict[str, Step]) -> None:
 OTHER_PROCESS = """
 import hashlib, json, sys
 import numpy as np
-from speechdistill import degradations
+from speechdistill.data import components
 wave = np.load(sys.argv[1])
 for line in reversed(sys.stdin.read().splitlines()):
-    degraded = degradations.from_json(json.loads(line)).apply(wave)
+    degraded = components.from_json(json.loads(line)).apply(wave)
     print(hashlib.sha256(degraded.tobytes()).hexdigest())
 """
 

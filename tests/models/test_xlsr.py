@@ -161,7 +161,7 @@ import sys
 from pathlib import Path
 import torch, transformers
 from transformers import Wav2Vec2Model
-from speechdistill.teachers import xlsr
+from speechdistill.models.teachers import xlsr
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -19,7 +19,7 @@ from speechdistill.engine import flow, parts, shards
 from speechdistill.io import table
 from speechdistill.io.errors import RunError
 
-MILLI = Path(__file__).with_name("milli.py")
+MILLI = Path(__file__).parents[1] / "milli.py"
 
 
 def rows_of(out: Path) -> list[dict]:

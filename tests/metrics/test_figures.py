@@ -12,7 +12,7 @@ from speechdistill.data import listening_tests
 from speechdistill.metrics import correlation, figures
 from speechdistill.metrics.figures import METRICS
 
-TABLE = Path(__file__).parent / "data" / "table1_pcc.csv"
+TABLE = Path(__file__).parents[1] / "fixtures" / "table1_pcc.csv"
 
 
 def scores(clips: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ from speechdistill.labelling import samples
 from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import run_id
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

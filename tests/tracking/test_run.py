@@ -224,9 +224,9 @@ def test_a_driver_killed_right_after_it_created_its_run_makes_no_second_one(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
     code = (
-        "import os, signal, sys; from speechdistill import mlflow_sender, tracking;"
+        "import os, signal, sys; from speechdistill.tracking import mlflow_sender; from speechdistill.tracking.run import Tracking;"
         "mlflow_sender.Sender._store = lambda self: os.kill(os.getpid(), signal.SIGKILL);"
-        "tracking.Tracking(sys.argv[1], sys.argv[2], 'name', {}).end('FINISHED', 300)"
+        "Tracking(sys.argv[1], sys.argv[2], 'name', {}).end('FINISHED', 300)"
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     environment = {**os.environ, "PYTHONPATH": str(Path(tracking_run.__file__).parents[2])}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_batches import label_run
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch import nn
@@ -20,7 +21,6 @@ from speechdistill.training.batches import Mix
 from speechdistill.training.lanes import share
 from speechdistill.training.loop import Loop, NotFiniteError, Training
 from speechdistill.training.recipes.distill import Distill, tiny
-from test_batches import label_run
 
 FLOAT64 = Training(steps=40, dtype="float64", learning_rate=1e-4)
 FLOAT32 = Training(steps=40, dtype="float32")
