@@ -1,4 +1,7 @@
-"""A training run that tests can stop at a step; as a program, `python tests/small_training.py LABELS OUT MOST MARKS STEP`."""
+"""A training run that tests can stop at a step.
+
+As a program: `python tests/small_training.py LABELS OUT MOST MARKS STEP`.
+"""
 
 import json
 import os

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_batches import label_run
 
+from label_runs import label_run
 from manifests import voice
 from small_models import speech_encoder as small_encoder
 from speechdistill import cli

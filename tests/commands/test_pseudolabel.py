@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import manifests
+from label_runs import rejects_of, rows_of
 from manifests import corpus, voice
 from speechdistill import cli
 from speechdistill.commands import ingest, pseudolabel
@@ -44,17 +44,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     folders = {kind: (str(root / kind),) for kind in ("speech", "noise", "rir")}
     ingest.run(Ingest(out=str(root / "manifest"), **folders))
     return str(root / "manifest" / "clips.parquet")
-
-
-def rows_of(out: Path) -> dict[int, dict]:
-    rows = [row for file in sorted((out / "shards").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-    assert len({row["sample_id"] for row in rows}) == len(rows), "a sample stands in two rows"
-    return {row["sample_id"]: row for row in rows}
-
-
-def rejects_of(out: Path) -> dict[str, str]:
-    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
-    return {row["id"]: f"{row['stage']}: {row['message']}" for row in rows}
 
 
 def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_path: Path) -> None:
@@ -343,7 +332,7 @@ def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(tmp_path:
     assert labelled == set(good)
     manifest = [Path(row["uri"]).name for row in table.read(config.clips, "clip.v1").to_pylist()]
     messages = [row["message"] for row in table.read(f"{tmp_path}/m/rejects.parquet", "reject.v1").to_pylist()]
-    messages += [f"{manifest[int(i)]}: {message}" for i, message in rejects_of(out).items()]
+    messages += [f"{manifest[int(i)]}: {row['stage']}: {row['message']}" for i, row in rejects_of(out).items()]
     assert len(messages) == len(reasons) >= 30
     for name, reason in reasons.items():
         assert any(name in message and reason in message for message in messages), (name, reason, messages)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 import soundfile
-from test_batches import clips, label_run
 
+from label_runs import label_run, some_clips
 from manifests import voice
 from speechdistill import cli
 from speechdistill.commands import train_students
@@ -69,7 +69,7 @@ def test_a_run_that_never_fits_is_refused(
 
 
 def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None:
-    rows = clips(tmp_path)
+    rows = some_clips(tmp_path)
     storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
     config = TrainStudents(
         str(tmp_path / "out"),

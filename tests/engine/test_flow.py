@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import milli
+from label_runs import assert_exactly_once, contents, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
 from speechdistill.engine import flow, parts, shards
 from speechdistill.io import table
@@ -22,29 +22,9 @@ from speechdistill.io.errors import RunError
 MILLI = Path(__file__).parents[1] / "milli.py"
 
 
-def rows_of(out: Path) -> list[dict]:
-    files = sorted((out / "shards").glob("*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def rejects_of(out: Path) -> dict[int, dict]:
-    rows = table.read(f"{out}/rejects/rejects.parquet", "reject.v1").to_pylist()
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {int(row["id"]): row for row in rows}
-
-
-def assert_exactly_once(out: Path, num_ids: int) -> None:
-    counts = Counter([row["sample_id"] for row in rows_of(out)] + list(rejects_of(out)))
-    assert counts == Counter(range(num_ids))
-
-
-def contents(out: Path) -> list[str]:
-    return table.read(f"{out}/manifest.parquet", "shard.v1")["content_sha256"].to_pylist()
-
-
 def test_every_id_is_labelled_once_and_in_order(tmp_path: Path, local_ray: None) -> None:
     totals = flow.run(milli_flow(tmp_path, 37))
-    assert [row["sample_id"] for row in rows_of(tmp_path)] == list(range(37))
+    assert list(rows_of(tmp_path)) == list(range(37))
     assert (totals.labelled, totals.rejected) == (37, 0)
     assert totals.sums["audio_s"] == pytest.approx(0.37)
     assert_exactly_once(tmp_path, 37)

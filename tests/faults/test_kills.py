@@ -15,8 +15,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import milli
+from label_runs import assert_exactly_once, contents
 from speechdistill.engine import flow, shards
-from test_flow import assert_exactly_once, contents
 
 NUM_IDS = 800  # a hundred parts
 KINDS = ("degrade child", "degrade actor", "teach actor", "node", "driver")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from label_runs import rows_of
 from manifests import corpus
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 from speechdistill.engine import shards
-from test_pseudolabel import rows_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from test_batches import label_run
 
 import small_training
 from faults.s3 import BUCKET, Proxy, Store, at_random
+from label_runs import label_run
 from speechdistill.models.student import load_student
 
 HANGS_S = 400  # only bounds a hang

@@ -224,7 +224,8 @@ def test_a_driver_killed_right_after_it_created_its_run_makes_no_second_one(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
     code = (
-        "import os, signal, sys; from speechdistill.tracking import mlflow_sender; from speechdistill.tracking.run import Tracking;"
+        "import os, signal, sys; from speechdistill.tracking import mlflow_sender;"
+        "from speechdistill.tracking.run import Tracking;"
         "mlflow_sender.Sender._store = lambda self: os.kill(os.getpid(), signal.SIGKILL);"
         "Tracking(sys.argv[1], sys.argv[2], 'name', {}).end('FINISHED', 300)"
     )

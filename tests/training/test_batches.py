@@ -9,35 +9,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import soundfile
 
+from label_runs import label_run, some_clips
 from manifests import row
-from milli import Degrade, Teach
+from milli import Degrade
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Labeled
-from speechdistill.engine import shards
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, storage, table
+from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError
-from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.training.batches import Batches, Mix, Ref, Walk
 from speechdistill.training.lanes import share
-
-
-def label_run(out: Path, num_ids: int, seed: int = 0) -> str:
-    """A complete label run of the milli flow, made without Ray; parts of 24 ids, so of two row groups."""
-    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, 24, lambda rows: {})
-    shards.claim(layout.out, {"seed": seed})
-    for k in range(layout.num_parts):
-        rows = [{"id": i} for i in layout.ids(k)]
-        for worker in (Degrade(), Teach()):
-            rows = [{**known, **result} for known, result in zip(rows, worker(rows), strict=True)]
-        schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
-        shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
-    shards.finish(layout)
-    storage.publish_json({}, f"{out}/summary.json")
-    return str(out)
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +28,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return label_run(tmp_path_factory.mktemp("labels"), 24 * 100)
 
 
-def clips(folder: Path, count: int = 12) -> pa.Table:
-    """Scored clips of two datasets on the disk."""
-    rows = []
-    for i in range(count):
-        path = folder / f"{i}.wav"
-        soundfile.write(path, np.full(1600 * (i + 1), i / 100), 16000)
-        rows.append(row(str(path), duration_s=0.1 * (i + 1), mos=1 + i / 4, dataset="ab"[i % 3 == 0], speaker=f"s{i}"))
-    return table.from_rows(rows, "clip.v1")
-
-
 @pytest.fixture
 def scored(tmp_path: Path) -> Labeled:
-    return Labeled(clips(tmp_path), LabelTransform())
+    return Labeled(some_clips(tmp_path), LabelTransform())
 
 
 def ids(batches: Batches, steps: range) -> Iterator[Ref]:
@@ -198,7 +171,7 @@ def test_datasets_are_drawn_by_their_capped_size() -> None:
 def test_a_clip_that_cannot_be_used_is_replaced_by_the_next_of_its_dataset(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = clips(tmp_path)
+    rows = some_clips(tmp_path)
     scored = Labeled(rows, LabelTransform())
     (tmp_path / "1.wav").write_bytes(b"RIFF")
     for _ in range(2):
@@ -243,7 +216,7 @@ def test_a_transform_that_does_not_fit_is_refused_with_the_place(tmp_path: Path,
 
 
 def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    clips(tmp_path)
+    some_clips(tmp_path)
     (tmp_path / "mine.csv").write_text("path,mos\n0.wav,4.5\n1.wav,\n3.wav,2\n")
     rows = scored_clips.manifest(f"{tmp_path}/mine.csv")
     assert rows["mos"].to_pylist() == [4.5, 2.0]
@@ -261,14 +234,14 @@ def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureF
     ],
 )
 def test_a_labeled_set_that_cannot_be_used_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    clips(tmp_path)
+    some_clips(tmp_path)
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises((TableError, AudioError), match=message):
         scored_clips.manifest(f"{tmp_path}/mine.csv")
 
 
 def test_the_split_is_the_corpus_own_or_by_speaker(tmp_path: Path) -> None:
-    rows = clips(tmp_path)
+    rows = some_clips(tmp_path)
     train, validation = scored_clips.split(rows)
     assert len(validation) > 0 and not set(train["speaker"].to_pylist()) & set(validation["speaker"].to_pylist())
     assert len(train) + len(validation) == len(rows)

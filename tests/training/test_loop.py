@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_batches import label_run
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from label_runs import label_run
 from manifests import row, voice
 from speechdistill.io import storage, table
 from speechdistill.training.batches import Mix

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_batches import label_run
 
+from label_runs import label_run
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
 from speechdistill.models.student import load_student
