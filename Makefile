@@ -5,12 +5,12 @@ OUT ?= demo-out
 LOCKED ?= requirements.lock
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo test test-slow lint benchmarks lock clean
+.PHONY: help setup demo quick test test-slow lint benchmarks lock clean
 
 help:
 	@echo "make demo       label 200 samples, train a student and compare it on a page (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
-	@echo "make test       the tests;  make test-slow: the long fault and memory campaigns"
-	@echo "make lint       ruff and mypy;  make benchmarks: measured ratios"
+	@echo "make test       the tests;  make quick: those that start no Ray;  make test-slow: the long fault and memory campaigns"
+	@echo "make lint       ruff, spelling and mypy;  make benchmarks: measured ratios"
 	@echo "make lock       requirements.lock, which the nodes of a cluster install, from what .venv has"
 
 setup: .venv/.installed
@@ -39,12 +39,16 @@ test: setup
 	@# Half of the time the tests wait, so two files at a time; a file's tests share what they set up.
 	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile
 
+quick: setup
+	$(BIN)/python -m pytest -q -m "not slow and not ray" --numprocesses 2 --dist loadfile
+
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 benchmarks: setup

@@ -14,6 +14,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a Ray: tests of the session's own, and of `faults/`, which start clusters."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()) or "faults" in item.path.parts:
+            item.add_marker("ray")
+
+
 @pytest.fixture(autouse=True)
 def own_package_first() -> Iterator[None]:
     """MLflow puts the code stored with a model before everything else that can be imported, here and in children."""
