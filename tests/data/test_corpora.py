@@ -36,7 +36,7 @@ def splits(rows: list[dict]) -> dict[str, int]:
 def test_every_name_is_a_choice_with_rows_of_its_own() -> None:
     names = sorted(listening_tests.READERS)
     assert sorted(get_args(listening_tests.CorpusName)) == names and len(names) == 22
-    with pytest.raises(TableError, match=r"no corpus 'nisqua'; there are .*nisqa_sim"):
+    with pytest.raises(TableError, match=r"no corpus 'nisqua'; choose from .*nisqa_sim"):
         listening_tests.rows("nisqua", "/nowhere")
 
 

@@ -87,7 +87,7 @@ def test_a_recipe_whose_samples_have_no_clean_original_is_refused_before_work(tm
         with pytest.raises(RunError, match="compares with clean speech; recipe as_is degrades nothing"):
             pseudolabel.run(replace(config, teacher=teacher))
     spoken = replace(config, recipe="weights_free", assets={"texts": f"{tmp_path}/texts"})
-    with pytest.raises(RunError, match=r"generated samples have none: give --without generated\.espeak"):
+    with pytest.raises(RunError, match=r"generated samples have none; give --without generated\.espeak"):
         pseudolabel.run(spoken)
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,7 @@
 A **component** is a function `(rng, scene) -> step` that draws a step's parameters and opens no audio. Both are found
 by name, `family.name` (`codecs.Opus`, `codecs.opus`): a new one is a new file or function in `degradations/`, with
 nothing to register. What a component needs beside the code, trained weights or texts, stands in its family's `NEEDS`,
-by the component's name; `OPTIONAL` has functions that raise `ImportError` where a library of a component is missing
+by the component's name; `OPTIONAL` has functions that raise `LibraryError` where a library of a component is missing
 that not every installation has, and `LIBRARIES` those that decide its bits.
 """
 
@@ -20,12 +20,13 @@ import numpy as np
 from speechdistill.data import degradations
 from speechdistill.data.degradation import Neural, Scene, Step
 from speechdistill.io.assets import Need
+from speechdistill.io.errors import UserError
 
 Component = Callable[[np.random.Generator, Scene], Step]
 
 
 def component(name: str) -> Component:
-    """The component `family.function`; raises `ValueError` with the families there are."""
+    """The component `family.function`; raises `UserError` with the families there are."""
     found: Component = _find(name)
     return found
 
@@ -47,7 +48,7 @@ def needs(name: str) -> tuple[Need, ...]:
 
 
 def check(name: str) -> None:
-    """Raise `ImportError` where a library that component `name` wants, and not everybody has, is not installed."""
+    """Raise `LibraryError` where a library that component `name` wants, and not everybody has, is not installed."""
     module = import_module(component(name).__module__)
     checks: Mapping[str, Callable[[], None]] = getattr(module, "OPTIONAL", {})
     checks.get(name.partition(".")[2], lambda: None)()
@@ -62,7 +63,7 @@ def to_json(step: Step) -> dict[str, Any]:
 def from_json(value: dict[str, Any]) -> Step:
     """The inverse of `to_json`, also after a round through JSON text (lists become tuples).
 
-    Raises `ValueError` for a step or parameter that this version does not know.
+    Raises `UserError` for a step or parameter that this version does not know.
     """
     parameters = {key: _tuples(v) for key, v in value.items() if key != "step"}
     kind = _find(value["step"])
@@ -71,7 +72,8 @@ def from_json(value: dict[str, Any]) -> Step:
             raise TypeError(f"{value['step']} is no step")
         step: Step = kind(**parameters)  # type: ignore[assignment, operator]
     except TypeError as error:
-        raise ValueError(f"{value} was written by another version of speechdistill: {error}") from error
+        reason = f"{value} was written by another version of speechdistill: {error}"
+        raise UserError(reason, "install that version to read it") from error
     return step
 
 
@@ -94,12 +96,13 @@ def _version(name: str) -> str:
 def _find(name: str) -> Any:
     family, _, member = name.partition(".")
     if family not in _families():
-        raise ValueError(f"degradation {name!r} is not part of this version; its families are {_families()}")
+        raise UserError(f"degradation {name!r} is not part of this version", f"its families are {_families()}")
     module = import_module(f"{degradations.__name__}.{family}")
     found = getattr(module, member, None)
     # Names come from shards too: only what the family itself defines may be called.
     if member.startswith("_") or getattr(found, "__module__", None) != module.__name__:
-        raise ValueError(f"degradation {name!r} is not part of this version: {family} has no {member}")
+        reason = f"degradation {name!r} is not part of this version: {family} has no {member}"
+        raise UserError(reason, "choose another, or install the version that has it")
     return found
 
 

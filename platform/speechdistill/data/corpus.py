@@ -60,18 +60,18 @@ def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[st
     Raises `TableError` for a file that is missing or lacks a column, and for lines that are too short.
     """
     if not all(exist([file])):
-        raise TableError(f"{file} is missing; --root names the folder of the corpus as it is unpacked")
+        raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked")
     wrong = (UnicodeDecodeError, csv.Error)
     try:
         with storage.access(file, *wrong), fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text, None if header else needed)
             names, found = list(reader.fieldnames or ()), list(reader)
     except wrong as error:
-        raise TableError(f"{file} is no CSV in UTF-8 ({error})") from error
+        raise TableError(f"{file} is no CSV in UTF-8 ({error})", "save it as CSV in UTF-8") from error
     if absent := [name for name in needed if name not in names]:
-        raise TableError(f"{file}: columns {absent} are missing; it has {names}")
+        raise TableError(f"{file}: columns {absent} are missing; it has {names}", "add or rename the columns")
     if short := [str(number + 1) for number, line in enumerate(found) if None in map(line.get, needed)]:
-        raise TableError(f"{file}: {some(short, 'rows lack fields')}")
+        raise TableError(f"{file}: {some(short, 'rows lack fields')}", "complete or delete these rows")
     return found
 
 
@@ -87,7 +87,7 @@ def exist(uris: Sequence[str]) -> list[bool]:
     def there(uri: str) -> bool:
         if "://" not in uri:
             return Path(uri).is_file()
-        fs, path = fsspec.url_to_fs(uri)
+        fs, path = storage.file_system(uri)
         with storage.access(uri):
             try:
                 return bool(fs.info(path)["type"] == "file")
@@ -127,7 +127,8 @@ def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") ->
         ),
     ]
     if any(problems) or not rows:
-        raise TableError(f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}")
+        reason = f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}"
+        raise TableError(reason, "give the folder of the whole corpus, or correct its lists")
     rows = [{**row, "mos": _score(row["mos"])} for row in rows]
     if reader.challenge:
         rows = held_out_rows(name, rows, held_out, reader.paper)

@@ -16,6 +16,7 @@ import numpy as np
 from speechdistill.data.clips import Clips
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset, Need
+from speechdistill.io.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Neural(ABC):
     def load(cls, path: Path, device: str) -> Any:
         """The network from its weights, a local file or folder, on a torch device, without gradients.
 
-        Raises any exception for a file that is not such weights, `ImportError` for a library that is missing.
+        Raises any exception for a file that is not such weights, `LibraryError` for a library that is missing.
         """
 
     @abstractmethod
@@ -114,7 +115,7 @@ def apply_batch(step: Neural, waves: np.ndarray) -> np.ndarray:
 def loaded(kind: type[Neural], asset: Asset) -> Any:
     """The network of a kind of step, kept for this process, on a GPU where there is one.
 
-    Raises `ValueError` naming the source of weights that are missing, have changed or are none.
+    Raises `UserError` naming the source of weights that are missing, have changed or are none.
     """
     path = assets.local(kind.need, asset)
     try:
@@ -123,7 +124,8 @@ def loaded(kind: type[Neural], asset: Asset) -> Any:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ValueError(f"{asset.source} is not {kind.need.what}: {reason}") from error
+        fix = f"get it from {kind.need.where} and give --assets {kind.need.name} PATH"
+        raise UserError(f"{asset.source} is not {kind.need.what}: {reason}", fix) from error
 
 
 def _device() -> str:

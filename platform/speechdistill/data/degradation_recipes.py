@@ -11,7 +11,7 @@ from speechdistill.data import components
 from speechdistill.data.plan import Recipe, Stage
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset
-from speechdistill.io.errors import MissingError
+from speechdistill.io.errors import LibraryError, MissingError, UserError
 
 WEIGHTS_FREE = (
     "rooms.room",
@@ -103,23 +103,24 @@ def chosen(
 ) -> Recipe:
     """The recipe as a user asks for it: less the components `without`, with `sources` of assets, not looked at.
 
-    Raises `ValueError` for a name that the recipe has no use for.
+    Raises `UserError` for a name that the recipe has no use for.
     """
     if lpcnet and name != "paper":
-        raise ValueError("--lpcnet is an option of recipe paper")
+        raise UserError(f"--lpcnet is an option of recipe paper, not of {name}", "leave it out, or give --recipe paper")
     recipe = paper(lpcnet) if name == "paper" else RECIPES[name]()
     sources = sources or {}
     if name == "weights_free" and "texts" in sources:
         recipe = weights_free(texts=True)
     known = recipe.components
     if unknown := sorted(set(without) - set(known)):
-        raise ValueError(f"--without {' '.join(unknown)}: recipe {name} has {', '.join(known) or 'no components'}")
+        choices = f"choose from {', '.join(known)}" if known else "leave it out"
+        raise UserError(f"--without {' '.join(unknown)}: recipe {name} has no such component", choices)
     stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
     wanted = {need.name for component in known for need in components.needs(component)}
     wanted |= {"texts"} if name == "weights_free" else set()
     if unknown := sorted(set(sources) - wanted):
         use = ", ".join(sorted(wanted)) or "none"
-        raise ValueError(f"--assets {' '.join(unknown)}: recipe {name} has use for {use}")
+        raise UserError(f"--assets {' '.join(unknown)}: recipe {name} does not use it", f"leave it out; used: {use}")
     given = {name: Asset(source) for name, source in sources.items()}
     return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
 
@@ -134,7 +135,7 @@ def with_assets(recipe: Recipe) -> Recipe:
     for component in recipe.components:
         try:
             components.check(component)
-        except ImportError as error:
+        except LibraryError as error:
             lacks.setdefault(str(error), []).append(component)
         for need in components.needs(component):
             try:

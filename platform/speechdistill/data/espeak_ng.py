@@ -26,7 +26,7 @@ class Job(TypedDict):
 def speak(jobs: Sequence[Job]) -> Iterator[tuple[bytes, int]]:
     """For each job, in turn: int16 samples in the machine's byte order, and their rate.
 
-    Raises `ImportError` where espeak-ng is not installed, and `RuntimeError` where it cannot say a text.
+    Raises `LibraryError` if espeak-ng is not installed, and `RuntimeError` if it cannot say a text.
     """
     if not jobs:
         return
@@ -54,11 +54,13 @@ def speak(jobs: Sequence[Job]) -> Iterator[tuple[bytes, int]]:
 
 
 def installed() -> tuple[str, str]:
-    """Where the library and its data are; raises `ImportError` where they are not installed."""
+    """Where the library and its data are; raises `LibraryError` if they are not installed."""
+    from speechdistill.io.errors import LibraryError
+
     try:
         import espeakng_loader
     except ImportError as error:
-        raise ImportError('no espeak-ng: pip install "speechdistill[demo]"') from error
+        raise LibraryError("no espeak-ng", 'pip install "speechdistill[demo]"') from error
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
 

@@ -36,7 +36,9 @@ class LabelTransform:
             return cls()
         document = storage.read_json(uri)
         if document is None:
-            raise TableError(f"{uri}: no such file; without one, scores are used as they are")
+            raise TableError(
+                f"{uri}: no such file", "give the path of a label transform, or none to use scores as they are"
+            )
         table.check_json(document, SCHEMA, uri)
         datasets = {name: Scale(**scale) for name, scale in document["datasets"].items()}
         return cls(datasets, Scale(**document["universal"]))

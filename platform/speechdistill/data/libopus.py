@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from speechdistill.io import audio
+from speechdistill.io.errors import LibraryError
 
 _FRAME = audio.SAMPLE_RATE // 50
 _MOST_BYTES = 1275  # of a packet with one frame (RFC 6716, section 3.4)
@@ -97,8 +98,8 @@ def _libopus() -> ctypes.CDLL:
     bundled = sorted([*package.parent.glob("av.libs/libopus*"), *package.glob(".dylibs/libopus*")])
     name = str(bundled[0]) if bundled else ctypes.util.find_library("opus")
     if name is None:
-        raise ImportError(
-            "libopus is neither in the installed av nor on this machine; install the wheel of av, or libopus"
+        raise LibraryError(
+            "libopus is neither in the installed av nor on this machine", "install the wheel of av, or libopus"
         )
     opus = ctypes.CDLL(name)
     pointer, number = ctypes.c_void_p, ctypes.c_int

@@ -54,5 +54,5 @@ READERS: dict[str, corpus.Reader] = {
 def rows(name: str, root: str, held_out: corpus.HeldOut = "both") -> list[dict[str, Any]]:
     """The checked rows of a corpus in folder `root`; raises `TableError` for what does not fit, and unknown names."""
     if name not in READERS:
-        raise TableError(f"no corpus {name!r}; there are {', '.join(sorted(READERS))}")
+        raise TableError(f"no corpus {name!r}", f"choose from {', '.join(sorted(READERS))}")
     return corpus.checked(name, READERS[name], root, held_out)

@@ -17,6 +17,7 @@ from speechdistill.data.clips import Clip, Clips
 from speechdistill.data.degradation import Scene, Step
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import UserError
 
 SEGMENT_S = 7.68
 """The student's input and the teacher's centre crop: 384 frames of 20 ms."""
@@ -108,9 +109,9 @@ class Plans:
 
     def __init__(self, recipe: Recipe, clips: Clips, seed: int) -> None:
         if recipe.segment_samples <= 0:
-            raise ValueError(f"segments of {recipe.segment_s} s are too short; the student's are {SEGMENT_S} s")
+            raise UserError(f"segments of {recipe.segment_s} s are too short", f"the student's are {SEGMENT_S} s")
         if not len(clips.speech):
-            raise ValueError("the manifest has no speech clips; ingest some with --speech DIR")
+            raise UserError("the manifest has no speech clips", "ingest some with --speech DIR")
         self._recipe, self._clips, self._seed = recipe, clips, seed
         scene = self._scene(clips.speech[0], recipe.segment_samples)
         for name in recipe.components:  # what cannot be drawn, for want of texts, is told now

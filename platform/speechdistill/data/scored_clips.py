@@ -92,7 +92,7 @@ class Labeled:
                     _LOG.warning("%s; the next clip of its dataset is taken instead", error)
                 self._warned.add(other)
         name = self.datasets.names[self.datasets.of[number]]
-        raise TableError(f"{_TRIES} clips of dataset {name} in a row cannot be used; see above")
+        raise TableError(f"{_TRIES} clips of dataset {name} in a row cannot be used", "see the warnings above")
 
     def clips(self) -> Iterator[Clip]:
         """All of them, in order."""
@@ -112,10 +112,10 @@ def manifest(source: str, headers: bool = True) -> pa.Table:
     rows = rows.filter(pc.equal(rows["kind"], "speech"))
     scored = rows.filter(pc.is_valid(rows["mos"]))
     if not len(scored):
-        raise TableError(f"{source}: none of its {len(rows)} speech clips has a score; give a column mos, 1 to 5")
+        raise TableError(f"{source}: none of its {len(rows)} speech clips has a score", "give a column mos, 1 to 5")
     wrong = scored.filter(pc.invert(pc.and_(pc.less_equal(1, scored["mos"]), pc.less_equal(scored["mos"], 5))))
     if len(wrong):
-        raise TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}; scores are from 1 to 5")
+        raise TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}", "give scores from 1 to 5")
     if unscored := len(rows) - len(scored):
         _LOG.warning("%s: %d of %d speech clips have no mos and are left out", source, unscored, len(rows))
     return scored
@@ -130,7 +130,7 @@ def held_out(source: str, headers: bool = True) -> pa.Table:
     splits = np.array(clips["split"].to_pylist(), object)
     wanted = splits == "test" if (splits == "test").any() else splits != "train"
     if not wanted.any():
-        raise TableError(f"{source}: its clips are all of split train; give some that trained no student")
+        raise TableError(f"{source}: its clips are all of split train", "give some that trained no student")
     return clips.filter(pa.array(wanted))
 
 
@@ -144,7 +144,7 @@ def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Clips to train and to validate on: by their column `split`, else one of twenty speakers (or clips) validates."""
     named = clips["split"].to_pylist()
     if unknown := set(named) - {None, *_SPLITS}:
-        raise TableError(f"split {', '.join(sorted(unknown))} is unknown; choose from {', '.join(_SPLITS)}")
+        raise TableError(f"split {', '.join(sorted(unknown))} is unknown", f"choose from {', '.join(_SPLITS)}")
     if any(named):
         is_validation = np.array([name == "validation" for name in named])
         is_train = np.array([name in (None, "train") for name in named])
@@ -164,7 +164,7 @@ def _listed(source: str, headers: bool) -> pa.Table:
         try:
             row["mos"] = float(row["mos"]) if row.get("mos") is not None else None
         except ValueError:
-            raise TableError(f"{source}: row {number + 1} has mos {row['mos']!r}; it must be a number") from None
+            raise TableError(f"{source}: row {number + 1} has mos {row['mos']!r}", "give a number") from None
     with ThreadPoolExecutor(_THREADS) as threads:
         return table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fsspec
 
 from speechdistill.io import storage
-from speechdistill.io.errors import MissingError
+from speechdistill.io.errors import MissingError, UserError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -47,30 +47,34 @@ class Asset(NamedTuple):
 def local(need: Need, asset: Asset) -> Path:
     """The asset as a local file or folder, checked against its sha256; from a URL it is fetched and kept on the node.
 
-    Raises `MissingError` where it is not there and `ValueError` where it is another than it was.
+    Raises `MissingError` if it is not there and `UserError` if it has changed.
     """
     path, sha256 = _found(need, asset)
     if sha256 != asset.sha256:
-        raise ValueError(f"{asset.source} is not what the run began with ({need.what}); put the same on every node")
+        raise UserError(f"{asset.source} is not what the run began with ({need.what})", "put the same on every node")
     return path
 
 
 def looked_up(need: Need, source: str | None) -> Asset:
-    """The asset with its sha256; raises `MissingError`, and `ValueError` for an address with credentials in it."""
+    """The asset with its sha256; raises `MissingError`, and `UserError` for an address with credentials in it."""
     given = source or need.hub
     if not given:
-        raise MissingError(_text(need))
+        raise MissingError(f"{need.what} (licence: {need.licence})", _fix(need))
     if given != need.hub:
         given = storage.absolute(given)
     if "://" in given and ("?" in given or "@" in given.split("/")[2]):
-        raise ValueError(
-            f"--assets {need.name}: the address is kept with every sample; give one without credentials and query"
+        raise UserError(
+            f"--assets {need.name}: the address is kept with every sample", "give one without credentials and query"
         )
     return Asset(given, _found(need, Asset(given))[1])
 
 
-def _text(need: Need) -> str:
-    return f"{need.what} (licence: {need.licence}); get it from {need.where} and give --assets {need.name} PATH"
+def _missing(need: Need, reason: str) -> MissingError:
+    return MissingError(f"{reason}; wanted: {need.what} (licence: {need.licence})", _fix(need))
+
+
+def _fix(need: Need) -> str:
+    return f"get it from {need.where} and give --assets {need.name} PATH"
 
 
 def _found(need: Need, asset: Asset) -> tuple[Path, str]:
@@ -86,7 +90,7 @@ def _downloaded(need: Need, asset: Asset) -> tuple[Path, str]:
     kept = storage.private_folder(f"speechdistill-assets-{os.getuid()}")
     if asset.sha256 and _is_kept(need, kept / asset.sha256, asset.sha256):
         return kept / asset.sha256 / "asset", asset.sha256
-    with storage.access(asset.source, MissingError), tempfile.TemporaryDirectory(dir=kept) as folder:
+    with storage.access(asset.source), tempfile.TemporaryDirectory(dir=kept) as folder:
         new = Path(folder, "new")
         _fetch(need, asset.source, new / "asset")
         sha256 = _sha256(need, new / "asset", asset.source)
@@ -114,7 +118,7 @@ def _fetch(need: Need, url: str, target: Path) -> None:
         try:
             fs.get_file(file, str(place))
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise MissingError(f"{url} does not exist; wanted: {_text(need)}") from error
+            raise _missing(need, f"{url} does not exist") from error
 
 
 def _from_hub(need: Need) -> Path:
@@ -124,8 +128,7 @@ def _from_hub(need: Need) -> Path:
     try:
         return Path(snapshot_download(str(need.hub), allow_patterns=list(need.files)))
     except (HfHubHTTPError, OSError) as error:
-        reason = f"{need.hub} is not on this machine, and the hub gives no answer"
-        raise MissingError(f"{reason}; wanted: {_text(need)}") from error
+        raise _missing(need, f"{need.hub} is not on this machine, and the hub gives no answer") from error
 
 
 def _sha256(need: Need, path: Path, source: str) -> str:
@@ -135,11 +138,11 @@ def _sha256(need: Need, path: Path, source: str) -> str:
         found = {pattern: [file for file in path.glob(pattern) if file.is_file()] for pattern in need.files}
         lacks = [pattern for pattern, matches in found.items() if not matches]
         if need.every and lacks and len(lacks) < len(found):
-            raise MissingError(f"{source} lacks {', '.join(lacks)}; wanted: {_text(need)}")
+            raise _missing(need, f"{source} lacks {', '.join(lacks)}")
         files = sorted({file for matches in found.values() for file in matches})
     if not files or not files[0].is_file():
         kind = f"a folder with {', '.join(need.files)}" if need.files else "a file"
-        raise MissingError(f"{source} is not there, or not {kind}; wanted: {_text(need)}")
+        raise _missing(need, f"{source} is not there, or not {kind}")
     digest = hashlib.sha256()
     for file in files:
         if need.files:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import fsspec
 
 from speechdistill.io import storage
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import StorageError, TableError
 
 if TYPE_CHECKING:  # safetensors imports it where weights are read or written
     import torch
@@ -44,7 +44,7 @@ def read(folder: str) -> Files:
     """What `write` wrote; raises `TableError` naming the file that is missing or damaged."""
     about = storage.read_json(f"{folder}/{ABOUT}")
     if about is None:
-        raise TableError(f"{folder} holds no checkpoint ({ABOUT} is missing); give the folder of a checkpoint")
+        raise TableError(f"{folder} holds no checkpoint ({ABOUT} is missing)", "give the folder of a checkpoint")
     with fitting(folder):
         data = _read(f"{folder}/{WEIGHTS}")
         digest = hashlib.sha256(data).hexdigest()
@@ -58,7 +58,7 @@ def nonzero(files: Files) -> int:
 
 def size(folder: str) -> int:
     """Bytes of the weights file."""
-    fs, path = fsspec.url_to_fs(f"{folder}/{WEIGHTS}")
+    fs, path = storage.file_system(f"{folder}/{WEIGHTS}")
     with storage.access(folder):
         return int(fs.size(path))
 
@@ -68,9 +68,14 @@ def fitting(folder: str) -> Iterator[None]:
     """Make `TableError` of what is raised where a folder's files do not fit the code."""
     try:
         yield
+    except StorageError:  # is a ValueError too
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise TableError(f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})") from error
+        raise TableError(
+            f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})",
+            "give the folder of another, or train it again",
+        ) from error
 
 
 def copy(folder: str, target: str) -> None:

@@ -4,12 +4,12 @@
 class UserError(ValueError):
     """A mistake or fault that the user can mend: `reason` says what is wrong, with the value, `fix` what to do."""
 
-    def __init__(self, reason: str, fix: str = "") -> None:
+    def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason, fix)
         self.reason, self.fix = reason, fix
 
     def __str__(self) -> str:
-        between = "" if self.reason.endswith("\n") or not self.fix else "; "
+        between = "" if self.reason.endswith("\n") else "; "
         return f"{self.reason}{between}{self.fix}"
 
 
@@ -18,17 +18,25 @@ class TableError(UserError):
 
 
 class StorageError(UserError, OSError):
-    """A URL whose storage refused, or did not answer after all retries."""
+    """A path or URL whose storage refused, or did not answer after all retries."""
 
 
 class RunError(UserError, RuntimeError):
     """A run that cannot start or resume."""
 
 
+class LibraryError(UserError, ImportError):
+    """An optional library that is not installed, or does not work here."""
+
+
+class WeightsError(UserError, FileNotFoundError):
+    """Trained weights that are not there."""
+
+
 class MissingError(UserError):
     """An asset that is not there: `components` are those of the recipe that need it."""
 
-    def __init__(self, reason: str, fix: str = "", components: tuple[str, ...] = ()) -> None:
+    def __init__(self, reason: str, fix: str, components: tuple[str, ...] = ()) -> None:
         super().__init__(reason, fix)
         self.args = (reason, fix, components)  # pickling calls the class with these
         self.components = components

@@ -19,7 +19,7 @@ from typing import TypeVar
 import fsspec
 
 from speechdistill.io import audio_files, storage, tar_files
-from speechdistill.io.errors import AudioError
+from speechdistill.io.errors import AudioError, UserError
 
 T = TypeVar("T")
 _FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
@@ -63,12 +63,12 @@ def _copy(uri: str) -> Path | None:
 
 
 def bound_bytes() -> int:
-    """`SPEECHDISTILL_CACHE_GIB` in bytes; raises `ValueError` where it is no number."""
+    """`SPEECHDISTILL_CACHE_GIB` in bytes; raises `UserError` if it is not a number."""
     given = os.environ.get("SPEECHDISTILL_CACHE_GIB", "4")
     try:
         return int(float(given) * 2**30)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"SPEECHDISTILL_CACHE_GIB is {given!r}; give a number of GiB, 0 for no cache") from error
+        raise UserError(f"SPEECHDISTILL_CACHE_GIB is {given!r}", "give a number of GiB, 0 for no cache") from error
 
 
 def _version(uri: str) -> tuple[int, str]:

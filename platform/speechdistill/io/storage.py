@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import fsspec
 
-from speechdistill.io.errors import StorageError, TableError
+from speechdistill.io.errors import StorageError, TableError, UserError
 
 
 def publish(data: bytes | IO[bytes], uri: str) -> None:
@@ -23,12 +23,19 @@ def publish(data: bytes | IO[bytes], uri: str) -> None:
     Locally a temporary name, fsync and rename; elsewhere one put, which is atomic on object stores (a move would be
     a copy and a delete, and a file object closed by an exception would publish a torn object).
     """
-    fs, path = fsspec.url_to_fs(uri) if "://" in uri else (None, uri)
-    if fs is not None:
-        with access(uri):
+    with access(uri):
+        if "://" in uri:
+            fs, path = fsspec.url_to_fs(uri)
             fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
-        return
-    target = Path(path)
+        else:
+            _write_file(data, Path(uri))
+
+
+def publish_json(value: Any, uri: str) -> None:
+    publish((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), uri)
+
+
+def _write_file(data: bytes | IO[bytes], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -47,10 +54,6 @@ def publish(data: bytes | IO[bytes], uri: str) -> None:
         os.close(directory)
 
 
-def publish_json(value: Any, uri: str) -> None:
-    publish((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), uri)
-
-
 def read_json(uri: str) -> Any | None:
     """The parsed file, or None where there is none."""
     try:
@@ -60,27 +63,37 @@ def read_json(uri: str) -> Any | None:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise TableError(f"{uri}: not JSON ({error}); it was edited by hand: restore it or use a new folder") from error
+        raise TableError(
+            f"{uri}: not JSON ({error})", "it was edited by hand: restore it or use a new folder"
+        ) from error
 
 
 @contextmanager
 def access(uri: str, *passed: type[Exception]) -> Iterator[None]:
-    """Raise `StorageError` naming the URL for what its storage raises in the body, but for the types `passed`.
+    """Raise `StorageError` naming the path or URL for what its storage raises in the body, but for the types `passed`.
 
-    Plugins raise their libraries' own types, mostly without the address. (A local path is in the error already.)
+    A URL's storage may raise anything: plugins raise their libraries' own types, mostly without the address.
     """
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
-        if "://" not in uri or isinstance(error, passed):
+        is_local = "://" not in uri
+        if isinstance(error, (UserError, *passed)) or (is_local and not isinstance(error, OSError)):
             raise
-        reason = " ".join(str(error).split()) or "no reason given"
+        told = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
+        if is_local:
+            raise StorageError(f"{uri}: {told}", "check the path, its permissions and the free space") from error
         raise StorageError(
-            f"{uri}: the storage refused it or did not answer ({type(error).__name__}: {reason}); check the address, "
-            "the credentials in the environment and the connection, then run the same command again"
+            f"{uri}: the storage refused it or did not answer ({told})",
+            "check the address, the credentials in the environment and the connection, then rerun the command",
         ) from error
+
+
+def file_system(uri: str) -> tuple[Any, str]:
+    """fsspec's file system of a path or URL, and the path there; `StorageError` for a protocol that is not there."""
+    with access(uri):
+        fs, path = fsspec.url_to_fs(uri)
+    return fs, path
 
 
 def absolute(uri: str) -> str:
@@ -91,10 +104,10 @@ def absolute(uri: str) -> str:
 
 
 def private_folder(name: str) -> Path:
-    """A folder of this user's in the system's temporary one; raises `PermissionError` where somebody else made it."""
+    """A folder of this user's in the system's temporary one; raises `UserError` if somebody else made it."""
     folder = Path(tempfile.gettempdir(), name)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not a folder that only this user may write to; delete it")
+        raise UserError(f"{folder} is not a folder that only this user may write to", "delete it")
     return folder

@@ -48,14 +48,14 @@ def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> pa.Table:
     wanted = schema(name)
     unknown = {key for row in rows for key in row} - set(wanted.names)
     if unknown:
-        raise TableError(f"{name}: unknown columns {sorted(unknown)}; it has {wanted.names}")
+        raise TableError(f"{name}: unknown columns {sorted(unknown)}", f"choose from {wanted.names}")
     columns = []
     for field in wanted:
         values = [row.get(field.name) for row in rows]
         try:
             columns.append(pa.array(values, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise TableError(f"{name}.{field.name}: {error}; it holds {field.type}") from error
+            raise TableError(f"{name}.{field.name}: {error}", f"give values of type {field.type}") from error
     return validate(pa.Table.from_arrays(columns, schema=wanted), name)
 
 
@@ -64,7 +64,10 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
     wanted = schema(name)
     missing = [field.name for field in wanted if field.name not in table.column_names and not field.nullable]
     if missing:
-        raise TableError(f"{source}: columns {missing} of {name} are missing; it has {table.column_names}")
+        raise TableError(
+            f"{source}: columns {missing} of {name} are missing; it has {table.column_names}",
+            f"give a table of schema {name}",
+        )
     columns = []
     for field in wanted:
         if field.name not in table.column_names:
@@ -74,15 +77,17 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
         try:
             column = column.cast(field.type)
         except pa.ArrowException as error:
-            raise TableError(f"{source}: {name}.{field.name}: {error}") from error
+            reason = f"{source}: {name}.{field.name}: {error}"
+            raise TableError(reason, f"give values that convert to {field.type}") from error
         if column.null_count and not field.nullable:
-            raise TableError(f"{source}: {name}.{field.name} is null in {column.null_count} rows; it may not be")
+            reason = f"{source}: {name}.{field.name} is null in {column.null_count} rows"
+            raise TableError(reason, "give each row a value")
         columns.append(column)
     result = pa.Table.from_arrays(columns, schema=wanted)
     for field_name, allowed in _choices(name).items():
         wrong = set(result[field_name].unique().to_pylist()) - {*allowed, None}
         if wrong:
-            raise TableError(f"{source}: {name}.{field_name} is {sorted(wrong)}; choose from {allowed}")
+            raise TableError(f"{source}: {name}.{field_name} is {sorted(wrong)}", f"choose from {allowed}")
     return result
 
 
@@ -92,9 +97,11 @@ def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
         with open_parquet(uri) as file:
             table = pq.read_table(file, columns=columns)
     except FileNotFoundError as error:
-        raise TableError(f"{uri}: no such file; a {name} table is made by the job before this one") from error
+        raise TableError(
+            f"{uri}: no such file", f"run the job before this one, which makes the {name} table"
+        ) from error
     except pa.ArrowInvalid as error:
-        raise TableError(f"{uri}: not a Parquet file ({error})") from error
+        raise TableError(f"{uri}: not a Parquet file ({error})", f"give a whole file of schema {name}") from error
     return table if columns else validate(table, name, uri)
 
 
@@ -143,7 +150,8 @@ def check_json(document: Any, name: str, source: str) -> None:
 
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_published(name)).iter_errors(document))
     if error is not None:
-        raise TableError(f"{source}: {name}{error.json_path.removeprefix('$')}: {error.message}")
+        place = error.json_path.removeprefix("$")
+        raise TableError(f"{source}: {name}{place}: {error.message}", f"correct it; the form is schemas/{name}.json")
 
 
 @cache
@@ -152,7 +160,7 @@ def _published(name: str) -> dict[str, Any]:
     file = folder / f"{name}.json"
     if not file.is_file():
         known = sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
-        raise TableError(f"schema {name!r} is unknown; choose from {known}")
+        raise TableError(f"schema {name!r} is unknown", f"choose from {known}")
     published: dict[str, Any] = json.loads(file.read_text())
     return published
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import fsspec
 
+from speechdistill.io import storage
+from speechdistill.io.errors import UserError, WeightsError
+
 _BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError)
 """What reading a file that is another gives."""
 
@@ -20,21 +23,21 @@ def of_package(package: str, file: str) -> str:
     return str(folder / file)
 
 
-def read(path: str, missing: str) -> tuple[bytes, str]:
-    """The bytes of a path or URL, and their sha256; where it is not there, `FileNotFoundError` says `missing` of it."""
+def read(path: str, missing: str, fix: str) -> tuple[bytes, str]:
+    """The bytes of a path or URL, and their sha256; if it is not there, `WeightsError` says `missing` of it."""
     try:
-        with fsspec.open(path, "rb") as file:
+        with storage.access(path, FileNotFoundError), fsspec.open(path, "rb") as file:
             data = bytes(file.read())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: {missing}") from error
+        raise WeightsError(f"{path}: {missing}", fix) from error
     return data, hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
 def fitting(path: str, what: str) -> Iterator[None]:
-    """Within it a file's contents become a network; `ValueError` where they are not `what`."""
+    """Within it a file's contents become a network; `UserError` if they are not `what`."""
     try:
         yield
     except _BROKEN as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"{path}: not {what} ({reason})") from error
+        raise UserError(f"{path}: not {what} ({reason})", "give such a file, or fetch it again") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import UserError
 from speechdistill.models.label import logits
 from speechdistill.models.windowed import HOP_S, Windowed, check, torch_device
 
@@ -18,14 +19,14 @@ WINDOW_S = 9.01
 SEGMENT_SAMPLES = 144_160
 
 _BATCH_SEGMENTS = 4
-_MISSING = "no such ONNX file; `pip install --no-deps speechmos==0.0.1.1` (9 MB, MIT) brings it, or give its path"
+_MISSING = "no such ONNX file", "`pip install --no-deps speechmos==0.0.1.1` (9 MB, MIT) brings it, or give its path"
 
 
 class Dnsmos(Windowed):
     """A network that judges 9.01 s; a teacher gives `name`, `file` and `_scores`.
 
     A shorter wave is repeated, and judged in all windows of what doubling makes of it, as in the wheel. Raises
-    `FileNotFoundError` where the file is missing, `ImportError` where onnxruntime is, and `ValueError` for a wrong
+    `WeightsError` if the file is missing, `ImportError` if onnxruntime is, and `UserError` for a wrong
     file, device, batch or hop, or another dtype than float32.
     """
 
@@ -43,12 +44,12 @@ class Dnsmos(Windowed):
     ) -> None:
         check(dtype, batch_s, hop_s, WINDOW_S)
         if dtype != "float32":
-            raise ValueError(f"dtype {dtype!r}; teacher {self.name!r} is float32")
+            raise UserError(f"dtype {dtype!r}", f"teacher {self.name!r} is float32")
         self._segment = SEGMENT_SAMPLES
         self._batch = max(1, int(batch_s / WINDOW_S + 1e-6)) if batch_s else _BATCH_SEGMENTS
         self._hop_s = max(1, int(hop_s))  # windows start at whole seconds
         path = weights or weights_file.of_package("speechmos", self.file)
-        data, self.weights_hash = weights_file.read(path, _MISSING)
+        data, self.weights_hash = weights_file.read(path, *_MISSING)
         self._session = _session(data, path, torch_device(device).type)
 
     def _starts(self, wave: np.ndarray) -> list[int]:
@@ -94,4 +95,6 @@ def _session(data: bytes, path: str, device: str) -> Any:
     try:
         return onnxruntime.InferenceSession(data, options, providers=providers)
     except Exception as error:  # onnxruntime's own kinds, which it does not export
-        raise ValueError(f"{path}: not an ONNX network ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not an ONNX network ({str(error).splitlines()[0]})", "fetch the file again"
+        ) from error

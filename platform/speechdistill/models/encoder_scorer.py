@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from speechdistill.data.label_scale import Scale
 from speechdistill.io import checkpoint, fingerprint
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import UserError
 from speechdistill.models.networks import slim_encoder, speech_encoder
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, QualityHead
 from speechdistill.models.networks.speech_encoder import Encoder, middle
@@ -42,7 +43,7 @@ class EncoderScorer(Windowed):
     Longer ones are judged in windows of 7.68 s at most `hop_s` apart. Waves of any lengths make a batch, `batch_s` in
     windows of 7.68 s; each scores as if alone. In bfloat16 the convolutions over samples and the head stay float32.
     `scale` is applied to the head's logits; `compile`: torch compiles the encoder's blocks at the first batch. Raises
-    `ValueError` for a head that does not fit the encoder, and for a wrong device, dtype, batch or hop.
+    `UserError` for a head that does not fit the encoder, and for a wrong device, dtype, batch or hop.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class EncoderScorer(Windowed):
         check(dtype, batch_s, hop_s)
         wants = head.norm_input.num_features
         if wants != encoder.dim:
-            raise ValueError(f"the head takes features of {wants}, the encoder gives {encoder.dim}")
+            raise UserError(
+                f"the head takes features of {wants}, the encoder gives {encoder.dim}", "give the encoder of the head"
+            )
         self.name, self.weights_hash = name, weights_hash
         self._segment = SEGMENT_SAMPLES
         self._device = torch_device(device)
@@ -140,11 +143,11 @@ class TrainedTeacher:
 def network(files: checkpoint.Files, folder: str, encoder: str | None = None) -> "Network":
     """The encoder and head of a checkpoint; `encoder` is where that of a head alone is now.
 
-    Raises `TableError` for files of another network, `FileNotFoundError` where the encoder is not, and `ValueError`
-    where there is another one, or none is wanted.
+    Raises `TableError` for files of another network, `WeightsError` if the encoder is missing, and `UserError` if it
+    is another one, or none is wanted.
     """
     if encoder and files.architecture == ENCODER_AND_HEAD:
-        raise ValueError(f"{folder} holds its own encoder; {encoder} would not be used, leave it out")
+        raise UserError(f"{folder} holds its own encoder", f"{encoder} would not be used, leave it out")
     with checkpoint.fitting(folder):
         config = {**files.config, "scale": Scale(**files.config["scale"])}
         if files.architecture == ENCODER_AND_HEAD:
@@ -155,8 +158,8 @@ def network(files: checkpoint.Files, folder: str, encoder: str | None = None) ->
     place = encoder or about.encoder
     found, digest = speech_encoder.load(place, about.layer)
     if digest != about.encoder_sha256:
-        raise ValueError(
-            f"{place}: not the encoder that the head in {folder} was trained on; give the place of that one"
+        raise UserError(
+            f"{place}: not the encoder that the head in {folder} was trained on", "give the place of that one"
         )
     return Network(found, head)
 

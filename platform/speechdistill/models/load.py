@@ -14,6 +14,7 @@ import numpy as np
 
 from speechdistill.io import audio
 from speechdistill.io.audio_decoders import MAX_CHANNELS, SAMPLE_RATES
+from speechdistill.io.errors import UserError
 from speechdistill.models import teachers
 from speechdistill.models.label import Teacher, Unscorable
 
@@ -62,24 +63,25 @@ def load_teacher(
     through the network at once, `hop_s` the most seconds from one window of long audio to the next: above 1 it is
     faster and not exact. `head` and `compile` are for teachers that have them (xlsr): the file of the head above the
     encoder, and whether `torch.compile` makes the network faster.
-    Raises `ValueError` listing the names for an unknown one, `FileNotFoundError` where weights are missing.
+    Raises `UserError` listing the names for an unknown one, `WeightsError` if weights are missing.
     """
     extra: dict[str, Any] = {key: value for key, value in {"head": head, "compile": compile}.items() if value}
     if name.startswith(f"{_ENSEMBLE}:"):
         if weights:
-            raise ValueError(f"teacher {name!r} takes no weights; its members have the released ones, or are students")
+            raise UserError(f"teacher {name!r} takes no weights", "its members have the released ones, or are students")
         name, weights = _ENSEMBLE, name.removeprefix(f"{_ENSEMBLE}:")
         extra["load"] = lambda member: load_teacher(member, None, device, dtype, batch_s, hop_s).teacher
     elif name not in (*teacher_names(), _STUDENT):
         if not ("/" in name or Path(name).is_dir()):
-            raise ValueError(
-                f"teacher {name!r} is unknown; choose from {teacher_names()}, or give a student: the folder of its "
-                "checkpoint or models:/NAME@champion; or an ensemble: ensemble:distillmos=0.7,dnsmos_p808=0.3"
+            raise UserError(
+                f"teacher {name!r} is unknown",
+                f"choose from {teacher_names()}, or give a student: the folder of its checkpoint or "
+                "models:/NAME@champion; or an ensemble: ensemble:distillmos=0.7,dnsmos_p808=0.3",
             )
         name, weights, extra = _STUDENT, name, extra | ({"encoder": weights} if weights else {})
     module = importlib.import_module(f"{teachers.__name__}.{name}")
     if unknown := extra.keys() - inspect.signature(module.Teacher).parameters.keys():
-        raise ValueError(f"teacher {name!r} takes no {' and no '.join(sorted(unknown))}")
+        raise UserError(f"teacher {name!r} takes no {' and no '.join(sorted(unknown))}", "leave it out")
     return Model(module.Teacher(weights=weights, device=device, dtype=dtype, batch_s=batch_s, hop_s=hop_s, **extra))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import UserError
 from speechdistill.models.label import logits
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
 from speechdistill.models.windowed import HOP_S, Windowed, check, segment_starts, torch_device
@@ -23,7 +24,7 @@ class Released(Windowed):
 
     Waves of one length make a batch, `batch_s` in windows of 7.68 s. A teacher gives the constants below, `_place`,
     `_network` and `_mos`. Its `weights` is the path or URL of a file like the released one (default: `_place`); nothing
-    is downloaded that was not asked for. Raises `FileNotFoundError` where the weights are missing, and `ValueError` for
+    is downloaded that was not asked for. Raises `WeightsError` if the weights are missing, and `UserError` for
     wrong ones or a wrong device, batch or hop, or another dtype than float32.
     """
 
@@ -44,7 +45,7 @@ class Released(Windowed):
     ) -> None:
         check(dtype, batch_s, hop_s)
         if dtype != "float32":
-            raise ValueError(f"dtype {dtype!r}; teacher {self.name!r} is float32")
+            raise UserError(f"dtype {dtype!r}", f"teacher {self.name!r} is float32")
         self._segment = SEGMENT_SAMPLES
         self._hop = max(1, round(hop_s * SAMPLE_RATE))
         self._device = torch_device(device)
@@ -52,7 +53,7 @@ class Released(Windowed):
         self._batch = max(1, int(at_once + 1e-6))
         path = weights or self._place()
         ask = f"give {self.url} ({self.terms}), or the path of that file"
-        data, self.weights_hash = weights_file.read(path, f"no weights of {self.model} there; {ask}")
+        data, self.weights_hash = weights_file.read(path, f"no weights of {self.model} there", ask)
         with weights_file.fitting(path, f"{self.model}'s weights"):
             network = self._network(torch.load(BytesIO(data), map_location="cpu", weights_only=True))
         self.network = network.to(self._device).eval()

@@ -30,7 +30,7 @@ class Scorer(Windowed):
     once. bfloat16 scores of the released model are within 0.01 MOS of float32. On CUDA, float32 follows torch's own
     TF32 settings. `hop_s` is 1 s in the released model; up to 7.68 s, where windows touch, it is a fast mode for waves
     above 8.68 s: 2 windows instead of 4 for 10 s, 8 instead of 54 for 60 s (`benchmarks/score.py` prints what that does
-    to the scores). Raises `ValueError` for a wrong device, dtype, batch or hop.
+    to the scores). Raises `UserError` for a wrong device, dtype, batch or hop.
     """
 
     def __init__(

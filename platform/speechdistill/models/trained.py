@@ -3,6 +3,7 @@
 from typing import Any
 
 from speechdistill.io import checkpoint
+from speechdistill.io.errors import UserError
 from speechdistill.models.student import student_of
 from speechdistill.models.student_scorer import Scorer
 from speechdistill.models.windowed import Windowed
@@ -17,7 +18,7 @@ def scorer(folder: str, encoder: str | None = None, **options: Any) -> Windowed:
     files = checkpoint.read(folder)
     if files.architecture == checkpoint.CONV_TRANSFORMER:
         if encoder:
-            raise ValueError(f"{folder} holds a student, which takes no other weights")
+            raise UserError(f"{folder} holds a student, which takes no other weights", f"leave {encoder} out")
         student = student_of(files, folder)
         return Scorer(student.network, "student", student.weights_hash, **options)
     from speechdistill.models import encoder_scorer  # transformers is not needed for a student

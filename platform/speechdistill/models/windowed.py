@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import UserError
 from speechdistill.models.label import Label, Unscorable, problem, sigmoid
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
 
@@ -95,24 +96,24 @@ def segment_starts(
 
 
 def check(dtype: str, batch_s: float | None, hop_s: float, longest_s: float = _LONGEST_S) -> None:
-    """Raise `ValueError` for a dtype, batch or hop that a teacher with windows of `longest_s` cannot take."""
+    """Raise `UserError` for a dtype, batch or hop that a teacher with windows of `longest_s` cannot take."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; choose from {list(DTYPES)}")
+        raise UserError(f"dtype {dtype!r}", f"choose from {list(DTYPES)}")
     if batch_s is not None and not batch_s > 0:
-        raise ValueError(f"batch_s {batch_s}; seconds of audio, above 0")
+        raise UserError(f"batch_s {batch_s}", "give seconds of audio, above 0")
     if not 0 < hop_s <= longest_s:
-        raise ValueError(f"hop_s {hop_s}; choose seconds above 0 and up to {longest_s} (released: {HOP_S})")
+        raise UserError(f"hop_s {hop_s}", f"choose seconds above 0 and up to {longest_s} (released: {HOP_S})")
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of a name, without one CUDA where there is one; raises `ValueError` for a device that is not there."""
+    """The device of a name, without one CUDA where there is one; raises `UserError` for a device that is not there."""
     available = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if available else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown to torch; choose cpu, cuda or cuda:<index>") from error
+        raise UserError(f"device {name!r} is unknown to torch", "choose cpu, cuda or cuda:<index>") from error
     if device.type == "cuda" and not available:
-        raise ValueError(f"device {name!r}: this torch finds no CUDA device; choose cpu")
+        raise UserError(f"device {name!r}: this torch finds no CUDA device", "choose cpu")
     return device
 
 

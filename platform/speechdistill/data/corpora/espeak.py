@@ -96,7 +96,7 @@ def rows(root: str | Path, num_clips: int = 60) -> Iterator[dict[str, Any]]:
     """Manifest rows: `num_clips` of speech, then 6 noises and 6 impulse responses; missing files are made first.
 
     Speech is 22.05 kHz, 4 to 10 s long, in five languages with six speakers each; the rest is 16 kHz. Raises
-    `ImportError` where espeak-ng is not installed.
+    `LibraryError` if espeak-ng is not installed.
     """
     folder = Path(root).absolute()
     jobs = [_job(folder, index) for index in range(num_clips)]

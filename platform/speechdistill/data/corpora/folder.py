@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-
 from speechdistill.io import storage
 from speechdistill.io.audio import EXTENSIONS
+from speechdistill.io.errors import UserError
 
-_NO_FOLDER = "{} is not a folder; give folders with --speech, --noise, --rir"
+_FIX = "give folders with --speech, --noise, --rir"
 
 
 def rows(root: str, kind: str, ignored: Counter[str]) -> Iterator[dict[str, Any]]:
     """A row per audio file below `root`, in sorted order, links followed; `ignored` counts what else is there.
 
-    Raises `FileNotFoundError` where there is no such folder.
+    Raises `UserError` if there is no such folder.
     """
     corpus = PurePosixPath(root.rstrip("/")).name
     for uri in _files(root, ignored):
@@ -33,7 +32,7 @@ def _files(root: str, ignored: Counter[str]) -> Iterator[str]:
         yield from _files_of_url(root)
         return
     if not Path(root).is_dir():
-        raise FileNotFoundError(_NO_FOLDER.format(root))
+        raise UserError(f"{root} is not a folder", _FIX)
     seen: set[tuple[int, int]] = set()  # followed links may lead back
 
     def unreadable(error: OSError) -> None:
@@ -50,11 +49,11 @@ def _files(root: str, ignored: Counter[str]) -> Iterator[str]:
 
 
 def _files_of_url(root: str) -> Iterator[str]:
-    fs, path = fsspec.url_to_fs(root)
+    fs, path = storage.file_system(root)
     with storage.access(root):
         is_folder = fs.isdir(path)
     if not is_folder:
-        raise FileNotFoundError(_NO_FOLDER.format(root))
+        raise UserError(f"{root} is not a folder", _FIX)
     archive = root[root.index("::") :] if "::" in root else ""  # zip://folder::s3://bucket/a.zip
     with storage.access(root):
         for folder, _, names in fs.walk(path, on_error="raise"):  # else what cannot be listed is left out

@@ -19,7 +19,7 @@ import fsspec
 
 from speechdistill.data import corpus
 from speechdistill.io import storage
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import TableError, UserError
 
 _SPREADSHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _NUM_LISTENERS = 24
@@ -27,7 +27,7 @@ _NUM_LISTENERS = 24
 
 def rows(root: str) -> Iterator[dict[str, Any]]:
     """`root` is any folder above the spreadsheet and the recordings; references are not in the manifest."""
-    fs, path = fsspec.url_to_fs(root)
+    fs, path = storage.file_system(root)
     with storage.access(root):
         found = [fs.unstrip_protocol(file).removeprefix("file://") for file in fs.find(path)]
     files = {file.rsplit("/", 1)[-1]: file for file in found}
@@ -35,9 +35,11 @@ def rows(root: str) -> Iterator[dict[str, Any]]:
     sheets = (_sheet(file) for file in found if file.lower().endswith(".xlsx"))
     lines = next(filter(None, sheets), None)
     if lines is None:
-        raise TableError(f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'")
+        reason = f"{root} has no spreadsheet with columns 'Filename' and 'sample MOS'"
+        raise TableError(reason, "--root names the folder of the corpus as it is unpacked")
     if twice := [line["Filename"] for line in lines if counts[line["Filename"]] > 1]:
-        raise TableError(f"{root}: {corpus.some(twice, 'recordings lie in more than one folder')}")
+        reason = f"{root}: {corpus.some(twice, 'recordings lie in more than one folder')}"
+        raise TableError(reason, "keep one copy of each")
     for line in lines:
         name = line["Filename"]
         _, condition, degradation, speaker = f"{name.removesuffix('.wav')}___".split("_")[:4]
@@ -55,8 +57,9 @@ def rows(root: str) -> Iterator[dict[str, Any]]:
 
 def _sheet(file: str) -> list[dict[str, str]]:
     """The lines of its sheet with scores, if it has one; a spreadsheet is a zip of XML: no library is needed."""
+    wrong = (BadZipFile, ET.ParseError, LookupError, ValueError)
     try:
-        with fsspec.open(file, "rb") as data, ZipFile(data) as archive:
+        with storage.access(file, *wrong), fsspec.open(file, "rb") as data, ZipFile(data) as archive:
             names = archive.namelist()
             texts = []
             if "xl/sharedStrings.xml" in names:
@@ -69,8 +72,10 @@ def _sheet(file: str) -> list[dict[str, str]]:
                 if {"Filename", "sample MOS"} <= set(header.values()):
                     named = [{header[c]: text for c, text in line.items() if c in header} for line in lines[1:]]
                     return [{"sample MOS": "", **line} for line in named if line.get("Filename")]
-    except (BadZipFile, ET.ParseError, LookupError, ValueError) as error:
-        raise TableError(f"{file} cannot be read as a spreadsheet ({error})") from error
+    except UserError:
+        raise
+    except wrong as error:
+        raise TableError(f"{file} cannot be read as a spreadsheet ({error})", "unpack the corpus again") from error
     return []
 
 

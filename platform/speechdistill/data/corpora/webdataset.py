@@ -76,7 +76,7 @@ def files(patterns: Sequence[str]) -> list[str]:
     """
     found = dict.fromkeys(file for pattern in patterns for file in _matches(pattern))
     if compressed := [file for file in found if _COMPRESSED.search(_path(file))]:
-        raise TableError(f"{compressed[0]}: {_IS_COMPRESSED}; {_UNPACK}")
+        raise TableError(f"{compressed[0]}: {_IS_COMPRESSED}", _UNPACK)
     return list(found)
 
 
@@ -222,7 +222,7 @@ def _matches(pattern: str) -> list[str]:
         found = list(threads.map(_found, names))
     if problems := [problem for problem in found if isinstance(problem, str)]:
         which = f"{len(problems)} of the {len(names)} files of {pattern!r}, such as " if len(names) > 1 else ""
-        raise TableError(f"{which}{', '.join(problems[:5])}; correct --list")
+        raise TableError(f"{which}{', '.join(problems[:5])}", "correct --list")
     return [file for matches in found for file in matches]
 
 

@@ -10,6 +10,7 @@ from speechdistill.data import onnx_denoisers
 from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
+from speechdistill.io.errors import LibraryError
 
 if TYPE_CHECKING:
     import torch
@@ -145,8 +146,8 @@ def _demucs() -> Any:
     try:
         from denoiser.demucs import Demucs
     except ImportError as error:
-        raise ImportError(
-            "no Demucs for speech (CC BY-NC 4.0, not for commercial use): pip install --no-deps denoiser==0.1.5"
+        raise LibraryError(
+            "no Demucs for speech (CC BY-NC 4.0, not for commercial use)", "pip install --no-deps denoiser==0.1.5"
         ) from error
     return Demucs
 

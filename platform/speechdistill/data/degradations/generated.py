@@ -18,6 +18,7 @@ from speechdistill.data import espeak_ng
 from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import assets, audio
 from speechdistill.io.assets import Asset, Need
+from speechdistill.io.errors import LibraryError, UserError
 
 _LANGUAGES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # and espeak-ng's voice for each
 _VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1, 8))
@@ -154,7 +155,7 @@ class Models:
     """The models of a folder: each is loaded when it is first needed, and the few last used are kept."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Raises `ImportError` where Coqui TTS does not work, `ValueError` for a model without its files."""
+        """Raises `LibraryError` if Coqui TTS does not work, `ValueError` for a model without its files."""
         self._kind, self._folder, self._device = _coqui(), folder, device
         self.synthesizer = lru_cache(maxsize=_LOADED)(self._synthesizer)
         with tempfile.TemporaryDirectory() as scratch:
@@ -217,9 +218,10 @@ def _coqui() -> Any:
     try:
         from TTS.utils.synthesizer import Synthesizer
     except (ImportError, OSError) as error:  # OSError: a torchaudio for another build of torch
-        raise ImportError(
-            'no Coqui TTS: pip install "coqui-tts>=0.28,<0.29", the torchaudio of the installed torch, and for torch '
-            f"2.9 or later torchcodec; many models also want the program espeak-ng. {error}"
+        raise LibraryError(
+            f"no Coqui TTS ({error})",
+            'pip install "coqui-tts>=0.28,<0.29", the torchaudio of the installed torch, and for torch 2.9 or later '
+            "torchcodec; many models also want the program espeak-ng",
         ) from error
     return Synthesizer
 
@@ -258,16 +260,16 @@ def _text(rng: np.random.Generator, scene: Scene, language: str) -> str:
             text = f"{text} {sentence}".lstrip()
         if len(text) >= wanted:
             return text if len(text) <= 2 * wanted else text[: 2 * wanted].rpartition(" ")[0] or text[: 2 * wanted]
-    raise ValueError(f"{sentences.path} has hardly a word in its lines")
+    raise UserError(f"{sentences.path} has hardly a word in its lines", "give texts with a sentence in each line")
 
 
 @lru_cache(maxsize=4)
 def _sentences(texts: Asset) -> dict[str, "_Sentences"]:
-    """By language; raises `ValueError` where there are none."""
+    """By language; raises `UserError` if there are none."""
     folder = assets.local(TEXTS, texts)
     files = [path for file in TEXTS.files if (path := folder / file).is_file() and path.stat().st_size]
     if not files:
-        raise ValueError(f"{texts.source} has no sentences. It should be {TEXTS.what}")
+        raise UserError(f"{texts.source} has no sentences", f"give {TEXTS.what}")
     # Of a language with several files, the first.
     return {path.name.partition(".")[0]: _Sentences(path) for path in reversed(files)}
 

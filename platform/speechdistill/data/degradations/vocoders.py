@@ -15,6 +15,7 @@ import numpy as np
 from speechdistill.data.degradation import Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
+from speechdistill.io.errors import LibraryError
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ class Codec2Lpcnet:
     """LPCNet as a codec at 1.7 kb/s (of FreeDV 2020, in libcodec2 1.0): harsher than a vocoder on unquantised features.
 
     A wave above full scale is coded at full scale and brought back. `apply` takes 0.5 s for each second of audio, and
-    raises `ImportError` where the library is missing.
+    raises `LibraryError` if the library is missing.
     """
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
@@ -133,16 +134,17 @@ def lpcnet_codec2(rng: np.random.Generator, scene: Scene) -> Codec2Lpcnet:
 
 @lru_cache(maxsize=1)
 def lpcnet_library() -> str:
-    """The name of the library with LPCNet; raises `ImportError` where there is none, saying what to install."""
+    """The name of the library with LPCNet; raises `LibraryError` if there is none, saying what to install."""
     for name in (ctypes.util.find_library("codec2"), "libcodec2.so.1.0", ctypes.util.find_library("lpcnetfreedv")):
         try:
             if name and hasattr(ctypes.CDLL(name), "lpcnet_freedv_create"):
                 return name
         except OSError:
             continue
-    raise ImportError(
-        "no library with LPCNet on this machine: apt install libcodec2-1.0 (Debian 12; codec2 from 1.2 on is without "
-        "it), or leave vocoders.lpcnet_codec2 out of the recipe"
+    raise LibraryError(
+        "no library with LPCNet on this machine",
+        "apt install libcodec2-1.0 (Debian 12; codec2 from 1.2 on is without it), or leave vocoders.lpcnet_codec2 out "
+        "of the recipe",
     )
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speechdistill.io.errors import UserError
+
 SEGMENT_SAMPLES = 122_880
 """7.68 s at 16 kHz, the longest input: 768 STFT frames, 384 after the strided last convolution."""
 FRAME_SAMPLES = 320
@@ -30,7 +32,7 @@ class ConvTransformerConfig:
 
     `stride_convs` counts the layers of stride (2, 1) between the (1, 1) first and the (2, 2) last one.
     `segment_samples` is the length that it was trained on, and in which it is given recordings: it scores others worse.
-    Raises `ValueError` for sizes that do not fit together.
+    Raises `ValueError` for sizes that do not fit together, `UserError` for a length that does not fit.
     """
 
     max_channels: int = 256
@@ -46,9 +48,9 @@ class ConvTransformerConfig:
         if self.dim % 2 or self.dim % self.heads:  # sine and cosine pairs; equal heads
             raise ValueError(f"{self}: dim must be even and a multiple of heads")
         if self.segment_samples not in _LENGTHS:
-            raise ValueError(
-                f"segments of {self.segment_samples / 16_000:g} s do not fit the student; give a multiple of "
-                f"{FRAME_SAMPLES / 16_000:g} s, at most {SEGMENT_SAMPLES / 16_000:g}"
+            raise UserError(
+                f"segments of {self.segment_samples / 16_000:g} s do not fit the student",
+                f"give a multiple of {FRAME_SAMPLES / 16_000:g} s, at most {SEGMENT_SAMPLES / 16_000:g}",
             )
         if self.bins_out < 1:
             raise ValueError(f"{self}: at most 5 stride_convs leave a frequency bin")

@@ -15,13 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from speechdistill.io.errors import UserError, WeightsError
 from speechdistill.models.networks import slim_encoder
 
 XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
 FRAMES = 384
 """The middle frames, 7.68 s, are what a quality head hears."""
 
-BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, SafetensorError)
+_BROKEN = (
+    *(RuntimeError, ValueError, OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError),
+    SafetensorError,
+)
 """What loaders raise for files that are not what they should be."""
 
 _CLASSES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}
@@ -150,15 +154,15 @@ def build(config: Any, layer: int) -> Any:
     """Transformers' model of that configuration up to block `layer`, without weights (meta device).
 
     What comes out is hidden state `layer`, before the norm that some kinds have after their last block. Nothing in it
-    is random, in training neither (LayerDrop, SpecAugment, dropout). Raises `ValueError` for another kind of model or
+    is random, in training neither (LayerDrop, SpecAugment, dropout). Raises `UserError` for another kind of model or
     a layer that it lacks.
     """
     import transformers
 
     if config.model_type not in _CLASSES:
-        raise ValueError(f"a model of type {config.model_type!r}; choose from {', '.join(_CLASSES)}")
+        raise UserError(f"a model of type {config.model_type!r}", f"choose from {', '.join(_CLASSES)}")
     if not 1 <= layer <= config.num_hidden_layers:
-        raise ValueError(f"layer {layer}; the encoder has {config.num_hidden_layers}")
+        raise UserError(f"layer {layer}", f"choose from 1 to {config.num_hidden_layers}, the encoder's")
     kind = getattr(transformers, _CLASSES[config.model_type])
     config.num_hidden_layers, config.add_adapter = layer, False
     config.mask_time_prob = config.mask_feature_prob = config.layerdrop = 0.0
@@ -175,7 +179,7 @@ def build(config: Any, layer: int) -> Any:
 def load(place: str, layer: int) -> Loaded:
     """The encoder in a folder of transformers' format, or at hf://OWNER/NAME, to hidden state `layer`.
 
-    Raises `FileNotFoundError` where it is not there, `ValueError` for files that are no such encoder.
+    Raises `WeightsError` if it is not there, `UserError` for files that are no such encoder.
     """
     from transformers import AutoConfig
 
@@ -186,10 +190,12 @@ def load(place: str, layer: int) -> Loaded:
         wanted = set(model.state_dict())
         state = {name: tensor.float() for name, tensor in _read(folder, wanted, model.base_model_prefix)}
         model.load_state_dict(state, assign=True)
-    except BROKEN as error:
+        normalises = _normalises(folder)
+    except UserError:
+        raise
+    except _BROKEN as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"{folder}: not the weights of a speech encoder ({reason})") from error
-    normalises = _normalises(folder)
+        raise UserError(f"{folder}: not the weights of a speech encoder ({reason})", _FIX) from error
     digest.update(json.dumps([normalises, *(getattr(model.config, name, None) for name in _DECIDING)]).encode())
     for name in sorted(state):
         digest.update(f"{name}\0".encode())
@@ -222,7 +228,7 @@ def located(place: str, only_here: bool = False) -> Path:
     """The local folder of an encoder; one of the hub is downloaded, unless it may be `only_here`."""
     if not place.startswith("hf://"):
         if not Path(place, "config.json").is_file():
-            raise FileNotFoundError(f"{place}: no speech encoder there; {_FIX}")
+            raise WeightsError(f"{place}: no speech encoder there", _FIX)
         return Path(place)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -232,7 +238,7 @@ def located(place: str, only_here: bool = False) -> Path:
         return Path(snapshot_download(owner_name, allow_patterns=list(_FILES), local_files_only=only_here))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         why = "" if only_here else ", and the hub gives no answer"
-        raise FileNotFoundError(f"{owner_name} is not in this machine's cache of the hub{why}; {_FIX}") from error
+        raise WeightsError(f"{owner_name} is not in this machine's cache of the hub{why}", _FIX) from error
 
 
 def _normalises(folder: Path) -> bool:
@@ -260,7 +266,7 @@ def _files(folder: Path) -> list[Path]:
             return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if (folder / name).is_file():
             return [folder / name]
-    raise FileNotFoundError(f"{folder}: no weights of a speech encoder there; {_FIX}")
+    raise WeightsError(f"{folder}: no weights of a speech encoder there", _FIX)
 
 
 def _opened(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:

@@ -13,14 +13,14 @@ from speechdistill.models.networks.conv_transformer import ConvTransformer
 from speechdistill.models.student_scorer import Scorer
 from speechdistill.models.windowed import HOP_S
 
-_MISSING = "no such weights file; `pip install --no-deps distillmos==0.9.1` brings it, or give its path"
+_MISSING = "no such weights file", "`pip install --no-deps distillmos==0.9.1` brings it, or give its path"
 
 
 class Teacher(Scorer):
     """The released model; its options are those of `Scorer`.
 
     `weights` is the path or URL of a file like the released one (default: from the installed wheel). Raises
-    `FileNotFoundError` where there are no weights and `ValueError` for a wrong file, device, dtype, batch or hop.
+    `WeightsError` if there are no weights and `UserError` for a wrong file, device, dtype, batch or hop.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Teacher(Scorer):
         hop_s: float = HOP_S,
     ) -> None:
         path = weights or _released_weights()
-        data, digest = weights_file.read(path, _MISSING)
+        data, digest = weights_file.read(path, *_MISSING)
         super().__init__(_network(data, path), "distillmos", digest, device, dtype, batch_s, hop_s)
 
 

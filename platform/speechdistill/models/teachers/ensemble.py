@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from speechdistill.io.errors import UserError
 from speechdistill.models.label import Label, Unscorable, logits
 from speechdistill.models.label import Teacher as Member
 
@@ -19,7 +20,7 @@ class Teacher:
     teacher with its released weights, or a student's address; `load` loads a member. `disagreement` is the
     weighted standard deviation of the members' scores: of the windows that a member judges one by one it tells nothing.
     A wave that one member cannot judge has no label, for that member's reason. It is intrusive where a member is.
-    Raises what `load` raises, and `ValueError` for another text.
+    Raises what `load` raises, and `UserError` for another text.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ def _shares(text: str) -> dict[str, float]:
         except ValueError:
             weight = 0.0
         if not name or name in weights or not 0 < weight < math.inf:
-            raise ValueError(f"{part!r} in ensemble:{text} is no new NAME=WEIGHT with a weight above 0; {_USAGE}")
+            raise UserError(f"{part!r} in ensemble:{text} is no new NAME=WEIGHT with a weight above 0", _USAGE)
         weights[name] = weight
     if len(weights) < 2:
-        raise ValueError(f"ensemble:{text} has one member; {_USAGE}")
+        raise UserError(f"ensemble:{text} has one member", _USAGE)
     total = math.fsum(weights.values())
     return {name: round(weights[name] / total, 12) for name in sorted(weights)}

@@ -10,13 +10,14 @@ from importlib.metadata import version
 import numpy as np
 
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.errors import LibraryError, UserError
 from speechdistill.models.label import Label, Unscorable, logits, problem
 
 LONGEST_S = 20.0
 """The library has room for 50 utterances, each 0.2 s or more and 0.2 s apart, does not look, and crashes."""
 
 _SHORTEST_S = 0.25
-_MISSING = "teacher pesq_oracle lacks the library pesq; `pip install pesq==0.0.4` (MIT) builds it with a C compiler"
+_MISSING = "teacher pesq_oracle lacks the library pesq", "`pip install pesq==0.0.4` (MIT) builds it with a C compiler"
 _NO_CLEAN = "teacher pesq_oracle compares with clean speech; give each wave's reference"
 
 
@@ -24,7 +25,7 @@ class Teacher:
     """The score is P.862.2's MOS-LQO as it stands, not a listener's MOS: 4.64 for a copy, above 1 for the worst.
 
     It has no weights: `weights_hash` is of the library's version. The other options are for networks. Raises
-    `ImportError` where the library is missing and `ValueError` for `weights`.
+    `LibraryError` if the library is missing and `UserError` for `weights`.
     """
 
     name = "pesq_oracle"
@@ -39,11 +40,11 @@ class Teacher:
         hop_s: float = 1.0,
     ) -> None:
         if weights:
-            raise ValueError(f"teacher {self.name!r} has no weights; leave {weights} out")
+            raise UserError(f"teacher {self.name!r} has no weights", f"leave {weights} out")
         try:
             import pesq
         except ImportError as error:
-            raise ImportError(_MISSING) from error
+            raise LibraryError(*_MISSING) from error
         self._pesq = pesq
         self.weights_hash = hashlib.sha256(f"pesq {version('pesq')} wb".encode()).hexdigest()
 

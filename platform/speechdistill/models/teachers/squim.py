@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechdistill.io.errors import LibraryError
 from speechdistill.models.label import problem
 from speechdistill.models.released import Released
 
 _PESQ = 1  # of what the network says: STOI, PESQ, SI-SDR
 _FILE = Path("models") / "squim" / "objective.py"
 _MISSING = (
-    "teacher squim lacks torchaudio; install the build of it that loads beside this torch (`pip install "
-    "'speechdistill[torchaudio]'` brings the one for CUDA; BSD)"
+    "teacher squim lacks torchaudio",
+    "install the build of it that loads beside this torch (`pip install 'speechdistill[torchaudio]'` brings the one "
+    "for CUDA; BSD)",
 )
 
 
@@ -26,7 +28,7 @@ class Teacher(Released):
     """The score is the estimated PESQ wideband (MOS-LQO of P.862.2, 1 to 4.64) as it stands, not a listener's MOS.
 
     It is that of torchaudio's pipeline SQUIM_OBJECTIVE for waves of up to 15 s; longer ones are judged without their
-    silent windows. How waves are judged, and what else is raised, is `Released`'s; raises `ImportError` where
+    silent windows. How waves are judged, and what else is raised, is `Released`'s; raises `LibraryError` where
     torchaudio is not installed.
     """
 
@@ -64,7 +66,7 @@ def _network() -> Any:
     file = Path(package.origin).parent / _FILE if package and package.origin else None
     spec = importlib.util.spec_from_file_location("squim_objective", file) if file and file.is_file() else None
     if spec is None or spec.loader is None:
-        raise ImportError(_MISSING)
+        raise LibraryError(*_MISSING)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.squim_objective_base()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from speechdistill.io.errors import UserError
 from speechdistill.models import trained
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.windowed import HOP_S
@@ -30,7 +31,8 @@ class Teacher:
         encoder: str | None = None,
     ) -> None:
         if weights is None:
-            raise ValueError("teacher 'student' has no released weights; give a checkpoint's folder as its weights")
+            reason = "teacher 'student' has no released weights"
+            raise UserError(reason, "give a checkpoint's folder as its weights")
         with registry.student_folder(weights) as folder:
             options = {"device": device, "dtype": dtype, "batch_s": batch_s, "hop_s": hop_s}
             self.scorer = trained.scorer(folder, encoder, **options)

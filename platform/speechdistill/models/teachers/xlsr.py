@@ -18,7 +18,7 @@ from speechdistill.models.windowed import HOP_S, check
 
 LAYER = 10
 
-_NO_HEAD = "no such head; `pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
+_NO_HEAD = "no such head", "`pip install --no-deps xls-r-sqa==0.1.0` (15 MB, MIT) brings it, or give its path"
 
 
 class Teacher(EncoderScorer):
@@ -26,7 +26,7 @@ class Teacher(EncoderScorer):
 
     `weights` is the encoder's folder, or hf://OWNER/NAME to download (default: XLS-R 2B in the hub's cache), `head`
     the head's file (default: from the installed wheel), `layer` whose hidden states it wants: no later block is read.
-    Raises `FileNotFoundError` where weights are missing, and `ValueError` for wrong ones or wrong options.
+    Raises `WeightsError` if weights are missing, and `UserError` for wrong ones or wrong options.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def _released_head() -> str:
 
 def _head(path: str) -> tuple[QualityHead, str]:
     """The head in a file, and the file's sha256."""
-    data, digest = weights_file.read(path, _NO_HEAD)
+    data, digest = weights_file.read(path, *_NO_HEAD)
     with weights_file.fitting(path, "a head of XLS-R"):
         state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
         head = QualityHead(len(state["norm_input.weight"]), *HEAD)
