@@ -18,6 +18,7 @@ import pyarrow as pa
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.io import audio, table
+from speechdistill.io.errors import WeightsError
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 COLUMNS = [name for name in table.schema("pseudolabel.v1").names if name != "sample_id"]
@@ -103,7 +104,11 @@ def kill_once(sample_id: int, killed: tuple[int, ...], marks: str) -> None:
 
 
 def no_weights() -> Teach:
-    raise FileNotFoundError("no weights on this node; install them")
+    raise WeightsError("no weights on this node", "install them")
+
+
+def wrong_network() -> Teach:
+    raise RuntimeError("shape mismatch")
 
 
 def totals(rows: pa.Table) -> dict[str, float]:

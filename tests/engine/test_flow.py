@@ -11,13 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 import milli
 from label_runs import assert_exactly_once, contents, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
 from speechdistill.engine import flow, parts, shards
 from speechdistill.io import table
-from speechdistill.io.errors import RunError
+from speechdistill.io.errors import RunError, UserError
 
 MILLI = Path(__file__).parents[1] / "milli.py"
 
@@ -163,11 +164,28 @@ def test_too_many_rejects_stop_the_run_and_a_retry_mends_it(tmp_path: Path, loca
     assert_exactly_once(tmp_path, 400)
 
 
-def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path, local_ray: None) -> None:
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(
+    isolated: bool, tmp_path: Path, local_ray: None
+) -> None:
     job = milli_flow(tmp_path, 8)
-    broken = replace(job.stages(2, 0)[1], make=milli.no_weights)
-    with pytest.raises(RunError, match=r"no weights on this node; install them.*same command goes on"):
+    broken = replace(job.stages(2, 0)[1], make=milli.no_weights, isolated=isolated)
+    with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*same command goes on$"):
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_fault_of_the_program_in_an_actor_keeps_its_traceback(
+    isolated: bool, tmp_path: Path, local_ray: None
+) -> None:
+    job = milli_flow(tmp_path, 8)
+    broken = replace(job.stages(2, 0)[1], make=milli.wrong_network, isolated=isolated)
+    with pytest.raises(
+        ray.exceptions.RayError, match=r"in wrong_network\n(.*\n)*.*RuntimeError: shape mismatch"
+    ) as error:
+        flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
+    assert not isinstance(error.value, UserError)
+    assert "the same command goes on" in error.value.__notes__[0]
 
 
 def test_pools_that_would_hang_are_refused() -> None:
@@ -182,7 +200,7 @@ def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) 
     with pytest.raises(RunError, match=r"not the run's folder on this node; --out must be storage that all nodes"):
         shards.write_parts(block, layout)
     shards.claim(layout.out, {})
-    with pytest.raises(RunError, match="7 of part 0's 8 ids"):
+    with pytest.raises(AssertionError, match="7 of part 0's 8 ids"):
         shards.write_parts(block.slice(0, 11), layout)
     assert not (tmp_path / "shards").exists()
     footers = shards.write_parts(block, layout)

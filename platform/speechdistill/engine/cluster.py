@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from speechdistill.io.errors import RunError, StorageError, TableError
+from speechdistill.io.errors import RunError, UserError
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -34,8 +34,12 @@ def connect() -> None:
     if ray.is_initialized():
         return
     package = Path(__file__).parents[1]
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"py_modules": [str(package)]})
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(runtime_env={"py_modules": [str(package)]})
+        except ConnectionError as error:
+            fix = "check RAY_ADDRESS, or unset it to use this machine alone"
+            raise RunError(f"no Ray cluster answers at {address} ({error})", fix) from error
         return
     # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
     # in a variable, since the file it would make in the home folder would be picked up by later clusters.
@@ -61,9 +65,9 @@ def in_order(function: Callable[[A], T], arguments: Iterable[A]) -> Iterator[T]:
     for argument in arguments:
         waiting.append(task.remote(partial(function, argument)))
         if len(waiting) >= 2 * cpus:
-            yield ray.get(waiting.popleft())
+            yield _got(waiting.popleft())
     while waiting:
-        yield ray.get(waiting.popleft())
+        yield _got(waiting.popleft())
 
 
 def be_patient() -> None:
@@ -93,8 +97,7 @@ def cause(error: Exception) -> Exception:
     """What a task raised: our errors as they stand, which say all that a user needs; others with Ray's traceback."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return error
-    ours = isinstance(error.cause, RunError | TableError | StorageError)
-    raised: Exception = error.cause if ours else error.as_instanceof_cause()
+    raised: Exception = error.cause if isinstance(error.cause, UserError) else error.as_instanceof_cause()
     return raised
 
 
@@ -123,8 +126,8 @@ def check_shared(folder: str) -> None:
         probe.unlink()
     if blind:
         raise RunError(
-            f"a file written in {folder} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])}); "
-            "--out must be storage that all nodes share: a URL such as s3://bucket/labels, or a network folder"
+            f"a file written in {folder} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
+            "--out must be storage that all nodes share: a URL such as s3://bucket/labels, or a network folder",
         )
 
 
@@ -132,8 +135,8 @@ def check_seen(path: str) -> None:
     """Raise `RunError` where a local file is not seen by all nodes."""
     if "://" not in path and len(_live_nodes()) > 1 and (blind := _blind(Path(path))):
         raise RunError(
-            f"{path} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])}); copy it to storage "
-            "that all nodes share"
+            f"{path} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
+            "copy it to storage that all nodes share",
         )
 
 
@@ -171,6 +174,13 @@ def _called(function: Callable[[], T]) -> T:
 
 def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _got(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise cause(error) from None  # Ray's traceback is in the text of one that is not ours
 
 
 def _answer(reference: Any) -> Any:

@@ -21,7 +21,9 @@ def amounts(option: str, text: str | None) -> dict[str, float]:
         except ValueError:
             amount = -1.0
         if unit not in _UNITS or unit in values or not 0 <= amount < float("inf"):
-            raise RunError(f"{option} {text!r} is not understood; write amounts from 0 as cpu=2,gpu=0.5, each once")
+            raise RunError(
+                f"Invalid {option}: {text!r}", "use non-negative amounts such as cpu=2,gpu=0.5, each unit once"
+            )
         values[unit] = amount
     return values
 

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 
 from speechdistill.engine.shards import ROW_GROUP
 from speechdistill.io import fingerprint, storage, table
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import TableError, UserError
 
+_AGAIN = "delete the file and rerun pseudolabel, which makes it again"
 _HELD_OUT = 20  # one row group of so many is not trained on where validation needs it
 
 
@@ -23,7 +24,7 @@ class LabelRun:
         self.out, self.weight = _weighted(place)
         identity = storage.read_json(f"{self.out}/run.json")
         if identity is None or storage.read_json(f"{self.out}/summary.json") is None:
-            raise TableError(f"{self.out}: not a complete label run (no summary.json); finish it first")
+            raise TableError(f"{self.out}: not a complete label run (no summary.json)", "finish it first")
         self.configuration: dict[str, Any] = identity["configuration"]
         files = table.read(f"{self.out}/manifest.parquet", "shard.v1")
         self.paths: list[str] = files["path"].to_pylist()
@@ -33,7 +34,7 @@ class LabelRun:
         self.in_file = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         self.sizes = np.minimum(ROW_GROUP, rows[self.file] - self.in_file * ROW_GROUP)
         if not len(self.sizes):
-            raise TableError(f"{self.out}: no labelled samples")
+            raise TableError(f"{self.out}: no labelled samples", "give a label run that has some")
         # Of the files' hashes, so that equal labels are equal data wherever they lie.
         self.fingerprint = fingerprint.of(files["content_sha256"].to_pylist())
 
@@ -50,9 +51,9 @@ class LabelRun:
             with table.open_parquet(path) as file:
                 rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
         except (FileNotFoundError, pa.ArrowException) as error:
-            raise TableError(f"{path} was lost or damaged since it was labelled: {error}") from error
+            raise TableError(f"{path} was lost or damaged since it was labelled: {error}", _AGAIN) from error
         if len(rows) != self.sizes[group]:
-            raise TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows; it was rewritten")
+            raise TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows: it was rewritten", _AGAIN)
         return rows
 
 
@@ -65,5 +66,5 @@ def _weighted(place: str) -> tuple[str, float]:
     except ValueError:
         return storage.absolute(place), 1.0  # a folder's name may have the sign
     if not 0 < value < float("inf"):
-        raise ValueError(f"--shards {place}: a weight is a number above 0")
+        raise UserError(f"--shards {place}: the weight is {value:g}", "give a number above 0")
     return storage.absolute(out), value

@@ -7,6 +7,7 @@ the run and its number.
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -21,7 +22,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill.engine import cluster, shards
-from speechdistill.engine.isolate import CannotWork, Isolated, Row, Worker
+from speechdistill.engine.isolate import CannotWork, CannotWorkByFault, Isolated, Row, Worker
 from speechdistill.engine.monitor import Board, Monitor, Report, Work
 from speechdistill.engine.shards import REJECT, Layout, Totals
 from speechdistill.engine.watch import Watch, stop_on_sigterm
@@ -152,7 +153,7 @@ def _noted(board: Board, rows: int) -> Mapping[str, Work]:
         if work.get("write", Work()).rows >= rows:
             return work
         time.sleep(0.1)
-    raise RunError("the workers did not tell what they have done; try the dry run again")
+    raise RunError("the workers did not tell what they have done", "try the dry run again")
 
 
 def _pools(flow: Flow) -> tuple[Stage, ...]:
@@ -175,18 +176,20 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
     wanted_gpus = sum(stage.actors * stage.num_gpus for stage in stages)
     pools = ", ".join(f"{s.name} {s.actors} × {s.num_cpus:g} CPU + {s.num_gpus:g} GPU" for s in stages)
     if any(stage.actors < 1 or stage.num_cpus <= 0 or stage.num_gpus < 0 for stage in stages):
-        raise RunError(f"every pool needs at least one actor and a share of a CPU; these have {pools}")
+        raise RunError(
+            f"a pool without an actor or a share of a CPU ({pools})", "give every pool at least one and a share"
+        )
     if wanted_cpus > cpus - 1 + 1e-6:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_cpus:g} CPUs, but only {cpus - 1:g} of the cluster's {cpus:g} "
-            "are free for actors (one is for reading and writing); lower the numbers of actors or their CPUs, "
-            "or say with --grow-to what the cluster may grow to"
+            "are free for actors (one is for reading and writing)",
+            "lower the numbers of actors or their CPUs, or say with --grow-to what the cluster may grow to",
         )
     if wanted_gpus > gpus + 1e-6:
         raise RunError(
-            f"the actor pools ({pools}) want {wanted_gpus:g} GPUs, but the cluster has {gpus:g}; "
+            f"the actor pools ({pools}) want {wanted_gpus:g} GPUs, but the cluster has {gpus:g}",
             "lower the number of actors, give each a fraction of a GPU, or say with --grow-to what the cluster may "
-            "grow to"
+            "grow to",
         )
 
 
@@ -195,11 +198,11 @@ def _judge(flow: Flow, totals: Totals) -> None:
     judged = max(done, min(flow.known + flow.layout.num_ids, _EARLY_ROWS))
     if totals.rejected <= flow.max_reject_share * judged:
         return
-    again = "again" if flow.retry_rejected else "with --retry-rejected"
+    again = "" if flow.retry_rejected else " with --retry-rejected"
     raise RunError(
         f"{totals.rejected} of {done} samples were rejected, more than --max-reject-share "
-        f"{flow.max_reject_share:g} allows; what was labelled is kept. {_reasons(flow)}"
-        f"Mend the cause and run the same command {again}, or accept it with a higher share"
+        f"{flow.max_reject_share:g} allows; what was labelled is kept. {_reasons(flow)}",
+        f"Fix the cause and rerun the command{again}, or accept it with a higher share",
     )
 
 
@@ -249,16 +252,27 @@ def _parts(
         for row in dataset.iter_rows():
             yield json.loads(row["part"])
     except ray.exceptions.RayError as error:
-        how = f"the run ended early: {_cause(error)}"
-        raise RunError(f"{how}; what is committed stays, the same command goes on") from error
+        if _is_fault(error):
+            error.add_note("what is committed stays, the same command goes on")
+            raise
+        raise RunError(
+            f"the run ended early: {_cause(error)}", "what is committed stays, the same command goes on"
+        ) from error
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether a stage raised what no user can mend; its traceback is in the error's text."""
+    raised = isinstance(error, ray.exceptions.RayTaskError) or getattr(error, "actor_init_failed", False)
+    name = _cause(error).partition(":")[0]
+    return raised and (not name.startswith("speechdistill.") or name.endswith(CannotWorkByFault.__name__))
 
 
 def _cause(error: Exception) -> str:
-    """The last line of what a worker raised: Ray Data puts an error with advice on its own settings behind it."""
+    """What a worker raised, "module.Class: message": Ray Data puts an error with advice on its settings behind it."""
     blocks = str(error).split("\n\nThe above exception was the direct cause of the following exception:\n\n")
     block = next((block for block in reversed(blocks) if "exceptions.UserCodeException" not in block), blocks[-1])
-    *_, last = filter(None, map(str.strip, block.splitlines()))
-    return last
+    *_, raised = re.split(r'^ *File ".*\n(?: .*\n)*', block, flags=re.MULTILINE)  # behind the last frame
+    return raised.strip()
 
 
 def _write(block: pa.Table, layout: Layout, board: Board, publish: bool) -> pa.Table:

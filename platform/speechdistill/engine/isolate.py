@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 import cloudpickle
+
+from speechdistill.io.errors import UserError
 
 Row = dict[str, Any]
 Worker = Callable[[list[Row]], list[Row | Exception]]
@@ -34,6 +37,16 @@ class ChildDied(RuntimeError):
 
 class CannotWork(RuntimeError):
     """The worker could not be made, or what all rows need is away: no row's fault."""
+
+
+class CannotWorkByFault(CannotWork):
+    """`CannotWork` for a fault of the program, whose traceback the user is to see."""
+
+
+def cannot_work(error: Exception) -> CannotWork:
+    """`CannotWork` with the text of its cause; what a user or a machine can cause is no fault of the program."""
+    is_fault = not isinstance(error, (UserError, OSError, ChildDied))
+    return (CannotWorkByFault if is_fault else CannotWork)(f"{type(error).__name__}: {error}")
 
 
 class Isolated:
@@ -87,7 +100,7 @@ class Isolated:
                 return
             except Exception as error:
                 if not tries_left or not isinstance(error, (ChildDied, OSError)):
-                    raise CannotWork(f"{type(error).__name__}: {error}") from error
+                    raise cannot_work(error) from error
 
     def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
         try:
@@ -138,6 +151,7 @@ def child() -> None:
     try:
         work: Worker = pickle.loads(connection.recv_bytes())()
     except Exception as error:
+        error.add_note(f"In the child process:\n{traceback.format_exc()}")
         connection.send((_portable(error), time.process_time()))
         os._exit(1)  # a normal exit would wait for the thread that holds stdin
     connection.send((None, time.process_time()))

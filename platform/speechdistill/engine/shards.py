@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -88,13 +87,13 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
     theirs = storage.read_json(f"{out}/run.json")
     if theirs is None:
         if listed(out):
-            raise RunError(f"{out} holds shards but no run.json; choose another --out")
+            raise RunError(f"{out} holds shards but no run.json", "choose another --out")
         storage.publish_json({"fingerprint": fingerprint.of(mine), "configuration": mine}, f"{out}/run.json")
     elif theirs["fingerprint"] != fingerprint.of(mine):
         lines = "\n  ".join(fingerprint.differences(theirs["configuration"], mine))
         raise RunError(
-            f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n"
-            "give the same configuration to resume that run, or another --out to start a new one"
+            f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n",
+            "give the same configuration to resume that run, or another --out to start a new one",
         )
 
 
@@ -120,16 +119,19 @@ def write_parts(block: pa.Table, layout: Layout, publish: bool = True) -> pa.Tab
     """Commit the parts in a block with the columns id, those of the schema, and `REJECT`; returns their footers,
     each with its file's `size_bytes`. Without `publish` nothing is written.
 
-    Raises `RunError` where the ids are not those of whole parts, or the folder is not the run's on this node: then
-    nothing is written.
+    Raises `RunError` if the folder is not the run's on this node, `AssertionError` if the ids are not those of whole
+    parts: then nothing is written.
     """
     if publish and "://" not in layout.out and not Path(layout.out, "run.json").exists():
-        raise RunError(f"{layout.out} is not the run's folder on this node; --out must be storage that all nodes share")
+        reason = f"{layout.out} is not the run's folder on this node"
+        raise RunError(reason, "--out must be storage that all nodes share")
     numbers = pc.divide(block["id"], layout.rows_per_part)
     parts = {k: block.filter(pc.equal(numbers, k)) for k in pc.unique(numbers).to_pylist()}
     for k, rows in parts.items():
         if rows["id"].to_pylist() != list(layout.ids(k)):
-            raise RunError(f"a block with {len(rows)} of part {k}'s {len(layout.ids(k))} ids; nothing was written")
+            raise AssertionError(
+                f"a block with {len(rows)} of part {k}'s {len(layout.ids(k))} ids; nothing was written"
+            )
     return pa.table({"part": [_write_part(k, rows, layout, publish) for k, rows in parts.items()]})
 
 
@@ -155,7 +157,7 @@ def reopen(layout: Layout) -> None:
     """Make a folder ready for more parts: no `summary.json`, which says that the run is complete, no manifest, and no
     part that is now to have more ids, so that readers never see an id twice.
     """
-    fs, folder = fsspec.url_to_fs(layout.out)
+    fs, folder = storage.file_system(layout.out)
     with storage.access(layout.out):
         for name in ("summary.json", "manifest.parquet"):
             if fs.exists(f"{folder}/{name}"):
@@ -174,8 +176,8 @@ def finish(layout: Layout, complete: bool = True) -> None:
     missing = sorted(set(range(layout.num_parts)) - set(sizes))
     if complete and missing:
         raise RunError(
-            f"{len(missing)} parts were written but are not in {layout.out}/shards (part {missing[0]} and others); "
-            "--out must be storage that all nodes share, a URL or a network folder"
+            f"{len(missing)} parts were written but are not in {layout.out}/shards (part {missing[0]} and others)",
+            "--out must be storage that all nodes share, a URL or a network folder",
         )
     rejects, files = [], []
     counts = {k: count for k, (count, _) in sizes.items()}
@@ -220,7 +222,7 @@ def _footers(layout: Layout, counts: Mapping[int, int], parts: list[int]) -> Ite
                 metadata = pq.read_metadata(file).metadata
             return dict(json.loads(metadata[b"part"]))
         except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+            raise RunError(f"{path} is damaged ({error})", "delete it and rerun the command") from error
 
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(parts), _FOOTERS):  # threads do not wait until what they read is taken
@@ -241,7 +243,7 @@ def _rejects(bad: pa.Table) -> list[dict[str, str]]:
 
 def _files(out: str) -> list[tuple[int, int, int, str]]:
     """(part, number of its ids, bytes, name) of every committed file."""
-    fs, path = fsspec.url_to_fs(f"{out}/shards")
+    fs, path = storage.file_system(f"{out}/shards")
     fs.invalidate_cache()
     with storage.access(f"{out}/shards"):
         entries = fs.ls(path, detail=True) if fs.exists(path) else []

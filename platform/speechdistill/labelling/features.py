@@ -19,7 +19,7 @@ from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
-from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.labelling.samples import check_storage
 from speechdistill.models.label import problem
 
@@ -56,7 +56,8 @@ def scored_clips(clips: pa.Table) -> pa.Table:
     for name, part in zip(("train", "validation"), split(clips), strict=True):
         if not len(part):
             splits = sorted({str(found) for found in clips["split"].to_pylist()})
-            raise TableError(f"of {len(clips)} scored clips none is of split {name} (there are: {splits})")
+            reason = f"of {len(clips)} scored clips none is of split {name} (there are: {splits})"
+            raise TableError(reason, "give clips of both splits, or of none")
         dataset = pc.coalesce(part["dataset"], part["corpus"], pa.scalar("labeled"))
         for column, values in (("split", pa.array([name] * len(part), pa.string())), ("dataset", dataset)):
             part = part.set_column(part.schema.get_field_index(column), part.schema.field(column), values)
@@ -132,9 +133,8 @@ class Encode:
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         found, digest = speech_encoder.load(encoder, layer)
         if digest != sha256:
-            raise ValueError(
-                f"{encoder} has other weights on this node than on the driver; install the same everywhere"
-            )
+            reason = f"{encoder} has other weights on this node than on the driver"
+            raise UserError(reason, "install the same everywhere")
         self._encoder = found.to_dtype(DTYPES[dtype]).to(torch_device(None)).eval()
         self._most = round(batch_s * audio.SAMPLE_RATE)
 

@@ -10,6 +10,7 @@ from speechdistill.data.degradation_recipes import with_assets
 from speechdistill.data.plan import Plan, Plans, Recipe
 from speechdistill.io import audio, storage
 from speechdistill.io.assets import Need
+from speechdistill.io.errors import UserError
 from speechdistill.labelling.samples import make_sample
 
 
@@ -37,13 +38,13 @@ def show(recipe: Recipe) -> str:
 def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
     """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
 
-    Raises `ValueError` for a recipe whose components lack something or a sample that does not exist, `TableError` for a
+    Raises `UserError` for a recipe whose components lack something or a sample that does not exist, `TableError` for a
     manifest and `AudioError` for a recording that cannot be used.
     """
     try:
         sample = Plans(with_assets(recipe), Clips.read(clips), seed)[index]
     except IndexError as error:
-        raise ValueError(f"--index {index}: {error}") from error
+        raise UserError(f"--index {index}: {error}", "choose a smaller one, from 0") from error
     for wave, path in zip(make_sample(sample), (out, f"{out.removesuffix('.wav')}-clean.wav"), strict=True):
         data = BytesIO()
         soundfile.write(data, wave, audio.SAMPLE_RATE, format="WAV")

@@ -13,9 +13,9 @@ from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural, Step
 from speechdistill.data.plan import Plan, Plans, Recipe
-from speechdistill.engine.isolate import CannotWork, Row
+from speechdistill.engine.isolate import CannotWork, Row, cannot_work
 from speechdistill.io import audio, file_cache, fingerprint, table
-from speechdistill.io.errors import AudioError, UnreadableError
+from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.io.version import __version__
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
@@ -72,8 +72,8 @@ class Degrade:
     """Worker of the CPU stages: sample ids, or samples on their way, to their next network step or their end.
 
     A finished sample has its `audio`, one on its way the `wave` (float32) that `done` steps have made. Raises
-    `ValueError` where this node has other versions of the deciding `libraries` than the driver, or lacks texts, and
-    `ImportError` where it lacks a library.
+    `UserError` where this node has other versions of the deciding `libraries` than the driver, or lacks texts, and
+    `LibraryError` where it lacks a library.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Degrade:
         import torch
 
         if different := fingerprint.differences(dict(expected), libraries(recipe)):
-            raise ValueError(
+            raise UserError(
                 f"this node makes other audio than the driver (driver -> {socket.gethostname()}): "
-                f"{', '.join(different)}; install requirements.lock on every node"
+                f"{', '.join(different)}",
+                "install requirements.lock on every node",
             )
 
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
@@ -173,7 +174,7 @@ def _answers(uri: str) -> bool:
 class Enhance:
     """Worker of the network stages: the network steps that come next for samples on their way, in batches.
 
-    Raises `ValueError` where this node lacks weights of the recipe, or has others.
+    Raises `UserError` where this node lacks weights of the recipe, or has others.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -198,7 +199,7 @@ class Enhance:
             try:
                 made = degradation.apply_together(list(turn.values()), waves, last)
             except Exception as error:  # the weights: no row's fault
-                raise CannotWork(f"{type(error).__name__}: {error}") from error
+                raise cannot_work(error) from error
             for (i, step), before, wave in zip(turn.items(), waves, made, strict=True):
                 try:
                     if isinstance(wave, Exception):
@@ -246,9 +247,8 @@ class Teach:
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         self._teacher = load_teacher(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
         if self._teacher.weights_hash != sha256:
-            raise ValueError(
-                f"{teacher} has other weights on this node than on the driver; install the same everywhere"
-            )
+            reason = f"{teacher} has other weights on this node than on the driver"
+            raise UserError(reason, "install the same everywhere")
         self._carried: Row = {} if keep_reference else {"reference": None}
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
