@@ -91,7 +91,7 @@ def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path:
     rows = pq.read_table(first)
     scores = [float("nan") if i == 3 else score for i, score in enumerate(rows["score"].to_pylist())]
     pq.write_table(rows.set_column(rows.schema.get_field_index("score"), "score", [scores]), first, row_group_size=16)
-    with pytest.raises(RunError, match=rf"not finite at step \d, from 1 samples: {labels}#3; what was reached is in"):
+    with pytest.raises(RunError, match=rf"not finite at step \d, from 1 samples: {labels}#3; progress so far is saved in"):
         fit(job(tmp_path / "run", config(labels).make, cpus=0.5), Progress(6))
 
 

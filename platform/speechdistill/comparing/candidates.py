@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from speechdistill.comparing import paper
 from speechdistill.io import fingerprint, storage
+from speechdistill.io.errors import UserError
 from speechdistill.io.version import __version__
 from speechdistill.models.label import Teacher
 from speechdistill.models.load import load_teacher, teacher_names
@@ -42,16 +43,16 @@ class Model(NamedTuple):
 
 
 def listed(text: str) -> dict[str, str]:
-    """`A,NAME=B` to addresses by name, which is the address itself without one; raises `ValueError`."""
+    """`A,NAME=B` to addresses by name, which is the address itself without one; raises `UserError`."""
     found: dict[str, str] = {}
     for word in _words(text):
         match = re.fullmatch(r"([\w.+-]+)=(.+)", word)
         name, address = match.groups() if match else (word, word)
         if name in found:
-            raise ValueError(f"--models names {name!r} twice; call one of them otherwise: NAME={address}")
+            raise UserError(f"--models names {name!r} twice", f"call one of them otherwise: NAME={address}")
         found[name] = address
     if not found:
-        raise ValueError("--models is empty; give some, such as distillmos,models:/NAME@champion")
+        raise UserError("--models is empty", "give some, such as distillmos,models:/NAME@champion")
     return found
 
 
@@ -77,12 +78,13 @@ def load(
 
     `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
     runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set.
-    Raises `ValueError` that names all models which cannot be loaded, with the reasons.
+    Raises `UserError` that names all models which cannot be loaded, with the reasons.
     """
     if unknown := sorted(set(weights) - set(wanted)):
-        raise ValueError(f"--weights names {unknown}, which --models does not; it has {list(wanted)}")
+        raise UserError(f"--weights names {unknown}, which --models does not", f"choose from {list(wanted)}")
     if head and "xlsr" not in wanted.values():
-        raise ValueError(f"--head {head} is for xlsr, which --models does not name; it has {list(wanted.values())}")
+        reason = f"--head {head} is for xlsr, which --models does not name; it has {list(wanted.values())}"
+        raise UserError(reason, "leave it out, or add xlsr")
     found, failed = [], []
     uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
     for name, address in wanted.items():
@@ -91,14 +93,15 @@ def load(
                 found.append(_trained(name, address, out, uri, weights.get(name)))
             else:
                 found.append(_built_in(name, address, weights.get(name), head if address == "xlsr" else None))
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
+        except UserError as error:
             failed.append(f"\n  {name}: {error}")
     if failed:
-        raise ValueError(f"{len(failed)} of {len(wanted)} models cannot be loaded:{''.join(failed)}")
+        reason = f"{len(failed)} of {len(wanted)} models cannot be loaded:{''.join(failed)}\n"
+        raise UserError(reason, "correct these, or leave them out of --models")
     keys: dict[str, str] = {}
     for model in found:
         if (other := keys.setdefault(model.key, model.name)) != model.name:
-            raise ValueError(f"{other} and {model.name} are the same model; give it once")
+            raise UserError(f"{other} and {model.name} are the same model", "give it once")
     return found
 
 
@@ -132,7 +135,7 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
     teacher = load_teacher(address, weights, "cpu", head=head).teacher
     if teacher.intrusive:
-        raise ValueError(f"{address} compares with clean originals, which the clips have not; leave it out")
+        raise UserError(f"{address} compares with clean originals, which the clips have not", "leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
     return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 

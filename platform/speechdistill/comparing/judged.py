@@ -51,7 +51,8 @@ def clips(source: str) -> Judged:
     if source.lower().endswith(_LISTS):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
-        raise TableError(f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run")
+        reason = f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
+        raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
 
 
@@ -65,10 +66,7 @@ def read(uri: str) -> np.ndarray:
 
 
 def _scored(source: str) -> Judged:
-    try:
-        rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
-    except FileNotFoundError as error:
-        raise TableError(f"{source}: no such list; --clips names a file with columns path and mos") from error
+    rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
     uris = rows["uri"].to_pylist()
     with ThreadPoolExecutor(_THREADS) as threads:
         bar = tqdm(threads.map(_sha256, uris), total=len(uris), unit="clip", desc="hashing", dynamic_ncols=True)

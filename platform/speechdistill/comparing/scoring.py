@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
@@ -144,7 +143,7 @@ def _stopped(out: str) -> list[str]:
 
 
 def _files(out: str, pattern: str) -> list[str]:
-    fs, path = fsspec.url_to_fs(f"{out}/scores")
+    fs, path = storage.file_system(f"{out}/scores")
     fs.invalidate_cache()
     with storage.access(out):
         found = sorted(fs.glob(f"{path}/{pattern}")) if fs.exists(path) else []
@@ -241,7 +240,8 @@ def _answer(label: Label | Unscorable) -> dict[str, Any]:
 def _loaded(model: Model) -> Teacher:
     teacher = load_teacher(model.teacher, model.weights, head=model.head).teacher
     if teacher.weights_hash != model.sha256:
-        raise RunError(f"{model.name} has other weights on this node than on the driver; install the same everywhere")
+        reason = f"{model.name} has other weights on this node than on the driver"
+        raise RunError(reason, "install the same everywhere")
     noise = 0.1 * np.random.default_rng(0).standard_normal(round(_WARM_UP_S * audio.SAMPLE_RATE))
     teacher.label([noise.astype(np.float32)])  # the first call is slower, which is no clip's cost
     return teacher

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import fsspec
-
 from speechdistill.io import storage
 
 _SEGMENT_LINES = 256
@@ -76,9 +74,10 @@ class EventLog:
 
 def segments(out: str) -> dict[str, int]:
     """The segments of the log in their order, with their sizes in bytes."""
-    fs, path = fsspec.url_to_fs(f"{out}/tracking")
+    fs, path = storage.file_system(f"{out}/tracking")
     fs.invalidate_cache()
-    entries = fs.ls(path, detail=True) if fs.exists(path) else []
+    with storage.access(f"{out}/tracking"):
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
     sizes = {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries}
     return {name: sizes[name] for name in sorted(filter(_is_segment, sizes), key=order)}
 
@@ -112,8 +111,9 @@ def last_step(out: str) -> int:
 
 
 def read(uri: str, start: int = 0) -> bytes:
-    fs, path = fsspec.url_to_fs(uri)
-    return bytes(fs.cat_file(path, start=start or None))
+    fs, path = storage.file_system(uri)
+    with storage.access(uri):
+        return bytes(fs.cat_file(path, start=start or None))
 
 
 @contextmanager

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill.io import storage
+from speechdistill.io.errors import UserError
 from speechdistill.tracking.event_log import alone, pending, read, run_event, segments
 
 _LOG = logging.getLogger(__name__)
 _TAG = "speechdistill.run"
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError, RuntimeError):
     """A run that cannot be sent to MLflow: why, and what to do."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from speechdistill.io import checkpoint, storage
-from speechdistill.io.errors import StorageError, TableError
+from speechdistill.io.errors import UserError
 from speechdistill.tracking import model_code
 from speechdistill.tracking.mlflow_sender import failure, without_password
 from speechdistill.tracking.run import MODEL_ADDRESSES
@@ -25,7 +25,7 @@ MODEL = "student"
 _SQLITE = "sqlite:///"
 
 
-class RegistryError(RuntimeError):
+class RegistryError(UserError, RuntimeError):
     """A model or run that MLflow lacks or does not give: which one, where, and what to do."""
 
 
@@ -95,9 +95,9 @@ class Registry:
     def __init__(self, uri: str | None = None) -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         if not self.uri:
-            raise RegistryError("no MLflow is given; set MLFLOW_TRACKING_URI, or --tracking to a run's folder")
+            raise RegistryError("no MLflow is given", "set MLFLOW_TRACKING_URI, or --tracking to a run's folder")
         if self.uri.startswith(_SQLITE) and not Path(self.uri.removeprefix(_SQLITE).partition("?")[0]).exists():
-            raise RegistryError(f"{self.uri}: no such database; give the folder of a run, or set MLFLOW_TRACKING_URI")
+            raise RegistryError(f"{self.uri}: no such database", "give the folder of a run, or set MLFLOW_TRACKING_URI")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
@@ -151,8 +151,8 @@ class Registry:
         finite = {run: value for run, value in values.items() if value is not None and abs(value) < float("inf")}
         if not finite:
             raise RegistryError(
-                f"run {parent} at {self.place}: none of its {len(runs)} finished child runs has a {metric}; give the "
-                "run that started them, once one has ended, or --run ID of a single one"
+                f"run {parent} at {self.place}: none of its {len(runs)} finished child runs has a {metric}",
+                "give the run that started them, once one has ended, or --run ID of a single one",
             )
         return str(min(finite, key=lambda run: (finite[run], run)))
 
@@ -216,13 +216,14 @@ class Registry:
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
             models = self.logged(match[1])
             if not models:
-                raise RegistryError(f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.place}")
+                reason = f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.place}"
+                raise RegistryError(reason, "give the run of a student, once its training has ended")
             return models[0].location
         if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", address):
             version = self.by_alias(match[1], match[2])
             if version is None:
                 raise RegistryError(
-                    f"{address}: no version has this alias at {self.place}; `speechdistill promote` sets `champion`"
+                    f"{address}: no version has this alias at {self.place}", "`speechdistill promote` sets `champion`"
                 )
             address = version.uri
         if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", address):
@@ -230,20 +231,20 @@ class Registry:
         if match := re.fullmatch(r"models:/(m-\w+)", address):
             return str(self._client.get_logged_model(match[1]).artifact_location)
         raise RegistryError(
-            f"{address!r} is no address of a student; choose from models:/NAME@ALIAS, models:/NAME/VERSION, "
-            f"models:/MODEL_ID and runs:/RUN_ID/{MODEL}"
+            f"{address!r} is no address of a student",
+            f"choose from models:/NAME@ALIAS, models:/NAME/VERSION, models:/MODEL_ID and runs:/RUN_ID/{MODEL}",
         )
 
     @contextmanager
     def _asked(self, what: str) -> Iterator[Self]:
         try:
             yield self
-        except (RegistryError, TableError, StorageError):
+        except UserError:
             raise
         except Exception as error:
             # `from None`: the original text, which a traceback would print, may hold the password.
             reason = " ".join(failure(self.uri, error).split())[:500]
-            raise RegistryError(f"{what}: {reason}; check its name and MLFLOW_TRACKING_URI") from None
+            raise RegistryError(f"{what}: {reason}", "check its name and MLFLOW_TRACKING_URI") from None
 
 
 def save_model(folder: str, path: str, **identity: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill.io import storage
+from speechdistill.io.errors import UserError
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
 from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
@@ -43,12 +44,12 @@ class Synced:
 def tracking_uri(out: str) -> str:
     """Where the run of `out` is tracked: MLFLOW_TRACKING_URI, or the database in its folder, or the one above.
 
-    Raises `ValueError` where that cannot be decided.
+    Raises `UserError` if that cannot be decided.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     if "://" in out:
-        raise ValueError(f"{out} cannot hold the tracking database; set MLFLOW_TRACKING_URI to your MLflow server")
+        raise UserError(f"{out} cannot hold the tracking database", "set MLFLOW_TRACKING_URI to your MLflow server")
     folder = Path(out).resolve()
     is_above = not (folder / "mlflow.db").exists() and (folder.parent / "mlflow.db").exists()
     return f"sqlite:///{folder.parent if is_above else folder}/mlflow.db"
@@ -71,11 +72,11 @@ def sync(out: str) -> Synced:
     uri = tracking_uri(out)
     names = list(segments(out))
     if not names:
-        raise TrackingError(f"{out} has no tracking log (tracking/events-*.jsonl); give the --out folder of a run")
+        raise TrackingError(f"{out} has no tracking log (tracking/events-*.jsonl)", "give the --out folder of a run")
     last_session = max(session for session, _ in map(order, names))
     tracked_at = run_event(out, [name for name in names if order(name)[0] == last_session])["place"]
     if tracked_at != place(out, uri) and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise TrackingError(f"{out} was tracked at {tracked_at}; set MLFLOW_TRACKING_URI to it, or to another server")
+        raise TrackingError(f"{out} was tracked at {tracked_at}", "set MLFLOW_TRACKING_URI to it, or to another server")
     sender = Sender(out, uri)
     try:
         sent = sender.send() + sender.send()  # again: what a running job added meanwhile, its last status above all
@@ -83,7 +84,7 @@ def sync(out: str) -> Synced:
         raise
     except Exception as error:
         # `from None`: the original text, which a traceback would print, may hold the password.
-        raise TrackingError(f"{failure(uri, error)}; the log is kept: sync again when it answers") from None
+        raise TrackingError(failure(uri, error), "the log is kept: sync again when it answers") from None
     return Synced(sent, sender.left(), str(sender.run_id))
 
 

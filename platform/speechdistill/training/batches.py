@@ -20,6 +20,7 @@ import pyarrow as pa
 from speechdistill.data.scored_clips import Labeled
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio
+from speechdistill.io.errors import UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
@@ -31,7 +32,7 @@ class Mix:
     """What batches are made of.
 
     `shards` are folders of label runs, each with an optional weight (`DIR=0.3`, default 1). `labeled_percent` of the
-    lanes, rounded, are clips of `Labeled`. Raises `ValueError` for what does not fit together.
+    lanes, rounded, are clips of `Labeled`. Raises `UserError` for what does not fit together.
     """
 
     shards: tuple[str, ...] = ()
@@ -43,9 +44,10 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not 0 <= self.labeled_percent <= 100 or self.crop_s <= 0:
-            raise ValueError(f"{self}: a batch has at least one sample, 0 to 100% labeled, and crops of some length")
+            fix = "a batch has at least one sample, 0 to 100% labeled, and crops of some length"
+            raise UserError(f"{self} is no mix", fix)
         if not self.shards and self.labeled_lanes < self.batch_size:
-            raise ValueError("no label shards: give some, or 100% labeled clips")
+            raise UserError("no label shards", "give some, or 100% labeled clips")
 
     @property
     def labeled_lanes(self) -> int:
@@ -102,11 +104,11 @@ class Walk:
 
 
 class Batches:
-    """The batches of a mix; raises `TableError` or `ValueError` for sources that cannot be used."""
+    """The batches of a mix; raises `UserError` for sources that cannot be used."""
 
     def __init__(self, mix: Mix, labeled: Labeled | None = None) -> None:
         if mix.labeled_lanes and labeled is None:
-            raise ValueError(f"{mix.labeled_percent:g}% of each batch are labeled clips; give --labeled, or 0 percent")
+            raise UserError(f"{mix.labeled_percent:g}% of each batch are labeled clips", "give --labeled, or 0 percent")
         self.mix, self._labeled = mix, labeled
         needed = mix.shards if mix.labeled_lanes < mix.batch_size or mix.hold_out else ()
         self.runs = [LabelRun(place) for place in needed]

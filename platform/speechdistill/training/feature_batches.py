@@ -37,7 +37,7 @@ class FeatureBatches:
 
     def __init__(self, out: str, batch_size: int = 12, seed: int = 0) -> None:
         if storage.read_json(f"{out}/summary.json") is None:
-            raise TableError(f"{out}: features are not complete; run the same command again")
+            raise TableError(f"{out}: features are not complete", "rerun the command")
         self.batch_size, self._seed = batch_size, seed
         files = table.read(f"{out}/manifest.parquet", "shard.v1")
         self._paths = [f"{out}/{path}" for path in files["path"].to_pylist()]
@@ -54,7 +54,7 @@ class FeatureBatches:
         is_train = np.array(clips["split"].to_pylist()) == "train"
         self._train, self._validation = np.flatnonzero(is_train), np.flatnonzero(~is_train)
         if not len(self._train) or not len(self._validation):
-            raise TableError(f"{out}: {len(self._train)} clips train, {len(self._validation)} validate; give both")
+            raise TableError(f"{out}: {len(self._train)} clips train, {len(self._validation)} validate", "give both")
         self._names: list[str] = clips["dataset"].to_pylist()
         self.datasets = Datasets([self._names[i] for i in self._train])
 
@@ -91,7 +91,8 @@ class FeatureBatches:
                 reader = pq.ParquetFile(file, metadata=_metadata(path))
                 data = reader.read_row_group(int(self._in_file[clip]), ["hidden"])["hidden"][0].as_buffer()
         except (FileNotFoundError, pa.ArrowException) as error:
-            raise TableError(f"{path} was lost or damaged since it was computed: {error}") from error
+            reason = f"{path} was lost or damaged since it was computed: {error}"
+            raise TableError(reason, "delete it and rerun the command, which computes it again") from error
         hidden = np.frombuffer(data, "<f2").reshape(-1, self.dim)
         features[: len(hidden)] = hidden
 

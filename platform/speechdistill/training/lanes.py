@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speechdistill.io.errors import UserError
+
 _THREADS, _AHEAD = 2, 4  # batches read at once, and begun before they are asked for
 
 
@@ -26,9 +28,9 @@ class Batch(NamedTuple):
 
 
 def share(batch_size: int, rank: int, world: int) -> list[int]:
-    """The lanes of a worker; `ValueError` where there are more workers than lanes."""
+    """The lanes of a worker; `UserError` where there are more workers than lanes."""
     if world > batch_size:
-        raise ValueError(f"{world} workers for batches of {batch_size}: give at most as many workers")
+        raise UserError(f"{world} workers for batches of {batch_size}", "give at most as many workers")
     lanes: list[int] = np.array_split(np.arange(batch_size), world)[rank].tolist()
     return lanes
 

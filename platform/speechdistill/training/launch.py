@@ -11,7 +11,7 @@ import ray
 from speechdistill.data import scored_clips
 from speechdistill.engine import cost
 from speechdistill.io import fingerprint, storage, table
-from speechdistill.io.errors import RunError, StorageError, TableError
+from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 from speechdistill.training import side_by_side
@@ -47,15 +47,16 @@ def capacity(
     if gpus is None:
         gpus = 1.0 if has_gpus else 0.0
     if 0 < gpus < 1 and most > 1:
-        raise RunError(f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each); give --workers 1")
+        reason = f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each)"
+        raise RunError(reason, "give --workers 1")
     fits = int(has_cpus / cpus + 1e-6)
     if gpus:
         fits = min(fits, int(has_gpus / gpus + 1e-6))
     if fits < fewest:
         raise RunError(
             f"a run of {fewest} workers with {cpus:g} CPUs and {gpus:g} GPUs each does not fit the "
-            f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs); lower --workers or --cpus-per-worker, or say with "
-            "--grow-to what the cluster may grow to"
+            f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs)",
+            "lower --workers or --cpus-per-worker, or say with --grow-to what the cluster may grow to",
         )
     at_once = max(1, min(runs, fits // fewest))
     # A run reserves its most, so with several at once each may have its share only.
@@ -86,7 +87,7 @@ def _range(text: str) -> tuple[int, int]:
     except ValueError:
         numbers = (0, 0)
     if not 1 <= numbers[0] <= numbers[1]:
-        raise RunError(f"--workers {text!r}: a number from 1, or FEWEST:MOST such as 1:8")
+        raise RunError(f"--workers is {text!r}", "give a number from 1, or FEWEST:MOST such as 1:8")
     return numbers
 
 
@@ -97,9 +98,9 @@ def _log_model(run: Run) -> None:
     in_mlflow = run_id(run.job.out)
     try:
         if in_mlflow is None:
-            raise registry.RegistryError("MLflow has not answered yet")
+            raise registry.RegistryError("MLflow has not answered yet", "it is told once it does")
         registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
-    except (registry.RegistryError, TableError, StorageError) as error:
+    except UserError as error:
         _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
 
 

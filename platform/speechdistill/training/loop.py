@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from speechdistill.io.errors import UserError
 from speechdistill.training.global_norm import globalise
 from speechdistill.training.lanes import Batch
 from speechdistill.training.pruning import Pruner
@@ -42,7 +43,8 @@ class Training:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:
-            raise ValueError(f"{self}: steps and learning rate are above 0, weight decay at least 0")
+            fix = "give steps and a learning rate above 0, and a weight decay of at least 0"
+            raise UserError(f"{self} cannot train", fix)
 
     def identity(self) -> dict[str, Any]:
         """What of it decides the result."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechdistill.io.errors import UserError
 from speechdistill.models.networks.slim_encoder import Kept
 
 _SMOOTHING = 0.9
@@ -40,7 +41,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         if not (0 < self.share < 1 and 0 < self.until < 1 and self.every > 0):
-            raise ValueError(f"{self}: share and until are between 0 and 1, every is at least 1")
+            raise UserError(f"{self} cannot prune", "give a share and until between 0 and 1, and every of at least 1")
 
     def gone(self, times: int) -> float:
         """The share that is gone after pruning so many times."""
@@ -249,9 +250,9 @@ def _weights(encoder: nn.Module, criterion: str) -> list[list[_Units]]:
 
 
 def _blocks(encoder: Any) -> list[list[_Units]]:
-    """All heads, and all neurons, of transformers' encoder; `ValueError` for a kind whose heads share more."""
+    """All heads, and all neurons, of transformers' encoder; `UserError` for a kind whose heads share more."""
     if (kind := encoder.config.model_type) == "wavlm":
-        raise ValueError(f"heads of a {kind} encoder share a position bias: prune it by importance or magnitude")
+        raise UserError(f"heads of a {kind} encoder share a position bias", "prune it by importance or magnitude")
     heads, neurons = [], []
     for number, block in enumerate(encoder.encoder.layers):
         attention, feed = block.attention, block.feed_forward

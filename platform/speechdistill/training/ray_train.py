@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow.fs
 import ray
 import torch
@@ -142,7 +141,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     """Train, or go on training, and return the summary: `OUT/summary.json`, written last beside the folder `OUT/best`.
 
     Raises `RunError` where the folder belongs to another configuration, the loss is not finite, or the workers fail
-    again and again without a new checkpoint; what was reached is kept.
+    again and again without a new checkpoint; progress so far is kept.
     """
     shards.claim(job.out, job.identity)
     if summary := storage.read_json(f"{job.out}/summary.json"):
@@ -150,7 +149,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     result = _trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
     if failure:
-        raise RunError(f"{failure}; what was reached is in {job.out}")
+        raise RunError(failure, f"progress so far is saved in {job.out}")
     checkpoint, figures = min(result.best_checkpoints, key=lambda pair: float(pair[1]["mse"]))
     with checkpoint.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
@@ -196,7 +195,7 @@ def _storage(out: str) -> tuple[Any, str]:
     """A URL's file system for Ray Train, which would look for other credentials than the rest of the platform."""
     if "://" not in out:
         return None, out
-    fs, path = fsspec.url_to_fs(out)
+    fs, path = storage.file_system(out)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 

@@ -14,7 +14,7 @@ from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.data.scored_clips import Labeled
 from speechdistill.io import audio, table
-from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.models.networks.conv_transformer import (
     SEGMENT_SAMPLES,
     VARIANTS,
@@ -47,7 +47,7 @@ class Distill:
     provenance: Mapping[str, Any] | None = None
 
     def make(self) -> "Recipe":
-        """Read what the sources say of themselves; raises `TableError` or `ValueError` for what cannot be used."""
+        """Read what the sources say of themselves; raises `UserError` for what cannot be used."""
         return Recipe(self)
 
 
@@ -57,10 +57,10 @@ def tiny() -> ConvTransformerConfig:
 
 
 def student(name: str) -> ConvTransformerConfig:
-    """The configuration of a variant; raises `ValueError` listing the names for an unknown one."""
+    """The configuration of a variant; raises `UserError` listing the names for an unknown one."""
     known = {**VARIANTS, "tiny": tiny}
     if name not in known:
-        raise ValueError(f"variant {name!r} is unknown; choose from {', '.join(VARIANTS)}")
+        raise UserError(f"variant {name!r} is unknown", f"choose from {', '.join(VARIANTS)}")
     return known[name]()
 
 
@@ -84,9 +84,9 @@ class Recipe:
         mix = replace(config.mix, hold_out=self._validation is None)
         self.batches = Batches(mix, train if mix.labeled_lanes else None)
         if mix.hold_out and not self.batches.num_held_out:
-            raise ValueError(
-                "nothing is left to validate on: the shards are too few to keep a row group, 16 samples, aside; label "
-                "more, or give --labeled with clips of split validation"
+            raise UserError(
+                "nothing is left to validate on: the shards are too few to keep a row group, 16 samples, aside",
+                "label more, or give --labeled with clips of split validation",
             )
 
     def network(self) -> nn.Module:
@@ -105,7 +105,7 @@ class Recipe:
         mine = [(dataset, target, _score(network, wave)) for dataset, target, wave in self._clips(rank, world)]
         results = validation.gathered(mine, world)
         if not results:
-            raise TableError("none of the clips to validate on can be used; see the warnings above")
+            raise TableError("none of the clips to validate on can be used", "see the warnings above")
         return validation.figures(results)
 
     def save(self, network: nn.Module, folder: str) -> None:

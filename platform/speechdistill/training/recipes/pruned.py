@@ -13,7 +13,7 @@ from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Clip, Labeled
 from speechdistill.io import audio, checkpoint, table
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import TableError, UserError
 from speechdistill.models import encoder_scorer
 from speechdistill.models.encoder_scorer import WHOLE_S, Network, TrainedTeacher
 from speechdistill.models.networks import slim_encoder
@@ -53,7 +53,7 @@ class Recipe:
         self._config = config
         rows = scored_clips.split(table.read(config.labeled, "clip.v1"))
         if not len(rows[1]) or (config.mix.labeled_lanes and not len(rows[0])):
-            raise TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate; give both")
+            raise TableError(f"{config.labeled}: {len(rows[0])} clips train, {len(rows[1])} validate", "give both")
         self._transform = transform(config.teacher)
         train = Labeled(rows[0], LabelTransform()) if config.mix.labeled_lanes else None
         self._validation = list(Labeled(rows[1], self._transform).clips())
@@ -73,12 +73,12 @@ class Recipe:
         return network.train().requires_grad_(True)
 
     def pruner(self, network: nn.Module) -> Pruner:
-        """Raises `ValueError` for crops so short that some weights get no gradient: they would be the first to go."""
+        """Raises `UserError` for crops so short that some weights get no gradient: they would be the first to go."""
         assert isinstance(network, Network)
         least_s = least_crop_s(network.encoder.model.config)
         if self._config.pruning.criterion == "importance" and self._config.mix.crop_s < least_s:
-            raise ValueError(
-                f"crops of {self._config.mix.crop_s:g} s do not reach all weights: give --crop-s {least_s:g}"
+            raise UserError(
+                f"crops of {self._config.mix.crop_s:g} s do not reach all weights", f"give --crop-s {least_s:g}"
             )
         self._pruner = Pruner(network.encoder.model, self._config.pruning)
         return self._pruner
