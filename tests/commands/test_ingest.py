@@ -15,7 +15,7 @@ from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 from speechdistill.data.clips import clip_id
 from speechdistill.io import storage, table
-from speechdistill.io.errors import RunError
+from speechdistill.io.errors import RunError, UserError
 
 
 def manifest_of(out: Path) -> list[dict]:
@@ -160,7 +160,7 @@ def test_nothing_usable_is_an_error_that_names_the_rejects(tmp_path: Path, local
     (tmp_path / "s" / "a.wav").write_bytes(b"")
     with pytest.raises(RunError, match=r"rejects\.parquet"):
         ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "s"),)))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere is not a folder; give folders with --speech"):
         ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "nowhere"),)))
     with pytest.raises(RunError, match="--speech DIR"):
         ingest.run(Ingest(out=str(tmp_path / "m")))

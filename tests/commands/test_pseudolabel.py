@@ -166,7 +166,7 @@ def test_a_run_whose_time_is_up_says_how_to_go_on(
 ) -> None:
     command = ["pseudolabel", "--clips", clips, "--out", str(tmp_path), "--num-samples", "4", "--rows-per-part", "2"]
     assert cli.main([*command, "--max-hours", "0"]) == 0
-    assert "--max-hours is over: 0 of 4 samples" in capsys.readouterr().out
+    assert "Reached --max-hours: 0 of 4 samples" in capsys.readouterr().out
     assert not (tmp_path / "summary.json").exists()
     assert cli.main(command) == 0
     assert "labelled 4 samples" in capsys.readouterr().out and (tmp_path / "summary.json").exists()

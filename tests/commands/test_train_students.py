@@ -52,12 +52,12 @@ def test_runs_share_the_cluster(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": "0"}, "--workers '0'"),
-        ({"workers": "3:2"}, "--workers '3:2'"),
+        ({"workers": "0"}, "--workers is '0'"),
+        ({"workers": "3:2"}, "--workers is '3:2'"),
         ({"workers": "4"}, "does not fit the cluster .2 CPUs"),
         ({"gpus_per_worker": 1.0}, "0 GPUs"),
         ({"gpus_per_worker": 0.5, "workers": "1:2"}, "is for one worker a run"),
-        ({"grow_to": "cpu"}, "--grow-to 'cpu'"),
+        ({"grow_to": "cpu"}, "Invalid --grow-to: 'cpu'; use non-negative amounts"),
     ],
 )
 def test_a_run_that_never_fits_is_refused(

@@ -74,7 +74,7 @@ def run(config: Compare) -> Comparison:
     """Score what is not scored yet, and write `scores.parquet`, `table.md`, `table.csv`, `metrics.csv`, `plots/*` and
     `report.html`, and `summary.json` last.
 
-    Raises `RunError`, `TableError`, `AudioError` or `ValueError` with the cause and the fix; what was scored is kept.
+    Raises `UserError` with the cause and the fix; what was scored is kept.
     """
     _validate(config)
     cluster.be_patient()
@@ -89,7 +89,8 @@ def run(config: Compare) -> Comparison:
         scores = scoring.score(found, clips.clips, out, share, lambda f: tracking.metrics(f, step=int(f["done"])))
         compared = comparison.compared(clips, found, scores, config.resamples, config.seed, _about(config, clips))
         if not compared.counts.any():
-            raise RunError(f"{config.clips}: no clip has a score of every model; {_first_reason(compared)}")
+            reason = f"{config.clips}: no clip has a score of every model; {_first_reason(compared)}"
+            raise RunError(reason, "leave that model out, or give clips that it can score")
         _written(compared, config, out, tracking)
     except BaseException as error:
         tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -100,11 +101,11 @@ def run(config: Compare) -> Comparison:
 
 def _validate(config: Compare) -> None:
     if not 0 <= config.max_reject_share <= 1:
-        raise RunError(f"--max-reject-share is {config.max_reject_share}; it must be from 0 to 1")
+        raise RunError(f"--max-reject-share is {config.max_reject_share}", "it must be from 0 to 1")
     if config.resamples < 100:
-        raise RunError(f"--resamples is {config.resamples}; 100 are the least that have a 95% interval")
+        raise RunError(f"--resamples is {config.resamples}", "100 are the least that have a 95% interval")
     if config.seed < 0:
-        raise RunError(f"--seed is {config.seed}; it must be at least 0")
+        raise RunError(f"--seed is {config.seed}", "it must be at least 0")
 
 
 def _written(found: Comparison, config: Compare, out: str, tracking: Tracking) -> None:

@@ -26,7 +26,7 @@ from speechdistill.data import components
 from speechdistill.data.degradation_recipes import COMPONENTS
 from speechdistill.engine.isolate import ChildDied, Isolated, Row
 from speechdistill.io import audio, storage
-from speechdistill.io.errors import RunError
+from speechdistill.io.errors import AudioError, RunError, UserError
 from speechdistill.io.version import __version__
 
 _ON_NODES = ("teacher", "degradation", "recipe", "format", "storage", "clips")
@@ -95,13 +95,13 @@ def command(config: Annotated[tyro.conf.UseAppendAction[Doctor], tyro.conf.arg(n
 
 
 def run(config: Doctor) -> list[Result]:
-    """Try everything, with a progress bar on stderr; raises `ValueError` for an unknown name in `require` or
+    """Try everything, with a progress bar on stderr; raises `UserError` for an unknown name in `require` or
     `assets`."""
     required(config.require)
     out, clips = (place and storage.absolute(place) for place in (config.out, config.clips))
     known = sorted({need.name for component in COMPONENTS for need in components.needs(component)})
     if unknown := sorted(set(config.assets) - set(known)):
-        raise ValueError(f"--assets {' '.join(unknown)} is unknown; choose from {', '.join(known)}")
+        raise UserError(f"--assets {' '.join(unknown)} is unknown", f"choose from {', '.join(known)}")
     places = Places(out, clips, tuple((name, storage.absolute(place)) for name, place in config.assets.items()))
     local = Isolated(partial(_Trials, places), timeout_s=_TIMEOUT_S)
     results = []
@@ -121,13 +121,13 @@ def names() -> list[str]:
 
 
 def required(words: tuple[str, ...]) -> list[str]:
-    """The names that `words` mean; raises `ValueError` with the choices."""
+    """The names that `words` mean; raises `UserError` with the choices."""
     found = []
     for word in words:
         matches = [name for name in names() if word and word in (name, name.partition(":")[2])]
         if len(matches) != 1:
-            what = f"may be {' or '.join(matches)}" if matches else f"is unknown; choose from {', '.join(names())}"
-            raise ValueError(f"--require {word} {what}")
+            what = f"may be {' or '.join(matches)}" if matches else "is unknown"
+            raise UserError(f"--require {word} {what}", f"choose from {', '.join(matches or names())}")
         found += matches
     return found
 
@@ -189,10 +189,11 @@ def _failure(name: str, error: Exception) -> Result:
         return Result(name, "missing", *error.args)
     if isinstance(error, ChildDied):
         return Result(name, "failed", str(error).partition("; ")[0], _FIXES.get(kind, _REINSTALL))
-    ours = isinstance(error, ValueError | FileNotFoundError | ImportError | RunError)
-    reason, _, fix = str(error).partition("; ") if ours else (str(error), "", "")  # this package says "reason; fix"
-    if not fix:
-        reason = f"{type(error).__name__}: {reason}"
+    reason, fix = f"{type(error).__name__}: {error}", ""
+    if isinstance(error, UserError):
+        reason, fix = error.reason, error.fix
+    if isinstance(error, AudioError):
+        reason = f"{error.path!r}: {reason}"
     absent = isinstance(error, FileNotFoundError | ImportError) and kind in ("teacher", "degradation", "recipe", "demo")
     return Result(name, "missing" if absent else "failed", reason, fix or _FIXES.get(kind, _REINSTALL))
 

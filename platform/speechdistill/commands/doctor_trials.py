@@ -31,7 +31,7 @@ from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_ass
 from speechdistill.io import audio, storage, table
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.io.errors import MissingError
+from speechdistill.io.errors import MissingError, UserError
 from speechdistill.labelling.samples import check_step, make_sample
 from speechdistill.models.load import load_teacher, teacher_names
 from speechdistill.tracking.run import tracking_uri
@@ -82,7 +82,7 @@ def published(out: str, name: str) -> Iterator[str]:
         try:
             yield uri
         finally:
-            fs, path = fsspec.url_to_fs(uri)
+            fs, path = storage.file_system(uri)
             fs.rm_file(path)
     finally:
         for folder in made:
@@ -223,7 +223,7 @@ def _storage(which: str, places: Places) -> str:
         raise Missing("not tried", "give --out PLACE, the folder or URL where results are to go")
     name = f"doctor-{uuid.uuid4().hex[:8]}.txt"
     with published(places.out, name) as uri:
-        fs, path = fsspec.url_to_fs(uri)
+        fs, path = storage.file_system(uri)
         fs.invalidate_cache()
         listed = [str(entry).rpartition("/")[2] for entry in fs.ls(path.rpartition("/")[0], detail=False)]
         if fs.cat_file(path) != name.encode() or name not in listed:
@@ -257,7 +257,7 @@ def _clips(_: str, places: Places) -> str:
             audio.load(clip.uri, 0, min(clip.num_samples, SAMPLE_RATE))
             tried += 1
     if not len(clips.speech):
-        raise ValueError(f"{places.clips} has no speech; ingest some with --speech DIR")
+        raise UserError(f"{places.clips} has no speech", "ingest some with --speech DIR")
     return f"{', '.join(f'{len(pool):,} {kind}' for kind, pool in pools.items())}; {tried} recordings read"
 
 

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
+from speechdistill.io.errors import UserError
+
 P = ParamSpec("P")
 
 
 def guarded(resume: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """An error of a command as one line and exit code 1; `resume` says what Ctrl-C leaves."""
+    """A user's error as one line and exit code 1, any other with its traceback; `resume` says what Ctrl-C leaves."""
 
     def guard(command: Callable[P, int]) -> Callable[P, int]:
         @wraps(command)
@@ -19,7 +21,7 @@ def guarded(resume: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
             except KeyboardInterrupt:
                 print(f"\nstopped; {resume}", file=sys.stderr)
                 return 130
-            except (ValueError, RuntimeError, OSError, ImportError) as error:
+            except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
 

@@ -14,7 +14,6 @@ from functools import partial
 from itertools import chain, islice
 from typing import Annotated, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -84,7 +83,10 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
 def run(config: Ingest) -> dict[str, Any]:
     """Ingest everything `config` names and return the summary; raises `RunError` where nothing usable was found."""
     if not (config.speech or config.noise or config.rir or config.list or config.corpus):
-        raise RunError("nothing to ingest: give --speech DIR, --noise DIR, --rir DIR, --list FILE or --corpus NAME")
+        raise RunError(
+            "nothing to ingest",
+            "give --speech DIR, --noise DIR, --rir DIR, --list FILE, or --corpus NAME with --root DIR",
+        )
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
     labeled = scored_rows(config)
@@ -97,14 +99,16 @@ def run(config: Ingest) -> dict[str, Any]:
     summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
     storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
-        raise RunError(f"no usable audio file was found; the reasons are in {config.out}/rejects.parquet")
+        raise RunError("no usable audio file was found", f"the reasons are in {config.out}/rejects.parquet")
     return summary
 
 
 def scored_rows(config: Ingest) -> Iterator[Row]:
     """The rows of the corpus that `config` names, if it names one; raises `RunError` for half of a choice."""
     if (config.corpus is None) != (config.root is None):
-        raise RunError("--corpus NAME and --root DIR, the folder of that corpus, are given together")
+        raise RunError(
+            "one of --corpus and --root", "--corpus NAME and --root DIR, the folder of that corpus, are given together"
+        )
     if config.corpus is None or config.root is None:
         return iter(())
     return iter(listening_tests.rows(config.corpus, config.root, config.held_out))
@@ -267,7 +271,7 @@ def _commit(tables: tuple[pa.Table, pa.Table], out: str, number: int) -> int:
 
 
 def _parts(out: str, what: str) -> list[tuple[int, str]]:
-    fs, path = fsspec.url_to_fs(f"{out}/parts")
+    fs, path = storage.file_system(f"{out}/parts")
     fs.invalidate_cache()
     with storage.access(f"{out}/parts"):
         names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from speechdistill.commands import score
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import scored_clips
-from speechdistill.io.errors import AudioError, UnreadableError
+from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
@@ -73,7 +73,7 @@ class Promote:
     """Instead: swap champion and previous back."""
 
 
-class PromotionError(ValueError):
+class PromotionError(UserError):
     """A promotion that cannot be decided: why, and what to do."""
 
 
@@ -98,7 +98,7 @@ def run(config: Promote) -> dict[str, Any]:
     """Decide, and without `dry_run` do it; returns the decision as JSON values.
 
     `decision` is `promoted`, `kept` (the old champion stays), `unchanged` (the student is the champion already) or
-    `rolled_back`. Raises `PromotionError`, `RegistryError`, `TableError` or `AudioError` with the cause and the fix.
+    `rolled_back`. Raises `UserError` with the cause and the fix.
     """
     from speechdistill.tracking.registry import Registry
 
@@ -125,16 +125,18 @@ def run(config: Promote) -> dict[str, Any]:
 def _validate(config: Promote) -> None:
     if config.rollback:
         if config.run or config.eval:
-            raise PromotionError("--rollback swaps champion and previous; give it no --run and no --eval")
+            raise PromotionError("--rollback swaps champion and previous", "give it no --run and no --eval")
         return
     if not config.run or not config.eval:
-        raise PromotionError("give --run, the MLflow run of the student, and --eval, clips with listeners' scores")
+        raise PromotionError(
+            "nothing to promote", "give --run, the MLflow run of the student, and --eval, clips with listeners' scores"
+        )
     if not 0 <= config.margin < 2:
-        raise PromotionError(f"--margin is {config.margin}; it must be a difference of correlations, from 0 to 2")
+        raise PromotionError(f"--margin is {config.margin}", "it must be a difference of correlations, from 0 to 2")
     if config.resamples < 100:
-        raise PromotionError(f"--resamples is {config.resamples}; 100 are the least that have a 95% interval")
+        raise PromotionError(f"--resamples is {config.resamples}", "100 are the least that have a 95% interval")
     if config.seed < 0:
-        raise PromotionError(f"--seed is {config.seed}; it must be at least 0")
+        raise PromotionError(f"--seed is {config.seed}", "it must be at least 0")
 
 
 def _candidate(config: Promote, registry: "Registry") -> "Logged":
@@ -144,8 +146,8 @@ def _candidate(config: Promote, registry: "Registry") -> "Logged":
     models = registry.logged(run_id)
     if not models:
         raise PromotionError(
-            f"run {run_id} has logged no student; log its best checkpoint with "
-            "speechdistill.tracking.registry.log_student, which training does at its end"
+            f"run {run_id} has logged no student",
+            "log its best checkpoint with speechdistill.tracking.registry.log_student, which training does at its end",
         )
     return models[0]
 
@@ -208,7 +210,8 @@ def _decided(config: Promote, scored: Scored) -> dict[str, Any]:
         first = f", the first because {scored.excluded[0]['reason']}" if scored.excluded else ""
         raise PromotionError(
             f"{config.eval}: no dataset has {correlation.MIN_CLIPS} scored clips with different mos "
-            f"({len(scored.datasets)} clips were scored, {len(scored.excluded)} could not be{first}); give more clips"
+            f"({len(scored.datasets)} clips were scored, {len(scored.excluded)} could not be{first})",
+            "give more clips",
         )
     answer: dict[str, Any] = {"decision": "promoted", "reason": "there is no champion yet", "difference": None}
     if scored.champion is not None:
@@ -248,7 +251,7 @@ def _carried_out(
     if decision["decision"] != "promoted":
         return decision
     if registry.by_alias(config.model_name, CHAMPION) != champion:
-        raise PromotionError(f"another promotion has moved {config.model_name}@{CHAMPION}; run the same command again")
+        raise PromotionError(f"another promotion has moved {config.model_name}@{CHAMPION}", "rerun the command")
     if champion:
         registry.point(config.model_name, PREVIOUS, champion)
     registry.point(config.model_name, CHAMPION, version)
@@ -270,7 +273,8 @@ def _tags(decision: dict[str, Any]) -> dict[str, str]:
 def _rolled_back(config: Promote, registry: "Registry", champion: "Version | None") -> dict[str, Any]:
     previous = registry.by_alias(config.model_name, PREVIOUS)
     if champion is None or previous is None or previous == champion:
-        raise PromotionError(f"{config.model_name} has no {PREVIOUS} champion at {registry.place}; nothing was changed")
+        reason = f"{config.model_name} has no {PREVIOUS} champion at {registry.place}"
+        raise PromotionError(reason, "nothing was changed: a second promotion makes one")
     if not config.dry_run:
         registry.point(config.model_name, CHAMPION, previous)
         registry.point(config.model_name, PREVIOUS, champion)

@@ -14,7 +14,7 @@ from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, storage
-from speechdistill.io.errors import RunError, StorageError, TableError
+from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -97,8 +97,7 @@ def command(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
 def run(config: Prune) -> list[dict[str, Any]]:
     """Prune, or go on pruning; a row for each checkpoint that is kept, the unpruned teacher first.
 
-    Raises `RunError`, `TableError`, `RegistryError`, `ValueError` or `FileNotFoundError` with the cause and the fix;
-    what was reached is kept.
+    Raises `UserError` with the cause and the fix; progress so far is kept.
     """
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
@@ -122,7 +121,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     tracking = Tracking(job.out, "prune", config.criterion, about, parent)
     (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
     if trained["state"] != "done":
-        raise RunError(f"{trained['error']}; what was reached is in {job.out}")
+        raise RunError(str(trained["error"]), f"progress so far is saved in {job.out}")
     rows = _rows(job.out, [name for _, name in job.training.milestones])
     _log(config, job.out, rows)
     return rows
@@ -145,7 +144,8 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
 
     labels = [LabelRun(place) for place in config.shards]
     if labels and config.labeled_percent == 100:
-        raise ValueError("--shards are not used where 100% of a batch are labeled; give --labeled-percent below 100")
+        reason = "--shards are not used where 100% of a batch are labeled"
+        raise UserError(reason, "give --labeled-percent below 100")
     places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
     mix = Mix(places, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
     pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
@@ -153,7 +153,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     with registry.student_folder(config.model) as folder:
         files = checkpoint.read(folder)
         if files.architecture == checkpoint.CONV_TRANSFORMER:
-            raise RunError(f"{config.model} is a student; a teacher's encoder can be pruned (see train-teacher)")
+            raise RunError(f"{config.model} is a student", "a teacher's encoder can be pruned (see train-teacher)")
         teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
         checkpoint.copy(folder, teacher)
     sources: dict[str, Any] = {
@@ -238,11 +238,11 @@ def _log(config: Prune, out: str, rows: Sequence[dict[str, Any]]) -> None:
     in_mlflow, uri = run_id(out), tracking_uri(out)
     try:
         if in_mlflow is None:
-            raise registry.RegistryError("MLflow has not answered yet")
+            raise registry.RegistryError("MLflow has not answered yet", "it is told once it does")
         for row in rows:
             model = registry.log_student(row["folder"], in_mlflow, uri)
             if config.register:
                 row["version"] = registry.Registry(uri).register(config.register, model).number
         registry.Registry(uri).document(in_mlflow, {NAME: list(rows)}, f"{NAME}.json")
-    except (registry.RegistryError, TableError, StorageError) as error:
+    except UserError as error:
         _LOG.warning("not all checkpoints are in MLflow (%s); the same command tries again", error)

@@ -115,8 +115,8 @@ def command(config: Annotated[tyro.conf.UseAppendAction[Pseudolabel], tyro.conf.
 def run(config: Pseudolabel) -> dict[str, Any]:
     """Run or resume the job and return its summary, which is also `summary.json`, written last.
 
-    Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `RunError`, `TableError` or
-    `ValueError` with the cause and the fix; what was labelled is kept.
+    Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `UserError`
+    with the cause and the fix; what was labelled is kept.
     """
     config, recipe, num_samples, identity = _prepared(config)
     shards.claim(config.out, identity)
@@ -175,7 +175,8 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     plans = Plans(recipe, Clips.read(config.clips), config.seed)
     num_samples = len(plans) if config.num_samples is None else config.num_samples
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
-        raise RunError(f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here")
+        reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
+        raise RunError(reason, f"give 1 to {len(plans)}" if recipe.whole_files else "give at least 1")
     tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
     identity = _identity(config, recipe)
     if identity["teacher"].get("intrusive"):
@@ -189,10 +190,11 @@ def _check_has_clean(config: Pseudolabel, recipe: Recipe) -> None:
     if made:
         left_out = " ".join(f"--without {name}" for name in made)
         raise RunError(
-            f"teacher {config.teacher} compares with clean speech; generated samples have none: give {left_out}"
+            f"teacher {config.teacher} compares with clean speech; generated samples have none", f"give {left_out}"
         )
     if not recipe.components:
-        raise RunError(f"teacher {config.teacher} compares with clean speech; recipe {recipe.name} degrades nothing")
+        reason = f"teacher {config.teacher} compares with clean speech; recipe {recipe.name} degrades nothing"
+        raise RunError(reason, "give another teacher, or a recipe that degrades")
 
 
 def _flow(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any], clips: str) -> flow.Flow:
@@ -229,24 +231,24 @@ def _validate(config: Pseudolabel) -> None:
     for name, least in smallest.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
-            raise RunError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+            raise RunError(f"--{name.replace('_', '-')} is {value}", f"it must be at least {least}")
     cost.amounts("--grow-to", config.grow_to)
     cost.amounts("--price", config.price)
     if config.price and not config.dry_run:
-        raise RunError("--price is for an estimate; give --dry-run with it")
+        raise RunError("--price is for an estimate", "give --dry-run with it")
 
 
 def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
     """Copy the manifest into the run, where the workers read it: an ingest job may replace the original meanwhile."""
     copy = _manifest(config)
-    fs, path = fsspec.url_to_fs(copy)
+    fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
     if not is_there:
         with storage.access(config.clips), fsspec.open(config.clips, "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise RunError(f"{config.clips} changed just now; run the same command again when its ingest has ended")
+            raise RunError(f"{config.clips} changed just now", "rerun the command when its ingest has ended")
         storage.publish(data, copy)
 
 
@@ -294,7 +296,8 @@ def _stages(
     passes = degradation_recipes.network_passes(recipe)
     if gpus and passes and config.teach_gpus is not None:
         raise RunError(
-            "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally"
+            "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally",
+            "leave it out",
         )
     wanted = pools.Wanted(config.degrade_actors, config.network_actors, config.teach_actors, config.teach_gpus)
     sizes = pools.sized(wanted, passes, cpus, gpus)

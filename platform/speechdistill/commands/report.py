@@ -24,7 +24,7 @@ def labels(summary: dict[str, Any], out: str) -> str:
         return "\n".join(
             [
                 *lines,
-                f"--max-hours is over: {summary['num_samples']:,} of {summary['wanted']:,} samples are in {out}; "
+                f"Reached --max-hours: {summary['num_samples']:,} of {summary['wanted']:,} samples are in {out}; "
                 "the same command goes on from there",
             ]
         )

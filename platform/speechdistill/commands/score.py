@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import tyro
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from speechdistill.commands.guarded import guarded
 from speechdistill.io import audio, storage, table
-from speechdistill.io.errors import AudioError
+from speechdistill.io.errors import AudioError, UserError
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
 
@@ -76,7 +75,8 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
             model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
         ).teacher
     if teacher.intrusive:
-        raise ValueError(f"model {config.model} compares with clean speech, which only the labelling job knows")
+        reason = f"model {config.model} compares with clean speech, which only the labelling job knows"
+        raise UserError(reason, "give another --model")
     scored = _Scored(len(paths))
     write(scored.watch(score_files(paths, teacher, config.timeline)), config.out)
     if scored.stopped:
@@ -115,13 +115,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     A folder gives its audio files at any depth, sorted; so does a glob (`**` too), which keeps files of other
     suffixes only where it names the suffix (`*.raw`). A URL is passed on, and one with `*` is a glob.
-    Raises `ValueError` with the pattern that matches nothing.
+    Raises `UserError` with the pattern that matches nothing.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         paths = _matches(pattern)
         if not paths:
-            raise ValueError(f"{pattern!r} matches no audio file")
+            raise UserError(f"{pattern!r} matches no audio file", "give files, folders, globs or URLs of audio")
         found |= dict.fromkeys(paths)
     return list(found)
 
@@ -129,7 +129,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
     """Write rows, whole or not at all, as .csv, .parquet or .json; without `out`, print them as CSV.
 
-    Raises `ValueError` for another extension before the first row is taken.
+    Raises `UserError` for another extension before the first row is taken.
     """
     encode = writer(out)
     data = encode([_printable(row) for row in rows])
@@ -140,10 +140,10 @@ def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
 
 
 def writer(out: str | None) -> Callable[[list[Row]], bytes]:
-    """The encoder for a file name; raises `ValueError` naming the extensions that exist."""
+    """The encoder for a file name; raises `UserError` naming the extensions that exist."""
     suffix = ".csv" if out is None else PurePosixPath(out).suffix.lower()
     if suffix not in _WRITERS:
-        raise ValueError(f"{out!r}: extension {suffix!r}; choose from {', '.join(_WRITERS)}")
+        raise UserError(f"{out!r}: extension {suffix!r}", f"choose from {', '.join(_WRITERS)}")
     return _WRITERS[suffix]
 
 
@@ -240,8 +240,9 @@ def _matches(pattern: str) -> list[str]:
 def _of_url(pattern: str) -> list[str]:
     if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
         return [pattern]
-    fs, path = fsspec.url_to_fs(pattern)
-    found = sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
+    fs, path = storage.file_system(pattern)
+    with storage.access(pattern):
+        found = sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
     kept = [name for name in found if _named(pattern) or _is_audio(PurePosixPath(name))]
     archive = pattern[pattern.index("::") :] if "::" in pattern else ""  # zip://*.wav::s3://bucket/a.zip
     return [fs.unstrip_protocol(name) + archive for name in kept]

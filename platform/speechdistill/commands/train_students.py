@@ -85,8 +85,7 @@ def command(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
 def run(config: TrainStudents) -> list[dict[str, Any]]:
     """Train what is not trained yet; a row per variant: its figures and `state`, done or failed.
 
-    One failure does not stop the others. Raises `RunError`, `TableError` or `ValueError` where nothing can be
-    trained.
+    One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
     from speechdistill.training import launch
     from speechdistill.training.recipes import distill

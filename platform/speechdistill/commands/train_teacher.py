@@ -85,8 +85,7 @@ def command(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
 def run(config: TrainTeacher) -> list[dict[str, Any]]:
     """Compute what features are missing, train, and return the table's row with its figures and `state`.
 
-    Raises `RunError`, `TableError`, `ValueError` or `FileNotFoundError` where nothing can be trained; what was
-    computed is kept.
+    Raises `UserError` if nothing can be trained; what was computed is kept.
     """
     from speechdistill.labelling import features
     from speechdistill.models.networks import speech_encoder
@@ -105,7 +104,7 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     workers, gpus, _ = launch.capacity(*place, 1)  # what does not fit is told before the work
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
-        raise RunError("the features are not complete; run the same command again")
+        raise RunError("the features are not complete", "rerun the command")
     recipe = _recipe(config, sha256, fingerprint)
     computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
     parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
