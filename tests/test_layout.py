@@ -209,6 +209,15 @@ def test_a_right_import_is_none(path: str, line: str) -> None:
     assert faults({**SOURCES, path: f"{line}\n"}) == []
 
 
+def test_no_import_or_string_names_a_module_that_is_gone() -> None:
+    """Also in code that tests run in other processes, and in the targets of `monkeypatch.setattr`."""
+    known = {wing for wings in FLOORS for wing in wings} | {"load"}
+    for path in (path for folder in ("tests", "jobs", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        if "fixtures" not in path.parts and path != Path(__file__):
+            named = re.findall(r"(?:from |import |[\"'])speechdistill\.(\w+)", path.read_text())
+            assert set(named) <= known, path
+
+
 def test_the_first_file_of_each_wing_says_what_the_wing_is_for() -> None:
     for wing in (wing for floor in FLOORS[:-1] for wing in floor):
         first = min(path for path in SOURCES if path.startswith(f"{wing}/") and not path.endswith("__init__.py"))

@@ -37,8 +37,8 @@ TINY = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, lay
 GOLDEN = """
 import json
 import numpy as np, torch
-from speechdistill.students.conv_transformer import SEGMENT_SAMPLES
-from speechdistill.teachers.distillmos import Teacher
+from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
+from speechdistill.models.teachers.distillmos import Teacher
 t = np.arange(SEGMENT_SAMPLES) / 16000
 noise = 0.1 * np.random.RandomState(0).standard_normal(SEGMENT_SAMPLES)
 waves = np.stack([np.zeros(SEGMENT_SAMPLES), 0.5 * np.sin(2 * np.pi * 440 * t), noise]).astype(np.float32)

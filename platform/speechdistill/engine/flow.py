@@ -94,8 +94,8 @@ def run(flow: Flow) -> Totals:
 
     After `max_hours` it ends early: then the totals are not `complete`. Raises
     `RunError` where the folder belongs to another configuration or is not shared by all nodes, the cluster is too
-    small for the pools, or more than `max_reject_share` of the rows are rejected. What is committed stays; the same
-    call resumes.
+    small for the pools, or more than `max_reject_share` of the rows are rejected. A fault of the program in a worker
+    is Ray's error with its traceback. What is committed stays; the same call resumes.
     """
     layout = flow.layout
     shards.claim(layout.out, flow.identity)
@@ -264,7 +264,7 @@ def _is_fault(error: Exception) -> bool:
     """Whether a stage raised what no user can mend; its traceback is in the error's text."""
     raised = isinstance(error, ray.exceptions.RayTaskError) or getattr(error, "actor_init_failed", False)
     name = _cause(error).partition(":")[0]
-    return raised and (not name.startswith("speechdistill.") or name.endswith(CannotWorkByFault.__name__))
+    return raised and (name.partition(".")[0] != "speechdistill" or name.endswith(CannotWorkByFault.__name__))
 
 
 def _cause(error: Exception) -> str:
