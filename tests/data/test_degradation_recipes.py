@@ -54,8 +54,8 @@ def test_a_recipe_is_chosen_with_what_the_user_leaves_out_and_gives() -> None:
     spoken = chosen("weights_free", (), {"texts": "/t"})
     assert spoken.stages[0] == Stage("generation", {"generated.espeak": 0.15}, ends=True)
     for name, without, given, lpcnet, message in (
-        ("voip", ("codecs.opus",), {}, False, r"codecs.opus: recipe voip has no such component; choose from rooms.room, .*codecs.amr_nb"),
-        ("weights_free", (), {"nsnet2": "/n"}, False, "--assets nsnet2: recipe weights_free does not use it; leave it out; used: texts"),
+        ("voip", ("codecs.opus",), {}, False, r"recipe voip has no such component; choose from rooms.room, "),
+        ("weights_free", (), {"nsnet2": "/n"}, False, "recipe weights_free does not use it; .*used: texts"),
         ("as_is", (), {}, True, "--lpcnet is an option of recipe paper"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from speechdistill.io import fingerprint, storage, table
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import StorageError, TableError
 
 PUBLISHED = {
     "clip.v1": "668f30678767a196",
@@ -113,3 +113,15 @@ def test_urls_work_like_paths() -> None:
 def test_differences_name_the_path() -> None:
     old, new = {"recipe": {"seed": 1, "name": "a"}, "x": 1}, {"recipe": {"seed": 2, "name": "a"}, "y": 1}
     assert fingerprint.differences(old, new) == ["recipe.seed: 1 -> 2", "x: 1 -> null", "y: null -> 1"]
+
+
+def test_a_place_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{")
+    with pytest.raises(StorageError, match=rf"{tmp_path}/file/a: FileExistsError: .*; check the path"):
+        storage.publish(b"", f"{tmp_path}/file/a")
+    with pytest.raises(StorageError, match=rf"{tmp_path}/none: FileNotFoundError: .*; check the path"):
+        fingerprint.of_file(f"{tmp_path}/none")
+    with pytest.raises(StorageError, match=r"nosuch://bucket: .*Protocol not known.*; check the address"):
+        storage.file_system("nosuch://bucket")
+    with pytest.raises(TableError, match=r"file: not JSON .*; it was edited by hand"):
+        storage.read_json(f"{tmp_path}/file")

@@ -127,7 +127,7 @@ def test_runs_are_mixed_by_weight(run: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["=0", "=-1", "=nan", "=inf"])
 def test_a_weight_that_is_none_is_refused(run: str, place: str) -> None:
-    with pytest.raises(ValueError, match="the weight is .*; give a number above 0"):
+    with pytest.raises(ValueError, match=r"the weight is .*; give a number above 0"):
         LabelRun(run + place)
 
 

@@ -14,7 +14,7 @@ from speechdistill.metrics import correlation, figures
 from speechdistill.metrics.figures import Figures, Value
 
 _TWIN = "a file with the same bytes was rejected"
-_UNREAD = "it could not be read when the comparison began; run the same command again"
+_UNREAD = "it could not be read when the comparison began; rerun the command"
 
 
 @dataclass(frozen=True)

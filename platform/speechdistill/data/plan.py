@@ -108,6 +108,8 @@ class Plans:
     """
 
     def __init__(self, recipe: Recipe, clips: Clips, seed: int) -> None:
+        if seed < 0:
+            raise UserError(f"seed {seed}", "give at least 0")
         if recipe.segment_samples <= 0:
             raise UserError(f"segments of {recipe.segment_s} s are too short", f"the student's are {SEGMENT_S} s")
         if not len(clips.speech):

@@ -46,6 +46,8 @@ class Mix:
         if self.batch_size < 1 or not 0 <= self.labeled_percent <= 100 or self.crop_s <= 0:
             fix = "a batch has at least one sample, 0 to 100% labeled, and crops of some length"
             raise UserError(f"{self} is no mix", fix)
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}", "give at least 0")
         if not self.shards and self.labeled_lanes < self.batch_size:
             raise UserError("no label shards", "give some, or 100% labeled clips")
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from speechdistill.data.scored_clips import Datasets
 from speechdistill.io import fingerprint, storage, table
-from speechdistill.io.errors import TableError
+from speechdistill.io.errors import TableError, UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _FRAMES = 384
@@ -36,6 +36,8 @@ class FeatureBatches:
     """
 
     def __init__(self, out: str, batch_size: int = 12, seed: int = 0) -> None:
+        if seed < 0:
+            raise UserError(f"seed {seed}", "give at least 0")
         if storage.read_json(f"{out}/summary.json") is None:
             raise TableError(f"{out}: features are not complete", "rerun the command")
         self.batch_size, self._seed = batch_size, seed

@@ -155,7 +155,7 @@ class Models:
     """The models of a folder: each is loaded when it is first needed, and the few last used are kept."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Raises `LibraryError` if Coqui TTS does not work, `ValueError` for a model without its files."""
+        """Raises `LibraryError` if Coqui TTS does not work, `UserError` for a model without its files."""
         self._kind, self._folder, self._device = _coqui(), folder, device
         self.synthesizer = lru_cache(maxsize=_LOADED)(self._synthesizer)
         with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +163,7 @@ class Models:
                 self._files(name, Path(scratch))
 
     def _synthesizer(self, model: str) -> Any:
-        """Coqui's `Synthesizer`; raises `ValueError` for a model that the folder does not have, or not as it should."""
+        """Coqui's `Synthesizer`; raises `ValueError` for an unknown model, `UserError` for one with unusable files."""
         if model not in MODELS:
             raise ValueError(f"text-to-speech model {model!r}; choose from {list(MODELS)}")
         vocoder = MODELS[model]
@@ -179,7 +179,8 @@ class Models:
                     use_cuda=self._device.startswith("cuda"),
                 )
             except Exception as error:
-                raise ValueError(f"{weights} (vocoder: {vocoder_weights}) is not Coqui's {model}: {error}") from error
+                reason = f"{weights} (vocoder: {vocoder_weights}) is not Coqui's {model}: {error}"
+                raise UserError(reason, f"get it from {CoquiTts.need.where}") from error
 
     def _files(self, model: str, scratch: Path) -> tuple[str, str]:
         """The model file of a model or vocoder, and a copy of its config that names the files beside it."""
@@ -187,7 +188,8 @@ class Models:
         named = [path for name in _MODEL_FILES if (path := folder / name).is_file()]
         found = named[:1] or sorted(folder.glob("*.pt*"))
         if len(found) != 1 or not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no model file (model_file.pth) and config.json: it is not Coqui's {model}")
+            reason = f"{folder} has no model file (model_file.pth) and config.json: it is not Coqui's {model}"
+            raise UserError(reason, f"get it from {CoquiTts.need.where}")
         text = (folder / "config.json").read_text(encoding="utf-8")
         config = scratch / f"{folder.name}.json"
         config.write_text(json.dumps(_beside(json.loads(text), {path.name: str(path) for path in folder.iterdir()})))
