@@ -47,7 +47,7 @@ def rows_of(out: Path) -> dict[int, dict]:
 
 
 def assert_exactly_once(out: Path, num_ids: int) -> None:
-    counts = Counter([row["sample_id"] for row in rows_of(out)] + list(rejects_of(out)))
+    counts = Counter([*rows_of(out), *rejects_of(out)])
     assert counts == Counter(range(num_ids))
 
 
