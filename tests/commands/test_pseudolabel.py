@@ -104,6 +104,7 @@ def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path) -
     assert not (Path.cwd() / "mlruns").exists()
 
 
+@pytest.mark.slow  # the engine's part is in test_flow.py
 def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_ends(
     clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     assert pseudolabel.run(replace(config, num_samples=4))["labelled"] == 4
 
 
+@pytest.mark.slow  # outages are in test_run.py, without a run
 def test_a_tracking_outage_does_not_stop_the_run(
     clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -772,6 +772,7 @@ def utterances(real_audio: Path) -> list[np.ndarray]:
     return [audio.load(str(path))[: 7 * RATE] for path in sorted((real_audio / "speech").glob("*.flac"))[:4]]
 
 
+@pytest.mark.slow  # the same order by PESQ, below, takes a fifth of the time
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_the_teacher_hears_the_order_of_strengths(ladder: str, utterances: list[np.ndarray]) -> None:
     from speechdistill.models.teachers import distillmos

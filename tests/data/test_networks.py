@@ -165,6 +165,7 @@ def test_a_node_without_the_weights_cannot_start(tmp_path: Path, encodec: Asset)
         samples.Enhance(gone)
 
 
+@pytest.mark.slow  # its kills are in test_flow.py, its stages in the test before, without Ray
 def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     clips: str, tmp_path: Path, encodec: Asset, local_ray: None
 ) -> None:

@@ -139,7 +139,7 @@ def assert_kills_change_nothing(nodes: Nodes, quiet: list[str], folder: Path, ki
 
 
 # The others are killed in `test_flow.py`, too, where it takes less time.
-IN_MAKE_TEST = ("teach actor", "node")
+IN_MAKE_TEST = ("node",)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def test_a_request_without_the_token_is_refused(head: Head) -> None:
     assert run.returncode != 0 and "ran\n" not in run.stdout
 
 
-@pytest.mark.parametrize("form", [["python", "jobs/pseudolabel.py"], ["jobs/pseudolabel.py"]])
+@pytest.mark.parametrize(
+    "form", [["python", "jobs/pseudolabel.py"], pytest.param(["jobs/pseudolabel.py"], marks=pytest.mark.slow)]
+)
 def test_both_forms_of_submission_label(head: Head, clips: str, tmp_path: Path, form: list[str]) -> None:
     run = head.submit("--", *form, "--clips", clips, "--out", str(tmp_path / "run"), "--num-samples", "4")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

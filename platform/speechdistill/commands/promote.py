@@ -1,8 +1,8 @@
 """Promotion: a run's student becomes the champion only if it follows listeners better than the champion does.
 
 The rule: on the same clips, the mean over datasets of the PCC, weighted by clips, must be higher than the champion's by
-at least `margin`, and the lower bound of the difference's 95% bootstrap interval must be above 0 (`metrics/correlation.py`). Where
-there is no champion, the student becomes it.
+at least `margin`, and the lower bound of the difference's 95% bootstrap interval must be above 0
+(`metrics/correlation.py`). Where there is no champion, the student becomes it.
 
 In MLflow, the alias `champion` of a model name is the version in use and `previous` the one before it. Every step may
 be repeated: a killed promotion is finished by the same command.
