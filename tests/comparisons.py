@@ -1,6 +1,7 @@
 """Clips, label runs and comparisons for tests, made by the real workers without Ray."""
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     return layout.out
 
 
-def without_ray(run: flow.Flow, stop_after: int | None = None) -> None:
+def without_ray(run: flow.Flow, stop_after: int | None = None) -> shards.Totals:
     """`flow.run` by the real workers, one part after another; with `stop_after` it is killed after so many of them."""
     layout = run.layout
     shards.claim(layout.out, run.identity)
@@ -74,11 +75,15 @@ def without_ray(run: flow.Flow, stop_after: int | None = None) -> None:
         schema = pa.schema([("id", pa.int64()), *(field for stage in stages for field in stage.adds), *shards.REJECT])
         for k in parts[:stop_after]:
             rows = [_through(workers, {"id": i}) for i in layout.ids(k)]
-            shards.write_parts(pa.Table.from_pylist(rows, schema).drop_columns("wave"), layout)
+            footers = shards.write_parts(pa.Table.from_pylist(rows, schema).drop_columns("wave"), layout)
+            for footer in footers["part"].to_pylist():
+                run.on_part(json.loads(footer))
     if stop_after is not None:
         raise KeyboardInterrupt
-    flow._judge(run, shards.survey(layout)[1])
+    totals = shards.survey(layout)[1]
+    flow._judge(run, totals)
     shards.finish(layout)
+    return totals
 
 
 def _through(workers: Sequence[Worker], row: Row) -> Row:

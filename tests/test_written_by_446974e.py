@@ -131,12 +131,6 @@ def labels(part: Path) -> dict[str, Any]:
     }
 
 
-def in_process(run: flow.Flow) -> shards.Totals:
-    """`flow.run` without Ray."""
-    without_ray(run)
-    return shards.survey(run.layout)[1]
-
-
 @pytest.fixture(scope="module")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """An MLflow whose `quality@champion` is the stored model."""
@@ -226,7 +220,7 @@ def test_a_label_run_goes_on(clips_on_s3: None, tmp_path: Path, monkeypatch: pyt
     same = renewed(out, libraries=samples.libraries(weights_free()))
     there, missing = (Path(out, "shards", name) for name in expected["parts"])
     before = there.stat()
-    monkeypatch.setattr(flow, "run", in_process)
+    monkeypatch.setattr(flow, "run", without_ray)
     command = ["pseudolabel", "--clips", f"{out}/clips.parquet", "--teacher", str(STORED / "student"), "--out", out]
     assert cli.main([*command, *expected["options"]]) == 0
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import manifests
+from comparisons import without_ray
 from label_runs import rejects_of, rows_of
 from manifests import corpus, voice
 from speechdistill import cli
@@ -46,6 +47,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     return str(root / "manifest" / "clips.parquet")
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's own workers without Ray, for what the engine has no part in."""
+    monkeypatch.setattr(flow, "run", without_ray)
+
+
 def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_path: Path) -> None:
     config = Pseudolabel(clips, str(tmp_path), num_samples=10, seed=4, reference=True, rows_per_part=4)
     summary = pseudolabel.run(config)
@@ -68,7 +75,9 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
 
 
-def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_one(clips: str, tmp_path: Path) -> None:
+def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_one(
+    clips: str, tmp_path: Path, in_process: None
+) -> None:
     pytest.importorskip("pesq", reason="its installation needs a C compiler")
     config = Pseudolabel(clips, f"{tmp_path}/pesq", num_samples=4, seed=4, rows_per_part=4, teacher="pesq_oracle")
     assert pseudolabel.run(config)["labelled"] == 4
@@ -88,7 +97,7 @@ def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_
         assert other["audio"] == row["audio"] and other["reference"] == audio.encode(clean, "flac")
 
 
-def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path) -> None:
+def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path, in_process: None) -> None:
     from mlflow import MlflowClient
 
     config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
@@ -163,6 +172,7 @@ def test_a_dry_run_prints_what_the_run_takes_and_writes_nothing(
     assert "give --dry-run with it" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the engine's part is in test_flow.py
 def test_a_run_whose_time_is_up_says_how_to_go_on(
     clips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,7 +199,7 @@ def test_pools_can_be_sized_for_what_a_cluster_grows_to(clips: str, tmp_path: Pa
         pseudolabel.run(replace(config, grow_to="80 CPUs"))
 
 
-def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path: Path) -> None:
+def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path: Path, in_process: None) -> None:
     config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
     pseudolabel.run(config)
     with pytest.raises(RunError, match=r"(?s)seed: 0 -> 7.*another --out"):
@@ -200,7 +210,7 @@ def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path
         pseudolabel.run(replace(config, recipe="paper"))
 
 
-def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path) -> None:
+def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path, in_process: None) -> None:
     pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, audio_format="pcm16"))
     covered: Counter[str] = Counter()
     for row in rows_of(tmp_path).values():
@@ -440,7 +450,9 @@ def test_any_plan_on_any_audio_is_finite_and_keeps_its_length(
     assert degraded.dtype == np.int16
 
 
-def test_the_summary_of_the_real_recordings(real_audio: Path, tmp_path: Path, local_ray: None) -> None:
+def test_the_summary_of_the_real_recordings(
+    real_audio: Path, tmp_path: Path, local_ray: None, in_process: None
+) -> None:
     folders = {kind: (str(real_audio / kind),) for kind in ("speech", "noise", "rir")}
     summary = ingest.run(Ingest(out=str(tmp_path / "m"), **folders))
     assert summary["clips"] == {"speech": 251, "noise": 14, "rir": 4} and summary["rejected"] == 0
