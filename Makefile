@@ -37,7 +37,7 @@ demo: setup
 
 test: setup
 	@# Half of the time the tests wait, so two files at a time; a file's tests share what they set up.
-	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --durations=30 --numprocesses 2 --dist loadfile
 
 quick: setup
 	$(BIN)/python -m pytest -q -m "not slow and not ray" --numprocesses 2 --dist loadfile

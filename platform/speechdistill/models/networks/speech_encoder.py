@@ -162,7 +162,7 @@ def build(config: Any, layer: int) -> Any:
     if config.model_type not in _CLASSES:
         raise UserError(f"a model of type {config.model_type!r}", f"choose from {', '.join(_CLASSES)}")
     if not 1 <= layer <= config.num_hidden_layers:
-        raise UserError(f"layer {layer}", f"choose from 1 to {config.num_hidden_layers}, the encoder's")
+        raise UserError(f"layer {layer}", f"the encoder has {config.num_hidden_layers}: choose one of these")
     kind = getattr(transformers, _CLASSES[config.model_type])
     config.num_hidden_layers, config.add_adapter = layer, False
     config.mask_time_prob = config.mask_feature_prob = config.layerdrop = 0.0
