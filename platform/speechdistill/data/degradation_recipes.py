@@ -1,6 +1,6 @@
 """The degradation recipes that there are, the choice of one, and what its components need.
 
-`recipes/` is something else: what is trained.
+What is trained is in `training/recipes/`.
 """
 
 from collections.abc import Collection, Mapping
