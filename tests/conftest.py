@@ -29,6 +29,15 @@ def own_package_first() -> Iterator[None]:
     sys.path[:] = before
 
 
+@pytest.fixture(autouse=True)
+def no_ray_without_its_mark(pytestconfig: pytest.Config) -> Iterator[None]:
+    """In `make quick`, fail the test that starts a Ray in this process: it lacks the mark."""
+    yield
+    ray = sys.modules.get("ray")
+    if "not ray" in pytestconfig.option.markexpr and ray is not None:
+        assert not ray.is_initialized(), "a test that starts a Ray has the mark `ray` or the fixture `local_ray`"
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     import ray

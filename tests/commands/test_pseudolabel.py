@@ -378,6 +378,7 @@ def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None
     assert teach.batch_rows == (64 if gpus else 8)
 
 
+@pytest.mark.ray
 def test_the_demo_labels_trains_promotes_scores_and_compares(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason='pip install "speechdistill[demo]"')
     command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--out", str(tmp_path), "--num-samples", "24"]
