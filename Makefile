@@ -36,11 +36,11 @@ demo: setup
 		$(if $(NOISE),--noise "$(NOISE)") $(if $(RIR),--rir "$(RIR)")
 
 test: setup
-	@# Half of the time the tests wait, so two files at a time; a file's tests share what they set up.
-	$(BIN)/python -m pytest -q --durations=30 --numprocesses 2 --dist loadfile
+	@# The tests that start a Ray in one process, beside it the others, file by file (tests/conftest.py).
+	$(BIN)/python -m pytest -q --durations=30 --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 quick: setup
-	$(BIN)/python -m pytest -q -m "not slow and not ray" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not ray" --numprocesses 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -249,6 +249,7 @@ def test_a_killed_driver_resumes_bit_for_bit(clips: str, tmp_path: Path) -> None
         assert left[i]["score"] == pytest.approx(right[i]["score"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_stopping_is_clean_and_says_how_to_go_on(clips: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py"), "--clips", clips, "--out", str(tmp_path / "run")]
     command += ["--num-samples", "400", "--rows-per-part", "2"]

@@ -58,6 +58,7 @@ def test_a_row_that_runs_out_of_memory_is_rejected_alone(tmp_path: Path, local_r
     assert_exactly_once(tmp_path, 24)
 
 
+@pytest.mark.slow  # waits for its reports; test_pseudolabel.py sees them in MLflow
 def test_a_run_tells_how_far_it_is(tmp_path: Path, local_ray: None) -> None:
     reports: list[dict[str, float]] = []
     flow.run(
@@ -84,6 +85,7 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_
     assert_exactly_once(tmp_path, 160)
 
 
+@pytest.mark.slow  # waits until nothing has moved for a while
 def test_a_run_in_which_nothing_moves_starts_its_pools_anew(
     tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
