@@ -106,7 +106,7 @@ def test_a_kill_between_the_two_files_of_a_part_loses_nothing(
         real(data, uri)
 
     killed.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(table, "publish", killed)
+    monkeypatch.setattr(storage, "publish", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest.run(Ingest(out=str(out), speech=(str(root / "speech"),)))
     monkeypatch.undo()
