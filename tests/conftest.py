@@ -14,19 +14,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a Ray: tests of the session's own, and of `faults/`, which start clusters.
-
-    With several processes (xdist's loadgroup) one of them runs all of these, first, since two Rays would slow each
-    other down by more than they save; the tests of any other file stay together, as they share what they set up.
-    """
+    """Mark what starts a Ray: tests of the session's own, and of `faults/`, which start clusters."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()) or "faults" in item.path.parts:
             item.add_marker("ray")
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(autouse=True)

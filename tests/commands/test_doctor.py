@@ -187,7 +187,9 @@ def test_storage_is_really_tried_and_left_as_it_was(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="nosuch"):
         storage("nosuch://bucket/labels")
     (tmp_path / "kept").mkdir()
-    monkeypatch.setattr(storage, "publish", lambda data, uri: Path(uri).write_bytes(data[:-1]))  # a store that lies
+    monkeypatch.setattr(
+        "speechdistill.io.storage.publish", lambda data, uri: Path(uri).write_bytes(data[:-1])
+    )  # a store that lies
     with pytest.raises(OSError, match="not what is read"):
         storage(f"{tmp_path}/kept")
     assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
