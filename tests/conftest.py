@@ -9,7 +9,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: threads of theirs would wait for each other
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+# Ray's workers import what tests send them by the names of the helpers and of the test files.
+TESTS = Path(__file__).parent
+FOLDERS = [TESTS, *sorted({file.parent for file in TESTS.glob("*/test_*.py")})]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
 

@@ -178,20 +178,19 @@ def test_a_wrong_result_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_storage_is_really_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def storage(out: str) -> str:
+    def tried(out: str) -> str:
         return doctor_trials.TRIALS["storage"]("out", Places(out=out))
 
-    assert "written, read, listed, deleted" in storage(f"{tmp_path}/new/deep")
-    assert "written, read, listed, deleted" in storage("memory://labels")
+    assert "written, read, listed, deleted" in tried(f"{tmp_path}/new/deep")
+    assert "written, read, listed, deleted" in tried("memory://labels")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="nosuch"):
-        storage("nosuch://bucket/labels")
+        tried("nosuch://bucket/labels")
     (tmp_path / "kept").mkdir()
-    monkeypatch.setattr(
-        "speechdistill.io.storage.publish", lambda data, uri: Path(uri).write_bytes(data[:-1])
-    )  # a store that lies
+    # A store that lies.
+    monkeypatch.setattr(storage, "publish", lambda data, uri: Path(uri).write_bytes(data[:-1]))
     with pytest.raises(OSError, match="not what is read"):
-        storage(f"{tmp_path}/kept")
+        tried(f"{tmp_path}/kept")
     assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
 
 
