@@ -180,9 +180,9 @@ def test_what_cannot_be_pruned_is_told_before_the_work(
     for options, message in (
         (["--model", place], "is a student; a teacher's encoder can be pruned"),
         (["--model", str(tmp_path)], "holds no checkpoint"),
-        (["--until", "1.5"], "share and until are between 0 and 1"),
+        (["--until", "1.5"], "share and until between 0 and 1"),
         (["--labeled-percent", "0"], "no label shards"),
-        (["--crop-s", "0.1"], "crops of 0.1 s do not reach all weights: give --crop-s 0.19"),
+        (["--crop-s", "0.1"], "crops of 0.1 s do not reach all weights; give --crop-s 0.19"),
         (["--shards", label_run(tmp_path / "labels", 8)], "give --labeled-percent below 100"),
     ):
         command = ["prune", "--model", teacher, "--labeled", scores, "--out", f"{tmp_path}/out", *options]

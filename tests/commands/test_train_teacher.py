@@ -18,6 +18,7 @@ from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.labelling import features
 from speechdistill.labelling.features import LONGEST_S, Encode, Load
+from speechdistill.models.networks.speech_encoder import load as load_encoder
 
 RATE = audio.SAMPLE_RATE
 
@@ -93,9 +94,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_features_are_the_encoders_and_do_not_depend_on_company(clips: str, tmp_path: Path) -> None:
-
     place = speech_encoder(tmp_path, "wav2vec2", large=True)
-    found, digest = speech_encoder.load(place, 3)
+    found, digest = load_encoder(place, 3)
     rows = [{"id": i, **row} for i, row in enumerate(Load(clips)([{"id": i} for i in range(6)]))]
     together = Encode(place, 3, "float32", digest, batch_s=60.0)(rows)
     alone = Encode(place, 3, "float32", digest, batch_s=0.1)(rows)
@@ -114,9 +114,8 @@ def test_features_are_the_encoders_and_do_not_depend_on_company(clips: str, tmp_
 
 
 def test_of_many_frames_the_middle_ones_are_kept_and_what_float16_cannot_hold_is_rejected(tmp_path: Path) -> None:
-
     place = speech_encoder(tmp_path, "wav2vec2", large=True)
-    found, digest = speech_encoder.load(place, 3)
+    found, digest = load_encoder(place, 3)
     wave = voice(10.0, seed=3)
     encode = Encode(place, 3, "float32", digest, batch_s=60.0)
     (row,) = encode([{"wave": wave.tobytes()}])
