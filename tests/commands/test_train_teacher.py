@@ -40,7 +40,7 @@ def corpora(folder: Path, clips: int = 36) -> str:
     return f"{folder}/scores.csv"
 
 
-@pytest.mark.slow  # four jobs; each is tested alone
+@pytest.mark.slow  # several jobs one after another
 def test_from_listening_tests_to_a_student(
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
