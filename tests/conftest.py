@@ -37,8 +37,9 @@ def no_ray_without_its_mark(pytestconfig: pytest.Config) -> Iterator[None]:
     """In `make quick`, fail the test that starts a Ray in this process: it lacks the mark."""
     yield
     ray = sys.modules.get("ray")
-    if "not ray" in pytestconfig.option.markexpr and ray is not None:
-        assert not ray.is_initialized(), "a test that starts a Ray has the mark `ray` or the fixture `local_ray`"
+    if "not ray" in pytestconfig.option.markexpr and ray is not None and ray.is_initialized():
+        ray.shutdown()  # so that only this test fails
+        pytest.fail("a test that starts a Ray has the mark `ray` or the fixture `local_ray`")
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from speechdistill.io import storage, table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 
-def label_run(out: Path, num_ids: int, seed: int = 0) -> str:
-    """A complete label run of the milli flow, made without Ray; parts of 24 ids, so of two row groups."""
-    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, 24, lambda rows: {})
+def label_run(out: Path, num_ids: int, seed: int = 0, rows_per_part: int = 24) -> str:
+    """A complete label run of the milli flow, made without Ray; parts of 24 ids are of two row groups."""
+    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, rows_per_part, lambda rows: {})
     shards.claim(layout.out, {"seed": seed})
     for k in range(layout.num_parts):
         rows = [{"id": i} for i in layout.ids(k)]

@@ -77,6 +77,7 @@ def _running(command: list[str], uri: str, folder: Path, health: str) -> Iterato
         port = free.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", folder / "server.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five more processes that nobody needs here
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # where it looks for uvicorn
     if uri:
         environment["MLFLOW_TRACKING_URI"] = uri
@@ -99,6 +100,45 @@ def _running(command: list[str], uri: str, folder: Path, health: str) -> Iterato
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the group that this process began
         process.wait()
+
+
+class Gateway:
+    """A server's second address, which can be stopped and started again: to clients, the server's outage."""
+
+    def __init__(self, url: str) -> None:
+        self._server = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._address = free.getsockname()
+        self.uri = f"http://127.0.0.1:{self._address[1]}"
+        self.start()
+
+    def start(self) -> None:
+        self._listener = socket.create_server(self._address)
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        for end in (self._listener, *self._open):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait on it
+            end.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(self._server)
+                self._open += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_RDWR)
 
 
 def _answers(url: str) -> bool:

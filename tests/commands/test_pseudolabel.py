@@ -54,6 +54,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     config = Pseudolabel(clips, str(tmp_path), num_samples=10, seed=4, reference=True, rows_per_part=4)
     summary = pseudolabel.run(config)
     rows = rows_of(tmp_path)
@@ -73,6 +75,10 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     assert summary == {**storage.read_json(f"{tmp_path}/summary.json"), "complete": True, "wanted": 10}
     assert (summary["labelled"], sum(summary["score_histogram"]["counts"])) == (10, 10)
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
+    metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id(str(tmp_path))))
+    seen = metrics.data.metrics  # how far the run was
+    assert (seen["done"], seen["rejected"], seen["queue/teach"], seen["queue/write"]) == (10, 0, 0, 0)
+    assert seen["eta_s"] == 0 and seen["busy/teach"] > 0 and seen["audio_hours_per_s"] > 0
 
 
 def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_one(
@@ -147,16 +153,6 @@ def test_a_tracking_outage_does_not_stop_the_run(
     summary = pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2))
     assert summary["labelled"] == 2
     assert [record.message for record in caplog.records if "goes on without it" in record.message]
-
-
-def test_mlflow_sees_how_far_the_run_is(clips: str, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=6, rows_per_part=2))
-    metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id(str(tmp_path))))
-    seen = metrics.data.metrics
-    assert (seen["done"], seen["rejected"], seen["queue/teach"], seen["queue/write"]) == (6, 0, 0, 0)
-    assert seen["eta_s"] == 0 and seen["busy/teach"] > 0 and seen["audio_hours_per_s"] > 0
 
 
 def test_a_dry_run_prints_what_the_run_takes_and_writes_nothing(
@@ -352,7 +348,9 @@ def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(tmp_path:
     assert summary["labelled"] == len(good)
 
 
-def test_a_run_in_which_all_is_rejected_still_ends_with_its_summary(tmp_path: Path, local_ray: None) -> None:
+def test_a_run_in_which_all_is_rejected_still_ends_with_its_summary(
+    tmp_path: Path, local_ray: None, in_process: None
+) -> None:
     (tmp_path / "speech").mkdir()
     soundfile.write(tmp_path / "speech" / "silent.wav", np.zeros(48000), 16000)
     ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "speech"),)))
@@ -393,6 +391,7 @@ def test_the_demo_labels_trains_promotes_scores_and_compares(tmp_path: Path) -> 
     assert str(page) in run.stdout and all(f">{name}</th>" in page.read_text() for name in ("student", "distillmos"))
 
 
+@pytest.mark.slow  # the engine's part is in test_flow.py
 def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ray: None) -> None:
     folder = tmp_path / "speech"
     folder.mkdir()

@@ -87,7 +87,7 @@ def test_a_silent_second_has_a_row_that_says_so(folder: Path) -> None:
 
 def test_the_command_takes_a_hop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(1)
-    long = np.concatenate([0.1 * rng.standard_normal(8 * RATE), 0.3 * np.sin(np.arange(8 * RATE) / 5)])
+    long = np.concatenate([0.1 * rng.standard_normal(5 * RATE), 0.3 * np.sin(np.arange(4 * RATE) / 5)])
     soundfile.write(folder / "long.wav", long, RATE)
 
     def command(*options: str) -> tuple[int, float]:

@@ -110,6 +110,7 @@ def test_what_is_wrong_is_told_before_the_work(
     assert re.search(rf"error: .*{message}", error), error
 
 
+@pytest.mark.slow  # the demo goes the same way, in test_pseudolabel.py
 def test_from_shards_to_a_scored_file(
     labels: str, tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

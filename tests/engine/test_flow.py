@@ -14,7 +14,7 @@ import pytest
 import ray
 
 import milli
-from label_runs import assert_exactly_once, contents, rejects_of, rows_of
+from label_runs import assert_exactly_once, contents, label_run, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
 from speechdistill.engine import flow, parts, shards
 from speechdistill.io import table
@@ -23,39 +23,22 @@ from speechdistill.io.errors import RunError, UserError
 MILLI = Path(__file__).parents[1] / "milli.py"
 
 
-def test_every_id_is_labelled_once_and_in_order(tmp_path: Path, local_ray: None) -> None:
-    totals = flow.run(milli_flow(tmp_path, 37))
-    assert list(rows_of(tmp_path)) == list(range(37))
-    assert (totals.labelled, totals.rejected) == (37, 0)
-    assert totals.sums["audio_s"] == pytest.approx(0.37)
-    assert_exactly_once(tmp_path, 37)
-
-
-def test_a_failing_row_is_rejected_with_stage_and_reason_and_its_neighbours_live(
-    tmp_path: Path, local_ray: None
-) -> None:
-    flow.run(milli_flow(tmp_path, 24, Degrade(fails=(3,)), Teach(fails=(9,)), max_reject_share=0.5))
+def test_a_row_that_fails_is_rejected_alone_with_stage_and_reason(tmp_path: Path, local_ray: None) -> None:
+    degrade, teach = Degrade(fails=(3,), aborts=(5,), hoards=(20,)), Teach(fails=(9,))
+    totals = flow.run(milli_flow(tmp_path, 37, degrade, teach, max_reject_share=0.5))
     rejects = rejects_of(tmp_path)
+    assert list(rejects) == [3, 5, 9, 20]
     assert rejects[3] == {"id": "3", "stage": "degrade", "error_type": "ValueError", "message": "id 3 is bad"}
-    assert (rejects[9]["stage"], rejects[9]["error_type"]) == ("teach", "ArithmeticError")
-    assert set(rejects) == {3, 9}
-    assert_exactly_once(tmp_path, 24)
-
-
-def test_a_row_that_aborts_its_process_is_rejected_alone(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path, 24, Degrade(aborts=(5,)), max_reject_share=0.5))
-    rejects = rejects_of(tmp_path)
-    assert set(rejects) == {5}
     assert rejects[5]["error_type"] == "ChildDied" and "SIGABRT" in rejects[5]["message"]
-    assert_exactly_once(tmp_path, 24)
-
-
-def test_a_row_that_runs_out_of_memory_is_rejected_alone(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path, 24, Degrade(hoards=(5,)), max_reject_share=0.5))
-    rejects = rejects_of(tmp_path)
-    assert set(rejects) == {5}
-    assert "Memory" in rejects[5]["error_type"] and rejects[5]["stage"] == "degrade"
-    assert_exactly_once(tmp_path, 24)
+    assert (rejects[9]["stage"], rejects[9]["error_type"]) == ("teach", "ArithmeticError")
+    assert "Memory" in rejects[20]["error_type"] and rejects[20]["stage"] == "degrade"
+    assert list(rows_of(tmp_path)) == [i for i in range(37) if i not in rejects], "labelled once and in order"
+    assert (totals.labelled, totals.rejected) == (33, 4)
+    assert totals.sums["audio_s"] == pytest.approx(0.33)
+    file = min((tmp_path / "shards").glob("*.parquet"))
+    part = json.loads(pq.read_metadata(file).metadata[b"part"])
+    assert part["labelled"] == 6 and [reject["id"] for reject in part["rejects"]] == ["3", "5"]
+    assert part["content_sha256"] == shards.content_hash(pq.read_table(file))
 
 
 @pytest.mark.slow  # waits for its reports; test_pseudolabel.py sees them in MLflow
@@ -76,13 +59,16 @@ def test_a_run_tells_how_far_it_is(tmp_path: Path, local_ray: None) -> None:
 
 
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_ray: None) -> None:
+    committed: list[int] = []
     waiting = Teach(waits_for=(150, str(tmp_path / "later")))
-    totals = flow.run(milli_flow(tmp_path, 160, teach=waiting, max_hours=12 / 3600))
-    assert totals.done == sum(shards.listed(str(tmp_path)).values()) < 160
+    job = milli_flow(tmp_path, 160, teach=waiting, on_part=lambda part: committed.append(part["part"]))
+    totals = flow.run(replace(job, max_hours=12 / 3600))
+    assert 0 < totals.done == sum(shards.listed(str(tmp_path)).values()) < 160, "parts wait for later ones"
     assert not (tmp_path / "manifest.parquet").exists()
     (tmp_path / "later").touch()
-    assert flow.run(milli_flow(tmp_path, 160, teach=waiting, max_hours=1)).labelled == 160
+    assert flow.run(replace(job, max_hours=1)).labelled == 160
     assert_exactly_once(tmp_path, 160)
+    assert sorted(committed) == list(range(20))
 
 
 @pytest.mark.slow  # waits until nothing has moved for a while
@@ -102,43 +88,46 @@ def test_a_trial_writes_nothing_and_knows_what_it_cost(tmp_path: Path, local_ray
     assert {stage: work.rows for stage, work in trial.work.items()} == {"degrade": 40, "teach": 40, "write": 40}
     assert all(work.cpu_s > 0 and work.busy_s > 0 for work in trial.work.values())
     assert trial.size_bytes > 40 * 320 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # another start of the pools
+def test_a_trial_of_a_small_run_is_all_of_it(tmp_path: Path, local_ray: None) -> None:
     assert flow.trial(milli_flow(tmp_path / "run", 3), 40).num_ids == 3
 
 
 def test_killed_children_and_actors_lose_nothing(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path / "quiet", 40))
+    quiet = label_run(tmp_path / "quiet", 40, rows_per_part=8)
     degrade = Degrade(killed=(6, 17), marks=str(tmp_path))
     teach = Teach(killed=(11, 30), marks=str(tmp_path))
     totals = flow.run(milli_flow(tmp_path / "killed", 40, degrade, teach))
     assert sorted(p.name for p in tmp_path.glob("killed-*")) == [f"killed-{i}" for i in (11, 17, 30, 6)]
     assert totals.labelled == 40
     assert_exactly_once(tmp_path / "killed", 40)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "quiet")
+    assert contents(tmp_path / "killed") == contents(Path(quiet))
 
 
 def test_a_killed_driver_resumes_to_the_same_bits(tmp_path: Path, local_ray: None) -> None:
-    out, num_ids = tmp_path / "run", 800
-    flow.run(milli_flow(tmp_path / "quiet", num_ids))
-    for wanted in (5, 40):  # kill once early and once in the middle
-        driver = subprocess.Popen([sys.executable, str(MILLI), str(out), str(num_ids)], start_new_session=True)
-        while len(shards.listed(str(out))) < wanted:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                driver.wait(timeout=0.05)
-                break
-        assert driver.poll() is None, "the run ended before it could be killed"
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    out, num_ids = tmp_path / "run", 400
+    quiet = label_run(tmp_path / "quiet", num_ids, rows_per_part=8)
+    driver = subprocess.Popen([sys.executable, str(MILLI), str(out), str(num_ids)], start_new_session=True)
+    while len(shards.listed(str(out))) < 10:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            driver.wait(timeout=0.05)
+            break
+    assert driver.poll() is None, "the run ended before it could be killed"
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
     before = shards.listed(str(out))
-    assert 40 <= len(before) < num_ids // 8
+    assert 10 <= len(before) < num_ids // 8
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("part-*")}
     flow.run(milli_flow(out, num_ids))
     assert_exactly_once(out, num_ids)
-    assert contents(out) == contents(tmp_path / "quiet")
+    assert contents(out) == contents(Path(quiet))
     after = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("part-*")}
     assert kept.items() <= after.items(), "committed parts were made again"
 
 
-def test_a_run_that_grows_makes_only_the_new_samples(tmp_path: Path, local_ray: None) -> None:
+def test_a_run_that_grows_makes_only_the_new_samples_and_no_other(tmp_path: Path, local_ray: None) -> None:
     flow.run(milli_flow(tmp_path, 20))
     full = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("part-*-00000008.parquet")}
     flow.run(milli_flow(tmp_path, 50))
@@ -146,42 +135,42 @@ def test_a_run_that_grows_makes_only_the_new_samples(tmp_path: Path, local_ray: 
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("part-*")}
     assert full.items() <= after.items() and len(after) == 7
     assert len(table.read(f"{tmp_path}/manifest.parquet", "shard.v1")) == 7
-
-
-def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path, 8))
     with pytest.raises(RunError, match=r"(?s)another configuration.*seed: 0 -> 1.*--out"):
-        flow.run(milli_flow(tmp_path, 8, seed=1))
+        flow.run(milli_flow(tmp_path, 50, seed=1))
+    shard = min((tmp_path / "shards").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"is damaged.*delete it"):
+        flow.run(milli_flow(tmp_path, 50))
 
 
 def test_too_many_rejects_stop_the_run_and_a_retry_mends_it(tmp_path: Path, local_ray: None) -> None:
-    bad = Degrade(fails=tuple(range(0, 400, 3)))
+    bad = Degrade(fails=tuple(range(0, 160, 3)))
     with pytest.raises(RunError, match=r"(?s)--max-reject-share.*ValueError.*--retry-rejected"):
-        flow.run(milli_flow(tmp_path, 400, bad))
-    assert len(shards.listed(str(tmp_path))) < 50, "the run did not stop early"
+        flow.run(milli_flow(tmp_path, 160, bad))
+    assert len(shards.listed(str(tmp_path))) < 20, "the run did not stop early"
     with pytest.raises(RunError, match="--max-reject-share"):
-        flow.run(milli_flow(tmp_path, 400))
-    totals = flow.run(milli_flow(tmp_path, 400, retry_rejected=True))
-    assert (totals.labelled, totals.rejected) == (400, 0)
-    assert_exactly_once(tmp_path, 400)
+        flow.run(milli_flow(tmp_path, 160))
+    totals = flow.run(milli_flow(tmp_path, 160, retry_rejected=True))
+    assert (totals.labelled, totals.rejected) == (160, 0)
+    assert_exactly_once(tmp_path, 160)
 
 
-@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(
     isolated: bool, tmp_path: Path, local_ray: None
 ) -> None:
     job = milli_flow(tmp_path, 8)
-    broken = replace(job.stages(2, 0)[1], make=milli.no_weights, isolated=isolated)
+    broken = replace(job.stages(2, 0)[1], make=milli.no_weights, actors=1, isolated=isolated)
     with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*same command goes on$"):
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
 
 
-@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fault_of_the_program_in_an_actor_keeps_its_traceback(
     isolated: bool, tmp_path: Path, local_ray: None
 ) -> None:
     job = milli_flow(tmp_path, 8)
-    broken = replace(job.stages(2, 0)[1], make=milli.wrong_network, isolated=isolated)
+    broken = replace(job.stages(2, 0)[1], make=milli.wrong_network, actors=1, isolated=isolated)
     with pytest.raises(
         ray.exceptions.RayError, match=r"in wrong_network\n(.*\n)*.*RuntimeError: shape mismatch"
     ) as error:
@@ -208,25 +197,6 @@ def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) 
     footers = shards.write_parts(block, layout)
     assert [json.loads(text)["part"] for text in footers["part"].to_pylist()] == [2, 0]
     assert shards.listed(str(tmp_path)) == {0: 8, 2: 4}
-
-
-def test_parts_are_committed_while_later_ones_are_made(tmp_path: Path, local_ray: None) -> None:
-    committed: list[int] = []
-    waiting = Teach(waits_for=(150, str(tmp_path / "shards")))  # the last id waits until a shard is committed
-    flow.run(
-        milli_flow(
-            tmp_path, 160, teach=waiting, max_reject_share=0, on_part=lambda part: committed.append(part["part"])
-        )
-    )
-    assert sorted(committed) == list(range(20))
-
-
-def test_a_damaged_shard_is_named_with_the_fix(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path, 16))
-    shard = min((tmp_path / "shards").glob("*.parquet"))
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"is damaged.*delete it"):
-        flow.run(milli_flow(tmp_path, 16))
 
 
 def test_parts_that_nobody_sees_end_the_run_with_the_fix(tmp_path: Path) -> None:
@@ -260,11 +230,3 @@ def rejected(layout: shards.Layout, *numbers: int) -> pa.Table:
     for name in milli.COLUMNS:
         block = block.append_column(name, pa.nulls(len(block), table.schema("pseudolabel.v1").field(name).type))
     return block
-
-
-def test_footers_say_what_the_parts_hold(tmp_path: Path, local_ray: None) -> None:
-    flow.run(milli_flow(tmp_path, 8, Degrade(fails=(2,)), max_reject_share=1))
-    file = next((tmp_path / "shards").glob("*.parquet"))
-    part = json.loads(pq.read_metadata(file).metadata[b"part"])
-    assert part["labelled"] == 7 and part["rejects"][0]["id"] == "2"
-    assert part["content_sha256"] == shards.content_hash(pq.read_table(file))

@@ -15,10 +15,11 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import milli
-from label_runs import assert_exactly_once, contents
-from speechdistill.engine import flow, shards
+from label_runs import assert_exactly_once, contents, label_run
+from speechdistill.engine import shards
 
-NUM_IDS = 800  # a hundred parts
+NUM_PARTS = 40
+NUM_IDS = 8 * NUM_PARTS
 KINDS = ("degrade child", "degrade actor", "teach actor", "node", "driver")
 
 
@@ -71,10 +72,10 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> list[str]:
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The content hashes of the same run undisturbed."""
     out = tmp_path_factory.mktemp("quiet")
-    flow.run(milli.milli_flow(out, NUM_IDS))
+    label_run(out, NUM_IDS, rows_per_part=8)
     return contents(out)
 
 
@@ -98,7 +99,10 @@ def wait_for_parts(out: Path, wanted: int, driver: subprocess.Popen[bytes]) -> N
 def killed_run(nodes: Nodes, out: Path, kinds: list[str], choice: random.Random) -> list[str]:
     """Run to the end, with a kill of each kind at a random moment; returns what was really killed."""
     # Degrading runs ahead of the commits, and is over well before the last of them.
-    moments = sorted((choice.randrange(1, 40 if kind.startswith("degrade") else 85), kind) for kind in kinds)
+    latest = {"degrade": round(0.4 * NUM_PARTS)}
+    moments = sorted(
+        (choice.randrange(1, latest.get(kind.split()[0], round(0.85 * NUM_PARTS))), kind) for kind in kinds
+    )
     killed = []
     driver = drive(out, nodes.cluster.address)
     for moment, kind in moments:

@@ -92,6 +92,7 @@ def wait_for(two_nodes: TwoNodes, count: int) -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
+@pytest.mark.slow  # a submitted job and a killed node are in test_submission.py and test_kills.py
 def test_relative_paths_are_the_drivers_on_every_node(two_nodes: TwoNodes, clips: str) -> None:
     options = ["--clips", os.path.relpath(clips, two_nodes.shared), "--out", "run", "--num-samples", "6"]
     run = two_nodes.run(*options, "--rows-per-part", "2", cwd=two_nodes.shared)

@@ -26,6 +26,7 @@ import pytest
 import s3fs
 import soundfile
 
+from comparisons import without_ray
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
@@ -197,8 +198,10 @@ def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
     here, there = str(tmp_path), f"s3://{BUCKET}/main"
     corpus(tmp_path / "corpus")
     store.fs.put(f"{here}/corpus", f"{there}/corpus", recursive=True)
-    for command in commands(here):
-        assert cli.main(command) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "run", without_ray)
+        for command in commands(here):
+            assert cli.main(command) == 0
     tracking = f"sqlite:///{here}/tracking.db"
     code = f"from speechdistill import cli\nfor command in {commands(there)!r}: assert cli.main(command) == 0"
     with (
@@ -342,6 +345,7 @@ def test_a_stream_that_fails_on_its_way_leaves_the_old_file(store: Store, proxy:
     assert store.fs.cat_file(url) == b"old"
 
 
+@pytest.mark.slow  # waits for all tries of each request
 def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(store: Store, tmp_path: Path) -> None:
     layout = milli_flow(f"s3://{BUCKET}/dead", 64).layout
 

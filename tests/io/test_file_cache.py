@@ -324,7 +324,7 @@ def test_processes_share_the_files(
         store.fs.pipe_file(uri, wav(wave))
     command = [sys.executable, "-c", WORKER, json.dumps(list(waves))]
     paths = {"PYTHONPATH": str(Path(file_cache.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen(command, env={**os.environ, **paths}, stdout=subprocess.PIPE) for _ in range(4)]
+    workers = [subprocess.Popen(command, env={**os.environ, **paths}, stdout=subprocess.PIPE) for _ in range(2)]
     while evicted and any(worker.poll() is None for worker in workers):
         for path in files(folder):
             path.unlink(missing_ok=True)
@@ -332,11 +332,11 @@ def test_processes_share_the_files(
             workers[0].wait(0.01)
     printed = [worker.communicate()[0].splitlines() for worker in workers]
     assert not any(worker.returncode for worker in workers)
-    assert [len(lines) for lines in printed] == [3 * 20] * 4
+    assert [len(lines) for lines in printed] == [3 * 20] * 2
     assert {tuple(json.loads(line)) for lines in printed for line in lines} == {
         (uri, hashlib.sha256(wave).hexdigest()) for uri, wave in waves.items()
     }
     if evicted:
-        assert asked["GET"] > 4 * 20
+        assert asked["GET"] > 2 * 20
     else:
-        assert len(files(folder)) == 20 <= asked["GET"] <= 4 * 20  # of 240 reads; some fetch at the same time
+        assert len(files(folder)) == 20 <= asked["GET"] <= 2 * 20  # of 120 reads; some fetch at the same time

@@ -267,10 +267,9 @@ def test_provenance_names_the_weights_by_their_hash(teacher: Teacher) -> None:
 
 
 def test_bfloat16_stays_within_a_hundredth_of_float32(teacher: Teacher, real_audio: Path) -> None:
-    # The first is the file that plain autocast of the whole network moves furthest, by 0.017.
-    names = ("3235-11599-0000", "1447-130550-0000", "2764-36616-0000", "198-126831-0000")
-    clean = [audio.load(str(real_audio / "speech" / f"{name}.flac"))[:SEGMENT_SAMPLES] for name in names]
-    waves = [*clean, *(wave + 0.2 * noise(len(wave) / RATE) for wave in clean)]
+    # This is the file that plain autocast of the whole network moves furthest, by 0.017.
+    clean = audio.load(str(real_audio / "speech" / "3235-11599-0000.flac"))[:SEGMENT_SAMPLES]
+    waves = [clean, clean + 0.2 * noise(len(clean) / RATE)]
     full = [scored(label).score for label in teacher.label(waves)]
     low = [scored(label).score for label in Teacher(device="cpu", dtype="bfloat16").label(waves)]
     assert low == pytest.approx(full, abs=0.01)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from mlflow_runs import Gateway, tracking_server
 from speechdistill.io import storage
 from speechdistill.tracking import mlflow_sender
 from speechdistill.tracking import run as tracking_run
@@ -29,45 +29,12 @@ from speechdistill.tracking.run import Synced, Tracking, TrackingError, run_id, 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
-class Server:
-    """A real `mlflow server` of one worker, which a test can stop and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        until(self._answers, 240)
-
-    def stop(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # the group that this process began
-        self._process.wait()
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, (self._folder / "log").read_text()
-        with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-        return False
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("server"))
-    try:
-        started.start()
-        yield started
-    finally:
-        started.stop()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with tracking_server(tmp_path_factory.mktemp("server")) as url:
+        gateway = Gateway(url)
+        yield gateway
+        gateway.stop()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +103,7 @@ def unsent(out: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, points: 
 
 
 def test_an_outage_loses_and_doubles_nothing(
-    server: Server, tmp_path: Path, experiment: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Gateway, tmp_path: Path, experiment: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     ended, open_ = str(tmp_path / "ended"), str(tmp_path / "open")
@@ -243,7 +210,7 @@ def test_a_driver_killed_right_after_it_created_its_run_makes_no_second_one(
 
 
 def test_two_syncs_at_once_double_nothing(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str
+    server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
     unsent(tmp_path, monkeypatch, experiment, points=300)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -277,7 +244,7 @@ def test_two_syncs_at_once_double_nothing(
 
 
 def test_what_is_sent_again_stays_once(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str
+    server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     run = Tracking(str(tmp_path), experiment, "name", {"seed": 1})
@@ -315,7 +282,7 @@ def test_a_resumed_run_goes_on_as_the_same_one(
 
 
 def test_an_output_on_an_object_store_is_tracked_through_the_server(
-    server: Server, monkeypatch: pytest.MonkeyPatch, experiment: str
+    server: Gateway, monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
     from matplotlib.figure import Figure
 
@@ -337,7 +304,7 @@ def test_an_output_on_an_object_store_is_tracked_through_the_server(
 
 
 def test_no_password_is_written_or_told(
-    server: Server,
+    server: Gateway,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     experiment: str,
@@ -345,7 +312,7 @@ def test_no_password_is_written_or_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level("DEBUG", logger="speechdistill")
-    for host, folder in ((f"127.0.0.1:{server.port}", "there"), (NOBODY.removeprefix("http://"), "gone")):
+    for host, folder in ((server.uri.removeprefix("http://"), "there"), (NOBODY.removeprefix("http://"), "gone")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:s3cret@{host}")
         run = Tracking(str(tmp_path / folder), experiment, "name", {"seed": 1})
         run.metrics({"loss": 1.0}, 0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
+from processes import spawn
 from speechdistill.training.global_norm import GlobalBatchNorm1d, globalise
 
 BATCH, FEATURES, FRAMES = 7, 5, 6
@@ -52,7 +52,7 @@ def weights() -> Tensor:
 def test_any_split_gives_the_gradients_and_statistics_of_the_whole_batch(
     split: tuple[int, ...], tmp_path: Path
 ) -> None:
-    mp.spawn(worker, (split, str(tmp_path)), nprocs=len(split))
+    spawn(worker, (split, str(tmp_path)), nprocs=len(split))
     plain = network()
     expected = outcome(plain, rows(), weights())
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(split))]

@@ -10,20 +10,20 @@ import pytest
 import soundfile
 import torch
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from label_runs import label_run
 from manifests import row, voice
+from processes import spawn
 from speechdistill.io import storage, table
 from speechdistill.training.batches import Mix
 from speechdistill.training.lanes import share
 from speechdistill.training.loop import Loop, NotFiniteError, Training
 from speechdistill.training.recipes.distill import Distill, tiny
 
-FLOAT64 = Training(steps=40, dtype="float64", learning_rate=1e-4)
-FLOAT32 = Training(steps=40, dtype="float32")
+FLOAT64 = Training(steps=24, dtype="float64", learning_rate=3e-4)
+FLOAT32 = Training(steps=24, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def train(config: Distill, training: Training, plan: list[tuple[int, int]], fold
     """(workers, steps) after each other, each going on from the one before; per step: number, loss, sample ids."""
     done, start = [], 0
     for phase, (workers, steps) in enumerate(plan):
-        mp.spawn(worker, (workers, config, training, start + steps, str(folder), phase), nprocs=workers)
+        spawn(worker, (workers, config, training, start + steps, str(folder), phase), nprocs=workers)
         logs = [torch.load(folder / f"log-{phase}-{rank}.pt") for rank in range(workers)]
         for of_step in zip(*logs, strict=True):
             assert len({(number, loss) for number, loss, _ in of_step}) == 1  # all workers saw the same
@@ -73,17 +73,21 @@ def worker(rank: int, workers: int, config: Distill, training: Training, stop: i
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("training", "tolerance"), [(FLOAT64, 1e-8), (FLOAT32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("training", "tolerance"),
+    [(FLOAT64, 1e-8), pytest.param(FLOAT32, 1e-4, marks=pytest.mark.slow)],
+    ids=["float64", "float32"],
+)
 def test_any_number_of_workers_trains_the_same(
     config: Distill, tmp_path: Path, training: Training, tolerance: float
 ) -> None:
     runs = {}
-    for name, plan in {"one": [(1, 40)], "grown": [(1, 20), (2, 20)], "three": [(3, 40)]}.items():
+    for name, plan in {"one": [(1, 24)], "grown": [(1, 12), (2, 12)], "three": [(3, 24)]}.items():
         folder = tmp_path / name
         folder.mkdir()
         runs[name] = train(config, training, plan, folder), torch.load(folder / "state.pt")
     one, state = runs["one"]
-    assert [step for step, _, _ in one] == list(range(1, 41))
+    assert [step for step, _, _ in one] == list(range(1, 25))
     for name in ("grown", "three"):
         other, other_state = runs[name]
         assert [ids for _, _, ids in other] == [ids for _, _, ids in one]
@@ -94,7 +98,7 @@ def test_any_number_of_workers_trains_the_same(
             for key, value in state["network"].items():
                 torch.testing.assert_close(other_state["network"][key], value, atol=100 * tolerance, rtol=0)
         assert other_state["figures"]["mse"] == pytest.approx(state["figures"]["mse"], abs=10 * tolerance)
-    if training is FLOAT64:  # at 2e-5 forty steps are too few
+    if training is FLOAT64:  # at 2e-5 so few steps are not enough
         assert np.mean([loss for _, loss, _ in one[-5:]]) < np.mean([loss for _, loss, _ in one[:5]])
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from processes import spawn
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill.data.label_scale import Scale
@@ -297,7 +297,7 @@ def worker(rank: int, workers: int, recipe: Recipe, folder: str) -> None:
 @pytest.mark.slow  # workers of any number are one in test_loop.py
 def test_two_workers_prune_what_one_prunes(files: Files, tmp_path: Path) -> None:
     recipe = Recipe(files, FAST)
-    mp.spawn(worker, (2, recipe, str(tmp_path)), nprocs=2)
+    spawn(worker, (2, recipe, str(tmp_path)), nprocs=2)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
     try:
         alone = pruned(recipe)

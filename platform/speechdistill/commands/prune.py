@@ -106,6 +106,10 @@ def run(config: Prune) -> list[dict[str, Any]]:
     config = _absolute(config)
     tracking_uri(config.out)
     recipe, identity = _recipe(config)
+    made = recipe.make()
+    network = made.network()
+    made.pruner(network)  # what cannot be pruned is told before the work
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -113,10 +117,6 @@ def run(config: Prune) -> list[dict[str, Any]]:
     workers, gpus, _ = launch.capacity(*place, 1)
     job = _job(config, recipe, identity, workers, gpus)
     about = {key: value for key, value in asdict(config).items() if value is not None}
-    made = recipe.make()
-    network = made.network()
-    made.pruner(network)  # what cannot be pruned is told before the work
-    parameters = sum(parameter.numel() for parameter in network.parameters())
     parent = Tracking(config.out, "prune", NAME, about)
     tracking = Tracking(job.out, "prune", config.criterion, about, parent)
     (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
