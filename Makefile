@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 
 help:
 	@echo "make demo       label 200 samples, train a student and compare it on a page (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
-	@echo "make test       the tests;  make quick: those that start no Ray;  make test-slow: the long fault and memory campaigns"
+	@echo "make test       the tests;  make quick: those that start no Ray and no server;  make test-slow: the long fault and memory campaigns"
 	@echo "make lint       ruff, spelling and mypy;  make benchmarks: measured ratios"
 	@echo "make lock       requirements.lock, which the nodes of a cluster install, from what .venv has"
 
@@ -43,7 +43,7 @@ test: setup
 	wait $$others || failed=1; cat .pytest_cache/without-ray.txt; exit $$failed
 
 quick: setup
-	$(BIN)/python -m pytest -q -m "not slow and not ray" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not ray and not server" --numprocesses 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

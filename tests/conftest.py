@@ -14,14 +14,18 @@ TESTS = Path(__file__).parent
 FOLDERS = [TESTS, *sorted({file.parent for file in TESTS.glob("*/test_*.py")})]
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
+STARTED = {"local_ray": "ray", "server": "server", "healthy": "server", "sick": "server"}
+"""The marks of tests with these fixtures: an MLflow, and the doctor's trials, are other programs."""
+
 REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a Ray: tests of the session's own, and of `faults/`, which start clusters."""
+    """Mark what its fixtures start; tests of `faults/` start clusters."""
     for item in items:
-        if "local_ray" in getattr(item, "fixturenames", ()) or "faults" in item.path.parts:
-            item.add_marker("ray")
+        started = {STARTED[name] for name in getattr(item, "fixturenames", ()) if name in STARTED}
+        for mark in started | ({"ray"} if "faults" in item.path.parts else set()):
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

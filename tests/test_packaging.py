@@ -6,9 +6,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.server
 def test_the_wheel_works_elsewhere_with_its_schemas(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
@@ -33,6 +36,7 @@ def test_the_wheel_works_elsewhere_with_its_schemas(tmp_path: Path) -> None:
     assert "speechdistill = speechdistill.cli:entry" in entries
 
 
+@pytest.mark.server
 def test_jobs_explain_themselves_without_an_installation(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for job, words in (("ingest", "--rir"), ("pseudolabel", "--max-reject-share"), ("demo", "--num-samples")):
@@ -41,6 +45,7 @@ def test_jobs_explain_themselves_without_an_installation(tmp_path: Path) -> None
         assert run.returncode == 0 and words in run.stdout, run.stderr
 
 
+@pytest.mark.server
 def test_wrong_usage_exits_2_and_failures_exit_1_with_the_fix(tmp_path: Path) -> None:
     job = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py")]
     assert subprocess.run([*job, "--clips"], capture_output=True).returncode == 2

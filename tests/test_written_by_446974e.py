@@ -197,6 +197,7 @@ print(json.dumps([speechdistill.__file__, answer["mos"], answer["error"]]))
 """
 
 
+@pytest.mark.server
 def test_a_model_in_mlflow_loads_with_the_code_that_is_stored_with_it(recording: Path) -> None:
     """In a new process, where today's package could be imported too."""
     command = [sys.executable, "-c", PREDICTED, CHAMPION, str(recording)]
@@ -206,6 +207,7 @@ def test_a_model_in_mlflow_loads_with_the_code_that_is_stored_with_it(recording:
     assert (mos, error) == (score(), None)
 
 
+@pytest.mark.server
 def test_a_model_in_mlflow_is_served(mlflow_store: Store, recording: Path) -> None:
     records = [{"audio": base64.b64encode(recording.read_bytes()).decode()}]
     with serving(CHAMPION, mlflow_store.uri, recording.parent) as url:

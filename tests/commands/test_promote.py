@@ -310,6 +310,7 @@ def test_the_champion_scores_by_the_folder_of_its_runs(
     assert row["mos"] == speechdistill.load(checkpoints[1])(audio.load(clips[3]), RATE)
 
 
+@pytest.mark.slow  # another server; the registry is the same, and test_run.py has one
 def test_a_promotion_through_a_server(
     checkpoints: list[str], source: str, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

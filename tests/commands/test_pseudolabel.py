@@ -321,7 +321,9 @@ def hostile_files(folder: Path) -> dict[str, str]:
     return {**reasons, "pipe.wav": "not a regular file", "loop.wav": "", "gone.wav": "cannot be read"}
 
 
-def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(tmp_path: Path, local_ray: None) -> None:
+def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(
+    tmp_path: Path, local_ray: None, in_process: None
+) -> None:
     folder = tmp_path / "speech"
     folder.mkdir()
     reasons = hostile_files(folder)

@@ -219,6 +219,7 @@ for line in reversed(sys.stdin.read().splitlines()):
 """
 
 
+@pytest.mark.server
 def test_another_process_makes_the_same_bits(steps: dict[str, Step], tmp_path: Path) -> None:
     wave = speech(2.0)
     np.save(tmp_path / "wave.npy", wave)

@@ -57,7 +57,7 @@ EXPECTED = {  # of each step, over all samples
 }
 
 
-@pytest.mark.parametrize("total", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("total", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_steps_have_their_probabilities_and_parameters_their_distributions(
     recipe: str, total: int, tmp_path: Path

@@ -82,6 +82,7 @@ def test_a_run_in_which_nothing_moves_starts_its_pools_anew(
     assert_exactly_once(tmp_path / "run", 160)
 
 
+@pytest.mark.slow  # a dry run is in test_pseudolabel.py
 def test_a_trial_writes_nothing_and_knows_what_it_cost(tmp_path: Path, local_ray: None) -> None:
     trial = flow.trial(milli_flow(tmp_path / "run", 10_000, Degrade(fails=(0,))), 40)
     assert (trial.num_ids, trial.labelled) == (40, 39), "the first part is in it"
@@ -107,10 +108,10 @@ def test_killed_children_and_actors_lose_nothing(tmp_path: Path, local_ray: None
 
 
 def test_a_killed_driver_resumes_to_the_same_bits(tmp_path: Path, local_ray: None) -> None:
-    out, num_ids = tmp_path / "run", 400
+    out, num_ids = tmp_path / "run", 240
     quiet = label_run(tmp_path / "quiet", num_ids, rows_per_part=8)
     driver = subprocess.Popen([sys.executable, str(MILLI), str(out), str(num_ids)], start_new_session=True)
-    while len(shards.listed(str(out))) < 10:
+    while len(shards.listed(str(out))) < 5:
         with contextlib.suppress(subprocess.TimeoutExpired):
             driver.wait(timeout=0.05)
             break
@@ -118,7 +119,7 @@ def test_a_killed_driver_resumes_to_the_same_bits(tmp_path: Path, local_ray: Non
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     before = shards.listed(str(out))
-    assert 10 <= len(before) < num_ids // 8
+    assert 5 <= len(before) < num_ids // 8
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("part-*")}
     flow.run(milli_flow(out, num_ids))
     assert_exactly_once(out, num_ids)
@@ -144,15 +145,15 @@ def test_a_run_that_grows_makes_only_the_new_samples_and_no_other(tmp_path: Path
 
 
 def test_too_many_rejects_stop_the_run_and_a_retry_mends_it(tmp_path: Path, local_ray: None) -> None:
-    bad = Degrade(fails=tuple(range(0, 160, 3)))
+    bad = Degrade(fails=tuple(range(0, 112, 3)))
     with pytest.raises(RunError, match=r"(?s)--max-reject-share.*ValueError.*--retry-rejected"):
-        flow.run(milli_flow(tmp_path, 160, bad))
-    assert len(shards.listed(str(tmp_path))) < 20, "the run did not stop early"
+        flow.run(milli_flow(tmp_path, 112, bad))
+    assert len(shards.listed(str(tmp_path))) < 14, "the run did not stop early"
     with pytest.raises(RunError, match="--max-reject-share"):
-        flow.run(milli_flow(tmp_path, 160))
-    totals = flow.run(milli_flow(tmp_path, 160, retry_rejected=True))
-    assert (totals.labelled, totals.rejected) == (160, 0)
-    assert_exactly_once(tmp_path, 160)
+        flow.run(milli_flow(tmp_path, 112))
+    totals = flow.run(milli_flow(tmp_path, 112, retry_rejected=True))
+    assert (totals.labelled, totals.rejected) == (112, 0)
+    assert_exactly_once(tmp_path, 112)
 
 
 @pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])

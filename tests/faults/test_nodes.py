@@ -100,6 +100,7 @@ def test_relative_paths_are_the_drivers_on_every_node(two_nodes: TwoNodes, clips
     assert sorted(rows_of(two_nodes.shared / "run")) == list(range(6))
 
 
+@pytest.mark.slow  # a third node takes long to come
 def test_an_output_that_a_node_does_not_see_is_refused(two_nodes: TwoNodes, clips: str, blind_node: Path) -> None:
     run = two_nodes.run("--clips", clips, "--out", str(blind_node / "run"), "--num-samples", "4", cwd=ROOT)
     assert run.returncode == 1

@@ -138,11 +138,13 @@ def test_a_failing_job_exits_non_zero_with_its_reason_in_the_log(head: Head, tmp
     assert f"error: {missing}: no such file" in run.stdout, run.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_a_job_without_options_needs_no_dashes(head: Head) -> None:
     run = head.submit("jobs/pseudolabel.py")
     assert run.returncode == 1 and "--clips" in run.stdout, run.stdout[-3000:]  # the script's own usage error
 
 
+@pytest.mark.slow
 def test_the_package_is_not_installed_on_the_cluster(head: Head) -> None:
     run = head.submit("--", "python", "-c", "import torch, ray; import speechdistill")
     assert run.returncode == 1 and "No module named 'speechdistill'" in run.stdout, run.stdout[-3000:]

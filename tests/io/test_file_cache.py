@@ -315,7 +315,8 @@ for _ in range(3):
 """
 
 
-@pytest.mark.parametrize("evicted", [False, True], ids=["left alone", "evicted"])
+@pytest.mark.parametrize("evicted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["left alone", "evicted"])
+@pytest.mark.server
 def test_processes_share_the_files(
     store: Store, proxy: Proxy, asked: Counter[str], folder: Path, evicted: bool
 ) -> None:

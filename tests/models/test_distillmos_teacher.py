@@ -24,14 +24,12 @@ RATE = audio.SAMPLE_RATE
 
 # Known answers of LibriSpeech files: scores of the released `distillmos` 0.9.1 code itself (with the `xls-r-sqa`
 # 0.1.0 wheel that it needs and an empty module in place of torchaudio), float32, torch 2.13 on a CPU, whole
-# files as float32 at 16 kHz. Lengths: 1.65, 3.41, 11.28, 11.30, 14.00 and 17.19 s.
+# files as float32 at 16 kHz. Lengths: 1.65, 3.41, 11.28 and 11.30 s.
 RELEASED = {
     "1447-130550-0000": 3.310126,
     "2764-36616-0000": 4.020490,
     "6209-34599-0000": 3.930674,
     "7635-105409-0000": 4.542277,
-    "3664-11714-0000": 4.559277,
-    "198-126831-0000": 4.327261,
 }
 
 
@@ -56,7 +54,7 @@ def test_real_speech_scores_as_the_released_package_does(teacher: Teacher, real_
 
 
 def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher) -> None:
-    waves = [noise(s, seed) for seed, s in enumerate((1.0, 9.0, 7.68, 0.1, 8.7))]
+    waves = [noise(s, seed) for seed, s in enumerate((1.0, 8.7, 7.68, 0.1))]
     batched = Teacher(device="cpu", batch_s=4 * 7.68).label(waves)
     for wave, label in zip(waves, batched, strict=True):
         (alone,) = teacher.label([wave])
@@ -132,14 +130,14 @@ def test_a_longer_hop_takes_fewer_windows(duration_s: float, exact: int, fast: i
 
 
 def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
-    wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
+    wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(4 * RATE) / 5).astype(np.float32)])
     fast = load_teacher("distillmos", device="cpu", hop_s=7.68)
-    windows = [wave[start : start + SEGMENT_SAMPLES] for start in (0, 66_560, 133_120)]  # centres 3.84, 8, 12.16 s
+    windows = [wave[start : start + SEGMENT_SAMPLES] for start in (0, 69_120)]  # centres 3.84 and 8.16 s
     scores = [scored(label).score for label in teacher.label(windows)]
     assert fast(wave, RATE) == pytest.approx(np.mean(scores), abs=1e-5)
     assert fast(wave, RATE) != pytest.approx(Model(teacher)(wave, RATE), abs=1e-3)
     timeline = [score for _, score in fast.teacher.timeline(wave)]
-    assert timeline == pytest.approx([scores[i] for i in 6 * [0] + 4 * [1] + 6 * [2]], abs=1e-5)
+    assert timeline == pytest.approx([scores[i] for i in 6 * [0] + 6 * [1]], abs=1e-5)
 
 
 @pytest.mark.parametrize("hop_s", [0, -1, 7.69, float("inf"), float("nan")])
@@ -276,7 +274,7 @@ def test_bfloat16_stays_within_a_hundredth_of_float32(teacher: Teacher, real_aud
     assert low != pytest.approx(full, abs=1e-6)  # it did run in bfloat16
 
 
-@pytest.mark.parametrize("num_samples", [1600, 80_000, 119_000, SEGMENT_SAMPLES - 2000, SEGMENT_SAMPLES])
+@pytest.mark.parametrize("num_samples", [1600, SEGMENT_SAMPLES - 2000])
 def test_the_faster_convolutions_give_the_students_maps(teacher: Teacher, num_samples: int) -> None:
     path = distillmos._released_weights()
     plain = distillmos._network(Path(path).read_bytes(), path)

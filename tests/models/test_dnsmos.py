@@ -44,7 +44,7 @@ def scores(teacher: Teacher, waves: list[np.ndarray]) -> list[float]:
 @needs_wheel
 @pytest.mark.parametrize(
     ("duration_s", "p808", "p835"),
-    [pytest.param(s, *mos, marks=[pytest.mark.slow] if s > 30 else []) for s, mos in RELEASED.items()],
+    [pytest.param(s, *mos, marks=[pytest.mark.slow] if s in (3.0, 8.0, 35.0) else []) for s, mos in RELEASED.items()],
 )
 def test_scores_are_those_of_the_wheel(duration_s: float, p808: float, p835: float) -> None:
     wave = speech(duration_s)
@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_wheel(duration_s: float, p808: float, p835: flo
 @needs_wheel
 @pytest.mark.parametrize("name", ["dnsmos_p808", "dnsmos_p835"])
 def test_a_mixed_batch_scores_each_wave_as_if_alone(name: str) -> None:
-    waves = [speech(s) * np.float32(g) for s, g in ((12, 1), (1, 0.3), (9.01, 0.1))]
+    waves = [speech(s) * np.float32(g) for s, g in ((11, 1), (1, 0.3), (9.01, 0.1))]
     silent = np.zeros(RATE, np.float32)
     teacher = load_teacher(name, device="cpu", batch_s=30).teacher
     alone = [score for wave in waves for score in scores(load_teacher(name, device="cpu", batch_s=1).teacher, [wave])]
@@ -65,7 +65,7 @@ def test_a_mixed_batch_scores_each_wave_as_if_alone(name: str) -> None:
     assert np.ptp(alone) > 0.01
     assert teacher.name == name and len(teacher.weights_hash) == 64
     timeline = teacher.timeline(waves[0])
-    assert len(timeline) == 12
+    assert len(timeline) == 11
     assert timeline[0][1] != timeline[-1][1]
 
 

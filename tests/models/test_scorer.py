@@ -56,7 +56,7 @@ def test_the_released_model_scores_the_same_as_a_student(tmp_path: Path) -> None
     path = distillmos._released_weights()
     save_student(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
     one, several = voice(3.0), voice(8.5)
-    for options, wave in (({}, several), ({"dtype": "bfloat16"}, one), ({"hop_s": 7.68}, several)):
+    for options, wave in (({}, one), ({"dtype": "bfloat16"}, one), ({"hop_s": 7.68}, several)):
         released, ours = (load_teacher(name, **options) for name in ("distillmos", str(tmp_path / "v7")))
         assert ours(wave, RATE) == released(wave, RATE)
     assert ours.teacher.name == "student" and released.teacher.name == "distillmos"

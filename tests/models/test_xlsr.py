@@ -184,6 +184,7 @@ for folder in folders:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_only_the_wanted_blocks_are_read(tmp_path: Path) -> None:
     folder = Path(small_xlsr(tmp_path / "wide", hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
     head, pickled = xlsr_head(tmp_path / "head.pt", 768), tmp_path / "bin"

@@ -148,6 +148,7 @@ print(speechdistill.__file__, repr(answer["mos"]), answer["error"], "torchaudio"
 """
 
 
+@pytest.mark.server
 def test_a_model_loads_where_this_package_is_not_installed(logged: Logged, checkpoint: str, tmp_path: Path) -> None:
     expected = ours(checkpoint, wav(voice(3.0, RATE)), tmp_path)
     folder = tmp_path / "model"
@@ -168,6 +169,7 @@ def elsewhere(model: Path, recording: Path, *more: str) -> tuple[float, str, str
     return float(score), error, torchaudio
 
 
+@pytest.mark.server
 def test_a_head_loads_there_too_and_its_encoder_may_have_moved(tmp_path: Path) -> None:
     place = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
     digest = load_encoder(place, 2).digest
@@ -187,6 +189,7 @@ def ask(url: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return list(json.load(answer, parse_constant=pytest.fail)["predictions"])  # NaN is no JSON
 
 
+@pytest.mark.server
 def test_a_served_model_answers_with_our_own_scores(
     store: Store, logged: Logged, checkpoint: str, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def weights() -> Tensor:
 
 
 @pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.server
 def test_any_split_gives_the_gradients_and_statistics_of_the_whole_batch(
     split: tuple[int, ...], tmp_path: Path
 ) -> None:

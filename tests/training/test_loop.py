@@ -78,26 +78,26 @@ def worker(rank: int, workers: int, config: Distill, training: Training, stop: i
     [(FLOAT64, 1e-8), pytest.param(FLOAT32, 1e-4, marks=pytest.mark.slow)],
     ids=["float64", "float32"],
 )
+@pytest.mark.server
 def test_any_number_of_workers_trains_the_same(
     config: Distill, tmp_path: Path, training: Training, tolerance: float
 ) -> None:
     runs = {}
-    for name, plan in {"one": [(1, 24)], "grown": [(1, 12), (2, 12)], "three": [(3, 24)]}.items():
+    for name, plan in {"one": [(1, 24)], "grown": [(1, 8), (2, 8), (3, 8)]}.items():
         folder = tmp_path / name
         folder.mkdir()
         runs[name] = train(config, training, plan, folder), torch.load(folder / "state.pt")
     one, state = runs["one"]
     assert [step for step, _, _ in one] == list(range(1, 25))
-    for name in ("grown", "three"):
-        other, other_state = runs[name]
-        assert [ids for _, _, ids in other] == [ids for _, _, ids in one]
-        losses = [[loss for _, loss, _ in run] for run in (other, one)]
-        print(f"{name}: largest difference of a loss {np.abs(np.subtract(*losses)).max():.1e}")
-        np.testing.assert_allclose(*losses, atol=tolerance, rtol=0)
-        if training is FLOAT64:  # in float32 Adam makes whole steps of gradients that are rounding errors
-            for key, value in state["network"].items():
-                torch.testing.assert_close(other_state["network"][key], value, atol=100 * tolerance, rtol=0)
-        assert other_state["figures"]["mse"] == pytest.approx(state["figures"]["mse"], abs=10 * tolerance)
+    grown, grown_state = runs["grown"]
+    assert [ids for _, _, ids in grown] == [ids for _, _, ids in one]
+    losses = [[loss for _, loss, _ in run] for run in (grown, one)]
+    print(f"largest difference of a loss {np.abs(np.subtract(*losses)).max():.1e}")
+    np.testing.assert_allclose(*losses, atol=tolerance, rtol=0)
+    if training is FLOAT64:  # in float32 Adam makes whole steps of gradients that are rounding errors
+        for key, value in state["network"].items():
+            torch.testing.assert_close(grown_state["network"][key], value, atol=100 * tolerance, rtol=0)
+    assert grown_state["figures"]["mse"] == pytest.approx(state["figures"]["mse"], abs=10 * tolerance)
     if training is FLOAT64:  # at 2e-5 so few steps are not enough
         assert np.mean([loss for _, loss, _ in one[-5:]]) < np.mean([loss for _, loss, _ in one[:5]])
 

@@ -83,8 +83,8 @@ class LinearRecipe(Recipe):
 
 def trained(features: str, bias_aware: bool) -> tuple[LinearRecipe, nn.Module, dict[str, float]]:
     recipe = LinearRecipe(Teacher(features, "nowhere", "0", 1, bias_aware))
-    loop = Loop(recipe, Training(steps=600, learning_rate=0.02, dtype="float64"))
-    for _ in loop.run(600):
+    loop = Loop(recipe, Training(steps=300, learning_rate=0.04, dtype="float64"))
+    for _ in loop.run(300):
         pass
     return recipe, loop.network, loop.validate()
 

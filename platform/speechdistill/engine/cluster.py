@@ -24,6 +24,7 @@ Use = tuple[float, list[float]]
 
 # A store that refuses one request in twenty, or is away for a minute, must not cost a sample: ten tries, 110 s.
 _PATIENCE = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
+_ALONE = "SPEECHDISTILL_LOCAL_RAY"  # in the environment of a local Ray that `connect` started
 
 
 def connect() -> None:
@@ -47,17 +48,17 @@ def connect() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-    )  # a process for each run; one node has no use for it
+    # A process for each run of Ray Train, of no use on one node.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ[_ALONE] = "1"
     cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        runtime_env={"worker_process_setup_hook": _set_up_worker},
-    )
+    # Without a runtime_env, with which a worker takes twice as long to start.
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+
+
+def is_alone() -> bool:
+    """Whether this process belongs to a local Ray that `connect` started, which ends with its driver."""
+    return _ALONE in os.environ
 
 
 def in_order(function: Callable[[A], T], arguments: Iterable[A]) -> Iterator[T]:
@@ -77,18 +78,6 @@ def be_patient() -> None:
     """Let failed S3 requests be tried again; before a process's first, since a client keeps what it began with."""
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-
-
-def _set_up_worker() -> None:
-    """Ray Train's cleaner of placement groups asks the dashboard of any Ray on this machine, and says each second that
-    there is none; another Ray's does not answer, which makes each run's end wait for its timeout. Its reports' logger,
-    which is named after a file and heeds no setting, repeats what MLflow and the progress line have.
-    """
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    for name in ("execution.controller.placement_group_cleaner", "callbacks.placement_group_callback"):
-        logging.getLogger(f"ray.train.v2._internal.{name}").setLevel(logging.CRITICAL)
-    reports = Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execution" / "context.py"
-    logging.getLogger(str(reports)).setLevel(logging.WARNING)
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:

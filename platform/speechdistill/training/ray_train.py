@@ -4,6 +4,7 @@ The steps are `loop.py`; this file is what Ray Train needs around them. What the
 actor (`Progress`), which the driver reads: Ray Train itself hands on only what comes with a checkpoint.
 """
 
+import logging
 import math
 import tempfile
 import time
@@ -164,10 +165,19 @@ def _trainer(job: Job, progress: Progress) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        """On a local Ray without the actor that removes the placement group of a driver that died: it asks a dashboard
+        every second, and there is none, or another Ray's. Should Ray rename what is private here, it is there again.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            made: list[Any] = super()._create_default_callbacks()
+            return [one for one in made if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
     fewest, most = job.workers
     resources = {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})}
     filesystem, path = _storage(job.out)
-    return TorchTrainer(
+    return (Trainer if cluster.is_alone() else TorchTrainer)(
         _work,
         train_loop_config={"job": job, "progress": progress},
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
@@ -203,6 +213,9 @@ def _work(config: dict[str, Any]) -> dict[str, str]:
     """What each worker runs. What is raised is tried again, and only what all workers return together ends a run."""
     job, progress = config["job"], config["progress"]
     cluster.be_patient()
+    # This logger is named after its file, heeds no setting, and repeats what MLflow and the progress line have.
+    reports = Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execution" / "context.py"
+    logging.getLogger(str(reports)).setLevel(logging.WARNING)
     try:
         return _trained(job, progress)
     except NotFiniteError as error:  # raised on all workers
