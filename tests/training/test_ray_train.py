@@ -85,6 +85,7 @@ def test_points_that_an_earlier_driver_told_are_not_told_again() -> None:
     assert [point.step for point in progress.read().points] == [30, 30, 40]
 
 
+@pytest.mark.slow  # test_loop.py has it without Ray
 def test_a_score_that_is_not_finite_ends_the_run_at_once_with_its_name(tmp_path: Path, local_ray: None) -> None:
     labels = label_run(tmp_path / "labels", 48)
     (first, _) = sorted((tmp_path / "labels" / "shards").iterdir())
