@@ -165,7 +165,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Trainer(TorchTrainer):
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         """On a local Ray without the actor that removes the placement group of a driver that died: it asks a dashboard
         every second, and there is none, or another Ray's. Should Ray rename what is private here, it is there again.
         """
