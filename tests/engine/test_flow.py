@@ -109,7 +109,6 @@ def test_killed_children_and_actors_lose_nothing(tmp_path: Path, local_ray: None
     assert contents(tmp_path / "killed") == contents(Path(quiet))
 
 
-@pytest.mark.slow  # another start of Ray; test_kills.py kills a driver with a node
 def test_a_killed_driver_resumes_to_the_same_bits(tmp_path: Path, local_ray: None) -> None:
     out, num_ids = tmp_path / "run", 240
     quiet = label_run(tmp_path / "quiet", num_ids, rows_per_part=8)

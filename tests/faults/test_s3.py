@@ -178,7 +178,7 @@ def run_killed_and_resumed(store: Store, layout: shards.Layout, seed: int, kill_
     assert_complete(store, layout)
 
 
-@pytest.mark.slow  # test_kills.py kills a driver in `make test`
+@pytest.mark.slow  # test_flow kills a driver in `make test`
 def test_a_killed_driver_resumes_with_faults_and_readers_only_see_whole_parts(store: Store, tmp_path: Path) -> None:
     layout = milli_flow(f"s3://{BUCKET}/milli", 320).layout
     run_killed_and_resumed(store, layout, seed=1, kill_at=10, log=tmp_path / "log")
