@@ -62,7 +62,7 @@ def heard(out: Path) -> Counter[tuple[str, str]]:
     return found
 
 
-@pytest.mark.slow  # the demo compares on Ray, and one goes on without Ray above
+@pytest.mark.slow  # the demo compares on Ray, and one goes on without Ray below
 def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
     tmp_path: Path, students: list[str], local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

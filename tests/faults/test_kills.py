@@ -99,10 +99,8 @@ def wait_for_parts(out: Path, wanted: int, driver: subprocess.Popen[bytes]) -> N
 def killed_run(nodes: Nodes, out: Path, kinds: list[str], choice: random.Random) -> list[str]:
     """Run to the end, with a kill of each kind at a random moment; returns what was really killed."""
     # Degrading runs ahead of the commits, and is over well before the last of them.
-    latest = {"degrade": round(0.4 * NUM_PARTS)}
-    moments = sorted(
-        (choice.randrange(1, latest.get(kind.split()[0], round(0.85 * NUM_PARTS))), kind) for kind in kinds
-    )
+    early, late = round(0.4 * NUM_PARTS), round(0.85 * NUM_PARTS)
+    moments = sorted((choice.randrange(1, early if kind.startswith("degrade") else late), kind) for kind in kinds)
     killed = []
     driver = drive(out, nodes.cluster.address)
     for moment, kind in moments:

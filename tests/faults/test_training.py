@@ -31,7 +31,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def quiet(labels: str) -> dict[str, object]:
-    """What the undisturbed run ends with, here in this process."""
+    """The end of the undisturbed run, made here in this process."""
     job = small_training.job(labels, "nowhere", most=1, marks="", step=small_training.STEPS + 1)
     loop = Loop(job.make(), job.training)
     for _ in loop.run(small_training.STEPS):

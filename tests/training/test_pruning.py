@@ -295,7 +295,6 @@ def worker(rank: int, workers: int, recipe: Recipe, folder: str) -> None:
 
 
 @pytest.mark.slow  # workers of any number are one in test_loop.py
-@pytest.mark.server
 def test_two_workers_prune_what_one_prunes(files: Files, tmp_path: Path) -> None:
     recipe = Recipe(files, FAST)
     spawn(worker, (2, recipe, str(tmp_path)), nprocs=2)
