@@ -107,7 +107,7 @@ def _listen(run: Path, out: Path) -> Plan:
 
 def _student(demo: Demo, run: Path, students: Path) -> int:
     """Train the smallest student from the shards, promote it by samples that it has not seen, and score with it."""
-    quick = ["--crop-s", "1.92", "--learning-rate", "1e-3", "--workers", "2"]
+    quick = ["--crop-s", "0.96", "--learning-rate", "1e-3", "--workers", "2"]
     steps = ["--variants", "v0", "--steps", str(demo.steps), "--validate-every", "50", *quick]
     if code := _step(["train-students", "--shards", str(run), *steps, "--out", str(students)]):
         return code

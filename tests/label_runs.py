@@ -11,23 +11,35 @@ import soundfile
 from manifests import row
 from milli import Degrade, Teach
 from speechdistill.engine import shards
+from speechdistill.engine.isolate import Row
 from speechdistill.io import storage, table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 
-def label_run(out: Path, num_ids: int, seed: int = 0, rows_per_part: int = 24) -> str:
+def label_run(out: Path, num_ids: int, seed: int = 0, rows_per_part: int = 24, fails: tuple[int, ...] = ()) -> str:
     """A complete label run of the milli flow, made without Ray; parts of 24 ids are of two row groups."""
     layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, rows_per_part, lambda rows: {})
     shards.claim(layout.out, {"seed": seed})
     for k in range(layout.num_parts):
-        rows = [{"id": i} for i in layout.ids(k)]
-        for worker in (Degrade(), Teach()):
-            rows = [{**known, **result} for known, result in zip(rows, worker(rows), strict=True)]
+        ids = [{"id": i} for i in layout.ids(k)]
+        rows = [
+            _taught({**known, **_or_reject(result)}) for known, result in zip(ids, Degrade(fails)(ids), strict=True)
+        ]
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
     storage.publish_json({}, f"{out}/summary.json")
     return str(out)
+
+
+def _or_reject(result: Row | Exception) -> Row:
+    reason = ("degrade", type(result).__name__, str(result))
+    return dict(zip(shards.REJECT.names, reason, strict=True)) if isinstance(result, Exception) else result
+
+
+def _taught(row: Row) -> Row:
+    (result,) = [{}] if "reject_stage" in row else Teach()([row])
+    return {**row, **result}
 
 
 def some_clips(folder: Path, count: int = 12) -> pa.Table:

@@ -1,6 +1,7 @@
 """A millisecond flow for engine tests: real stages, shards and schema, with tiny waves instead of speech.
 
-Runs as a program too (`python tests/milli.py OUT NUM_IDS`), so that tests can kill its driver.
+Runs as a program too (`python tests/milli.py OUT NUM_IDS [ADDRESS]`), so that tests can kill its driver. ADDRESS is a
+Ray whose workers find the package by themselves.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row
@@ -134,4 +136,6 @@ def _same(worker: Degrade | Teach) -> Degrade | Teach:
 
 
 if __name__ == "__main__":
+    if sys.argv[3:]:
+        ray.init(sys.argv[3])
     flow.run(milli_flow(sys.argv[1], int(sys.argv[2])))

@@ -10,14 +10,19 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
 from speechdistill.engine import cluster
+from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Training
-from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.ray_train import Job, Progress, _Progress, _work, fit
 from speechdistill.training.recipes.distill import Distill, Recipe, tiny
+from speechdistill.training.side_by_side import Run
 
 STEPS = 60
 
@@ -64,6 +69,31 @@ def job(labels: str, out: str, most: int, marks: str, step: int) -> Job:
     recipe = Stopped(Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08)), marks, step)
     training = Training(STEPS, 1e-3, validate_every=STEPS, checkpoint_every_s=0.5, dtype="float64")
     return Job(recipe, training, out, {"seed": 0}, (1, most), cpus=1.0, resize_every_s=2.0)
+
+
+def train_here(runs: list[Run], at_once: int) -> None:
+    """`side_by_side.train` without a worker: Ray Train's local mode, one run after another in this process."""
+    for one in runs:
+        progress: Any = _Progress(one.job.starts)
+        try:
+            one.summary, one.state = fit(one.job, progress), "done"
+        except UserError as error:
+            one.error, one.state = str(error), "failed"
+        one.told = progress.read()
+        one.tracking.end("FINISHED" if one.state == "done" else "FAILED")
+
+
+class LocalTrainer:
+    """What `ray_train._trainer` makes, in local mode, which knows the last checkpoint only."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        config = {"job": job, "progress": progress}
+        self._trainer = TorchTrainer(_work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0))
+
+    def fit(self) -> Any:
+        result = self._trainer.fit()
+        result.best_checkpoints = [(result.checkpoint, result.metrics)]
+        return result
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from label_runs import label_run
 from manifests import voice
 from small_models import speech_encoder as small_encoder
+from small_training import LocalTrainer, train_here
 from speechdistill import cli
 from speechdistill.commands import prune
 from speechdistill.commands.prune import Prune
@@ -27,6 +28,7 @@ from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.training import ray_train, side_by_side
 from speechdistill.training.batches import Mix
 from speechdistill.training.pruning import Pruning
 from speechdistill.training.recipes.pruned import Pruned, normalised
@@ -69,6 +71,9 @@ def test_from_a_teacher_to_smaller_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if criterion == "structured":  # without a worker of Ray Train, which takes three times as long
+        monkeypatch.setattr(ray_train, "_trainer", LocalTrainer)
+        monkeypatch.setattr(side_by_side, "train", train_here)
     out = f"{tmp_path}/out"
     command = ["prune", "--model", teacher, "--labeled", scores, "--out", out, "--criterion", criterion]
     command += ["--until", "0.5", "--share", "0.25", "--every", "2", "--keep", "0.75", "--crop-s", "0.5"]

@@ -140,13 +140,8 @@ def assert_kills_change_nothing(nodes: Nodes, quiet: list[str], folder: Path, ki
     pytest.fail(f"seed {seed}: never killed: {kinds}")
 
 
-# The others are killed in `test_flow.py`, too, where it takes less time.
-IN_MAKE_TEST = ("node",)
-
-
-@pytest.mark.parametrize(
-    "kind", [kind if kind in IN_MAKE_TEST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.slow  # test_flow.py kills all but nodes, and test_training.py a node
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_kill_of_each_kind_loses_and_doubles_nothing(
     kind: str, nodes: Nodes, quiet: list[str], tmp_path: Path
 ) -> None:

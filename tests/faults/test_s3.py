@@ -30,6 +30,7 @@ from comparisons import without_ray
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
+from mlflow_runs import student
 from speechdistill import cli
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
@@ -197,13 +198,14 @@ def test_the_main_job_makes_the_same_bits_on_s3_with_faults_as_on_a_disk(
 ) -> None:
     here, there = str(tmp_path), f"s3://{BUCKET}/main"
     corpus(tmp_path / "corpus")
+    teacher = student(tmp_path / "teacher")
     store.fs.put(f"{here}/corpus", f"{there}/corpus", recursive=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "run", without_ray)
-        for command in commands(here):
+        for command in commands(here, teacher):
             assert cli.main(command) == 0
     tracking = f"sqlite:///{here}/tracking.db"
-    code = f"from speechdistill import cli\nfor command in {commands(there)!r}: assert cli.main(command) == 0"
+    code = f"from speechdistill import cli\nfor command in {commands(there, teacher)!r}: assert cli.main(command) == 0"
     with (
         Proxy(store.url, at_random(seed=2)) as proxy,
         Driver(proxy, tmp_path / "log", "-c", code, MLFLOW_TRACKING_URI=tracking) as driver,
@@ -305,11 +307,11 @@ def test_an_outage_ends_the_run_which_then_goes_on(store: Store, recordings: str
     assert (summary["labelled"], summary["rejected"]) == (40, 0)
 
 
-def commands(root: str) -> list[list[str]]:
+def commands(root: str, teacher: str) -> list[list[str]]:
     folders = [word for kind in ("speech", "noise", "rir") for word in (f"--{kind}", f"{root}/corpus/{kind}")]
     ingest = ["ingest", *folders, "--out", f"{root}/manifest"]
-    size = ["--num-samples", "12", "--rows-per-part", "2", "--seed", "3"]
-    return [ingest, ["pseudolabel", "--clips", f"{root}/manifest/clips.parquet", "--out", f"{root}/labels", *size]]
+    how = ["--num-samples", "12", "--rows-per-part", "2", "--seed", "3", "--teacher", teacher]
+    return [ingest, ["pseudolabel", "--clips", f"{root}/manifest/clips.parquet", "--out", f"{root}/labels", *how]]
 
 
 def test_torn_uploads_leave_whole_parts_only(store: Store, proxy: Proxy) -> None:

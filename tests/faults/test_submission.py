@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests import corpus
+from mlflow_runs import student
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 
@@ -125,7 +126,8 @@ def test_a_request_without_the_token_is_refused(head: Head) -> None:
     "form", [["python", "jobs/pseudolabel.py"], pytest.param(["jobs/pseudolabel.py"], marks=pytest.mark.slow)]
 )
 def test_both_forms_of_submission_label(head: Head, clips: str, tmp_path: Path, form: list[str]) -> None:
-    run = head.submit("--", *form, "--clips", clips, "--out", str(tmp_path / "run"), "--num-samples", "4")
+    options = ["--clips", clips, "--out", str(tmp_path / "run"), "--num-samples", "4"]
+    run = head.submit("--", *form, *options, "--teacher", student(tmp_path / "teacher"))
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "labelled 4 samples" in run.stdout
     assert pq.read_table(tmp_path / "run" / "shards")["sample_id"].to_pylist() == [0, 1, 2, 3]

@@ -106,6 +106,7 @@ def step() -> int:
     return random.Random(seed).randrange(2, small_training.STEPS)
 
 
+@pytest.mark.slow  # one of two workers is killed in test_ray_train.py
 def test_a_killed_worker_costs_only_time(labels: str, quiet: dict[str, object], tmp_path: Path) -> None:
     run = Run(labels, tmp_path, most=1, step=step())
     result = run.result()
