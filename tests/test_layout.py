@@ -15,7 +15,7 @@ PACKAGE = ROOT / "platform" / "speechdistill"
 
 # The whole rule: a file imports files of its own wing, never in a circle, or of a lower floor.
 FLOORS = (
-    {"io", "metrics"},  # import nothing of ours
+    {"io", "metrics"},  # import nothing of other wings
     {"data", "engine", "tracking"},
     {"models"},
     {"labelling", "training", "comparing"},

@@ -1,4 +1,4 @@
-# commands/: one file per command of `speechdistill`, its options and what it does.
+# commands/: the commands of `speechdistill`, a file for each (its options and what it does), and what they share.
 """Compare models on clips that listeners scored: score all of them once, then figures, tables and a page."""
 
 import platform

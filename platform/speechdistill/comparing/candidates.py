@@ -24,7 +24,7 @@ _MEMBER = re.compile(rf"(?!.*{_ENSEMBLE}).+=\s*[\d.]+")
 
 
 class Model(NamedTuple):
-    """`name` in tables; `teacher`, `weights` and `head` for `teachers.load`; `parameters` None where not known."""
+    """`name` in tables; `teacher`, `weights` and `head` for `load_teacher`; `parameters` None where not known."""
 
     name: str
     address: str

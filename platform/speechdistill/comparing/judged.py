@@ -42,7 +42,7 @@ class Judged(NamedTuple):
 
 
 def clips(source: str) -> Judged:
-    """A manifest or list of scored clips (`labeled.held_out`), or the folder of a label run.
+    """A manifest or list of scored clips (`scored_clips.held_out`), or the folder of a label run.
 
     Of a label run those samples that no student of it is trained on, with the teacher's scores. Raises `TableError`
     for what is neither.

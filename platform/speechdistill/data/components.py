@@ -1,10 +1,10 @@
 """Degradation components by name, what they need, and steps as JSON.
 
 A **component** is a function `(rng, scene) -> step` that draws a step's parameters and opens no audio. Both are found
-by name, `family.name` (`codecs.Opus`, `codecs.opus`): a new one is a new file or function in `degradations/`, with
-nothing to register. What a component needs beside the code, trained weights or texts, stands in its family's `NEEDS`,
-by the component's name; `OPTIONAL` has functions that raise `LibraryError` where a library of a component is missing
-that not every installation has, and `LIBRARIES` those that decide its bits.
+by name, `family.name` (`codecs.Opus`, `codecs.opus`): a new one is a new file or function in `degradations/`, and its
+odds in a recipe (`degradation_recipes.py`). What a component needs beside the code, trained weights or texts, stands in
+its family's `NEEDS`, by the component's name; `OPTIONAL` has functions that raise `LibraryError` where a library of a
+component is missing that not every installation has, and `LIBRARIES` those that decide its bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping

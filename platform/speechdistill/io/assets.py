@@ -1,4 +1,4 @@
-# io/: bytes, tables, storage, audio, tars, caches, weights, checkpoints, errors. It imports nothing of ours.
+# io/: bytes, tables, storage, audio, tars, caches, weights, checkpoints, errors. It imports nothing of other wings.
 """What a recipe's components need beside the code: files of trained weights, or texts; found, hashed, asked for."""
 
 import hashlib

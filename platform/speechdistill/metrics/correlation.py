@@ -1,4 +1,4 @@
-# metrics/: figures of merit. Arithmetic only: no audio files, no model, nothing of ours.
+# metrics/: figures of merit. Arithmetic only: no audio files, no model, nothing of other wings.
 """How well scores follow listeners: correlations per dataset, their weighted mean, and what a difference is worth.
 
 Arithmetic alone: it needs no model and no audio. Everywhere `mos` are listeners' scores, shape (clips,), and scores

@@ -37,7 +37,7 @@ Section = tuple[str, str, int, int, int]
 class RecordedNoise:
     """`num_samples` of a recording from sample `start` at 16 kHz, looped, heard from `offset` samples in.
 
-    Adds nothing where the section is silent. `apply` raises `audio.AudioError` for an unusable file.
+    Adds nothing where the section is silent. `apply` raises `AudioError` for an unusable file.
     """
 
     clip_id: str
@@ -85,7 +85,7 @@ class ColouredNoise:
 class Babble:
     """The sum of other talkers at equal active speech levels.
 
-    `talkers` are `Section`s; silent ones add nothing. `apply` raises `audio.AudioError` for an unusable file.
+    `talkers` are `Section`s; silent ones add nothing. `apply` raises `AudioError` for an unusable file.
     """
 
     talkers: tuple[Section, ...]

@@ -31,7 +31,7 @@ class MeasuredRoom:
 
     One channel, since the average of several has comb filter notches. At most `MAX_RESPONSE_S` are read. The
     direct path is taken to be the largest sample; the response's scale and polarity do not matter.
-    `apply` raises `audio.AudioError` for a silent or unusable file.
+    `apply` raises `AudioError` for a silent or unusable file.
     """
 
     clip_id: str
