@@ -66,3 +66,26 @@ def test_the_teacher_student_wants_to_know_which(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no released weights; give a checkpoint's folder"):
         load_teacher("student")
     assert "student" not in teacher_names()
+
+
+def test_a_batch_that_does_not_fit_a_gpus_memory_becomes_smaller_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
+    scorer = Scorer(ConvTransformer(small), "small", "0", "cpu", batch_s=8 * 7.68)
+    waves = [voice(1.0, seed=i) for i in range(7)]
+    alone = [label for wave in waves for label in scorer.label([wave])]
+    forward, sizes = Scorer._forward, []
+
+    def limited(self: Scorer, windows: list[np.ndarray]) -> torch.Tensor:
+        sizes.append(len(windows))
+        if len(windows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, windows)
+
+    monkeypatch.setattr(Scorer, "_forward", limited)
+    for found, expected in zip(scorer.label(waves), alone, strict=True):
+        assert isinstance(found, Label) and isinstance(expected, Label)
+        assert found.score == pytest.approx(expected.score, abs=1e-5)
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    sizes.clear()
+    scorer.label(waves[:3])
+    assert sizes == [2, 1]

@@ -190,7 +190,7 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
     from speechdistill.io import checkpoint
     from speechdistill.models import trained
-    from speechdistill.models.windowed import torch_device
+    from speechdistill.models.device import torch_device
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
     first = {device: trained.scorer(f"{out}/{names[0]}", device=device) for device in devices}

@@ -127,8 +127,9 @@ class Encode:
     def __init__(self, encoder: str, layer: int, dtype: str, sha256: str, batch_s: float) -> None:
         import torch
 
+        from speechdistill.models.device import torch_device
         from speechdistill.models.networks import speech_encoder
-        from speechdistill.models.windowed import DTYPES, torch_device
+        from speechdistill.models.windowed import DTYPES
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         found, digest = speech_encoder.load(encoder, layer)

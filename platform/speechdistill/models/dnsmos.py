@@ -1,4 +1,3 @@
-# models/: networks, and how they are used: scorers, teachers/, served models.
 """What the DNSMOS teachers share: windows of 9.01 s, ONNX networks of Microsoft's `speechmos` wheel (MIT), their MOS.
 
 The wheel is not imported: it needs librosa. Scores equal those of its version 0.0.1.1.
@@ -8,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import UserError
+from speechdistill.models.device import torch_device
 from speechdistill.models.label import logits
-from speechdistill.models.windowed import HOP_S, Windowed, check, torch_device
+from speechdistill.models.windowed import HOP_S, Windowed, check
 
 WINDOW_S = 9.01
 SEGMENT_SAMPLES = 144_160
@@ -70,8 +72,8 @@ class Dnsmos(Windowed):
             return super()._window(wave, start)
         return wave.take(range(start, start + SEGMENT_SAMPLES), mode="wrap")
 
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        return logits(self._scores(np.stack(windows).astype(np.float32)))
+    def _forward(self, windows: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(logits(self._scores(np.stack(windows).astype(np.float32))))
 
     def _scores(self, windows: np.ndarray) -> np.ndarray:
         """MOS of windows, (batch, 144160) to (batch,)."""

@@ -13,10 +13,11 @@ from speechdistill.data.label_scale import Scale
 from speechdistill.io import checkpoint, fingerprint
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import UserError
+from speechdistill.models.device import torch_device
 from speechdistill.models.networks import slim_encoder, speech_encoder
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, QualityHead
 from speechdistill.models.networks.speech_encoder import Encoder, middle
-from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
+from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts
 
 WHOLE_S = 15.0
 """A longer wave is judged in windows, as the original advises from there on."""
@@ -83,10 +84,10 @@ class EncoderScorer(Windowed):
     def _window(self, wave: np.ndarray, start: int) -> np.ndarray:
         return wave if _is_whole(wave) else super()._window(wave, start)
 
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
+    def _forward(self, windows: Sequence[np.ndarray]) -> Tensor:
         with torch.inference_mode():
-            logits = self.network(*self.network.encoder.prepared(windows))
-        return np.asarray(logits.cpu().numpy(), np.float64) * self._scale.a + self._scale.b
+            logits: Tensor = self.network(*self.network.encoder.prepared(windows))
+            return logits.double() * self._scale.a + self._scale.b
 
 
 class Network(nn.Module):

@@ -12,9 +12,10 @@ from torch import Tensor
 from speechdistill.io import weights_file
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import UserError
+from speechdistill.models.device import on_device, torch_device
 from speechdistill.models.label import logits
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
-from speechdistill.models.windowed import HOP_S, Windowed, check, segment_starts, torch_device
+from speechdistill.models.windowed import HOP_S, Windowed, check, segment_starts
 
 _BATCH_SEGMENTS = {"cpu": 1, "cuda": 8}
 
@@ -79,10 +80,10 @@ class Released(Windowed):
     def _is_whole(self, wave: np.ndarray) -> bool:
         return len(wave) <= self.whole_s * SAMPLE_RATE
 
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        scores: list[np.ndarray] = []
+    def _forward(self, windows: Sequence[np.ndarray]) -> Tensor:
+        scores: list[Tensor] = []
         with torch.inference_mode():
             for _, alike in groupby(windows, len):  # it would hear padding
-                batch = torch.from_numpy(np.stack(list(alike)).astype(np.float32))
-                scores.append(self._mos(batch.to(self._device)).cpu().numpy())
-        return logits(np.concatenate(scores))
+                batch = np.stack(list(alike)).astype(np.float32)
+                scores.append(self._mos(on_device(batch, self._device)))
+        return torch.from_numpy(logits(torch.cat(scores).cpu().numpy()))

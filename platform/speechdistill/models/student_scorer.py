@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.models.device import on_device, torch_device
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, ConvTransformer
-from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts, torch_device
+from speechdistill.models.windowed import DTYPES, HOP_S, Windowed, check, segment_starts
 
 _LONGEST_S = SEGMENT_SAMPLES / SAMPLE_RATE
 
@@ -58,14 +59,14 @@ class Scorer(Windowed):
     def _starts(self, wave: np.ndarray) -> list[int]:
         return segment_starts(len(wave), self._hop, self._segment)
 
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
+    def _forward(self, windows: Sequence[np.ndarray]) -> Tensor:
         segments = np.zeros((len(windows), self._segment), np.float32)
         for row, window in zip(segments, windows, strict=True):
             row[: len(window)] = window
         low = self._dtype is not torch.float32
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=low):
-            logits = self.network(torch.from_numpy(segments).to(self._device))
-        return np.asarray(logits.cpu().numpy(), np.float64)
+            logits: Tensor = self.network(on_device(segments, self._device))
+            return logits.double()
 
 
 class _FastConvolutions(nn.Module):

@@ -1,11 +1,13 @@
 """Scoring a recording by its windows, for every teacher that scores a limited length at once."""
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import UserError
@@ -15,6 +17,7 @@ from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
 HOP_S = 1.0
 """Windows of long audio start at most so far apart in the released model."""
 
+_LOG = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LONGEST_S = SEGMENT_SAMPLES / SAMPLE_RATE
 
@@ -67,8 +70,11 @@ class Windowed:
     def _window(self, wave: np.ndarray, start: int) -> np.ndarray:
         return wave[start : start + self._segment]
 
-    def _forward(self, windows: Sequence[np.ndarray]) -> np.ndarray:
-        """The logits of up to `_batch` windows, float64; a window may be shorter than `_segment`."""
+    def _forward(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """The logits of up to `_batch` windows, (windows,) float64; a GPU may still be computing them.
+
+        A window may be shorter than `_segment`.
+        """
         raise NotImplementedError
 
     def _logits(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -76,12 +82,29 @@ class Windowed:
         order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
         starts = [self._starts(waves[i]) for i in order]
         windows = (self._window(waves[i], start) for i, its in zip(order, starts, strict=True) for start in its)
-        logits = [self._forward(batch) for batch in _batches(windows, self._batch)]
+        logits = [batch.numpy() for batch in _one_behind(self._batches(windows))]
         if not logits:
             return []
         ends = np.cumsum([len(its) for its in starts])
         of_wave = dict(zip(order, np.split(np.concatenate(logits), ends[:-1]), strict=True))
         return [of_wave[i] for i in range(len(waves))]
+
+    def _batches(self, windows: Iterator[np.ndarray]) -> Iterator[Tensor]:
+        while batch := list(islice(windows, self._batch)):
+            yield from self._in_memory(batch)
+
+    def _in_memory(self, batch: list[np.ndarray]) -> Iterator[Tensor]:
+        """The logits of a batch; if a GPU's memory is too small for it, it and all to come are halved."""
+        try:
+            yield self._forward(batch)
+            return
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()  # here, where the traceback no longer holds the tensors
+        self._batch = (len(batch) + 1) // 2
+        _LOG.warning("%s: a batch of %d does not fit the GPU's memory; now %d", self.name, len(batch), self._batch)
+        yield from self._batches(iter(batch))
 
 
 def segment_starts(
@@ -105,19 +128,12 @@ def check(dtype: str, batch_s: float | None, hop_s: float, longest_s: float = _L
         raise UserError(f"hop_s {hop_s}", f"choose seconds above 0 and up to {longest_s} (released: {HOP_S})")
 
 
-def torch_device(name: str | None) -> torch.device:
-    """The device of a name, without one CUDA where there is one; raises `UserError` for a device that is not there."""
-    available = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if available else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown to torch", "choose cpu, cuda or cuda:<index>") from error
-    if device.type == "cuda" and not available:
-        raise UserError(f"device {name!r}: this torch finds no CUDA device", "choose cpu")
-    return device
-
-
-def _batches(windows: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    stream = iter(windows)
-    while batch := list(islice(stream, size)):
-        yield batch
+def _one_behind(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Each batch on the CPU, once the next one is on its way: its windows are put together while a GPU computes."""
+    waiting: Tensor | None = None
+    for batch in batches:
+        if waiting is not None:
+            yield waiting.cpu()
+        waiting = batch
+    if waiting is not None:
+        yield waiting.cpu()

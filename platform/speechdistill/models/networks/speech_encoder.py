@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from speechdistill.io.errors import UserError, WeightsError
+from speechdistill.models.device import on_device
 from speechdistill.models.networks import slim_encoder
 
 XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
@@ -95,8 +96,8 @@ class Encoder(nn.Module):
         for row, wave in zip(batch, waves, strict=True):
             row[: len(wave)] = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7) if self.normalises else wave
         device = next(self.parameters()).device
-        padded = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
-        return torch.from_numpy(batch).to(device), padded
+        padded = None if min(lengths) == max(lengths) else on_device(np.array(lengths), device)
+        return on_device(batch, device), padded
 
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to hidden states

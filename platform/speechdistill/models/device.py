@@ -1,0 +1,26 @@
+# models/: networks, and how they are used: scorers, teachers/, served models.
+"""Where networks compute, and how what they hear gets there."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechdistill.io.errors import UserError
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of a name, without one CUDA where there is one; raises `UserError` for a device that is not there."""
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown to torch", "choose cpu, cuda or cuda:<index>") from error
+    if device.type == "cuda" and not available:
+        raise UserError(f"device {name!r}: this torch finds no CUDA device", "choose cpu")
+    return device
+
+
+def on_device(batch: np.ndarray, device: torch.device) -> Tensor:
+    """The batch on a device; to a GPU from pinned memory, so that the copy is not waited for."""
+    tensor = torch.from_numpy(batch)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
