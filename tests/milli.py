@@ -125,7 +125,7 @@ def milli_flow(
         identity={"seed": options.pop("seed", 0)},
         stages=lambda cpus, gpus: (
             flow.Stage("degrade", partial(_same, degrade), DEGRADED, 1, 0.25, isolated=True, memory_gb=4),
-            flow.Stage("teach", partial(_same, teach), TAUGHT, 2, 0.25, batch_rows=4),
+            flow.Stage("teach", partial(_same, teach), TAUGHT, 2, 0.25, batch_rows=4, calls=2),
         ),
         **options,  # type: ignore[arg-type]
     )

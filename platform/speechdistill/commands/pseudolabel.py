@@ -28,6 +28,7 @@ from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
+_CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,8 @@ def _stages(
         stages.append(flow.Stage(f"network {number}", enhance, _NOTHING, sizes.network, *heavy, 16, True))
         stages.append(flow.Stage(f"degrade {number + 1}", degrade, _NOTHING, *later))
     teach = partial(Teach, *model, teacher_sha256, config.reference)
-    return (*stages, flow.Stage("teach", teach, TAUGHT, sizes.teach, *heavy, rows, isolated=True))
+    calls = _CALLS if sizes.heavy_gpus else 1
+    return (*stages, flow.Stage("teach", teach, TAUGHT, sizes.teach, *heavy, rows, isolated=True, calls=calls))
 
 
 def _about(config: Pseudolabel, identity: Mapping[str, Any]) -> dict[str, Any]:

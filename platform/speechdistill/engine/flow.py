@@ -8,6 +8,7 @@ the run and its number.
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -41,7 +42,8 @@ class Stage:
     """A pool of actors that do `make()`'s work: rows in; per row the columns `adds`, or an exception, out.
 
     `num_cpus` and `num_gpus` are Ray's, per actor, and may be fractions. `isolated` runs the work in a child
-    process of the actor, with at most `memory_gb`, for code that may crash.
+    process of the actor, with at most `memory_gb`, for code that may crash. `calls`: batches that an actor works on at
+    once, each in a thread, for work that waits for a GPU: the next ones are decoded meanwhile.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     batch_rows: int = 8
     isolated: bool = False
     memory_gb: float | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,12 @@ def _parts(
             fn_constructor_args=(stage, pa.schema([*columns, *REJECT]), board),
             batch_size=stage.batch_rows,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=stage.actors),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=stage.actors,
+                max_concurrent_calls_per_actor=stage.calls,
+                enable_true_multi_threading=stage.calls > 1,
+            ),
             num_cpus=stage.num_cpus,
             num_gpus=stage.num_gpus,
         )
@@ -277,8 +285,10 @@ def _cause(error: Exception) -> str:
 
 def _write(block: pa.Table, layout: Layout, board: Board, publish: bool) -> pa.Table:
     cluster.be_patient()
-    with board.working("write", len(block)):
-        return shards.write_parts(block, layout, publish)
+    began, cpu_began = time.monotonic(), time.process_time()
+    written = shards.write_parts(block, layout, publish)
+    board.note("write", len(block), time.monotonic() - began, time.process_time() - cpu_began)
+    return written
 
 
 class _Actor:
@@ -288,14 +298,16 @@ class _Actor:
         self._stage, self._schema, self._board = stage, schema, board
         cluster.be_patient()
         cluster.node_use()  # the first answer is about no time at all
-        self._work: Worker = Isolated(stage.make, stage.memory_gb) if stage.isolated else stage.make()
+        isolated = partial(Isolated, stage.make, stage.memory_gb, calls=stage.calls)
+        self._work: Worker = isolated() if stage.isolated else stage.make()
+        self._lock, self._noted = threading.Lock(), (0.0, 0.0)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
         live = [row for row in rows if row["reject_stage"] is None]
-        with self._board.working(self._stage.name, len(rows), self._cpu_s):
-            results = self._results(live)
-        self._board.note_use()
+        began = time.monotonic(), self._cpu_s()
+        results = self._results(live)
+        self._note(len(rows), *began)
         for row, result in zip(live, results, strict=True):
             if isinstance(result, Exception):
                 reason = (self._stage.name, type(result).__name__, str(result))
@@ -313,6 +325,15 @@ class _Actor:
             raise
         except Exception as error:
             return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]
+
+    def _note(self, rows: int, began: float, cpu_began: float) -> None:
+        """Tell the board; what batches do at the same time counts once."""
+        with self._lock:
+            now, cpu_s = time.monotonic(), self._cpu_s()
+            since, cpu_since = (max(pair) for pair in zip(self._noted, (began, cpu_began), strict=True))
+            self._board.note(self._stage.name, rows, now - since, cpu_s - cpu_since)
+            self._noted = now, cpu_s
+            self._board.note_use()
 
     def _cpu_s(self) -> float:
         return time.process_time() + getattr(self._work, "cpu_s", 0.0)

@@ -13,6 +13,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -55,30 +58,48 @@ class Isolated:
     When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
     kills it again, or lets it hang once more, becomes a `ChildDied` in the result. Where `make` fails, now or in a
     later child, `CannotWork` is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the
-    CPU time of all its children.
+    CPU time of all its children. May be called from several threads: the child works on up to `calls` of their
+    batches at once, each in a thread of its own.
     """
 
     def __init__(
-        self, make: Callable[[], Worker], memory_gb: float | None = None, timeout_s: float = _TIMEOUT_S
+        self,
+        make: Callable[[], Worker],
+        memory_gb: float | None = None,
+        timeout_s: float = _TIMEOUT_S,
+        calls: int = 1,
     ) -> None:
+        self._child: _Child | None = None
         self._make = cloudpickle.dumps(make)
         self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
-        self._child: subprocess.Popen[bytes] | None = None
-        self.cpu_s = self._cpu_s_of_child = 0.0
-        self._ask(None)
+        self._calls = calls
+        self._lock = threading.Lock()  # while a child begins, and while rows are tried alone
+        self._ended_cpu_s = 0.0
+        self._living()
+
+    def __del__(self) -> None:
+        if self._child:
+            self._child.end()
+
+    @property
+    def cpu_s(self) -> float:
+        return self._ended_cpu_s + (self._child.cpu_s if self._child else 0.0)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        with self._lock:
+            child = self._living()
         try:
-            return self._ask(rows)
+            return child.ask(rows)
         except ChildDied:
-            return [self._alone(row) for row in rows]
+            with self._lock:  # a row that kills takes none of another batch with it
+                return [self._alone(row) for row in rows]
 
     def _alone(self, row: Row) -> Row | Exception:
         died: ChildDied | None = None
         for _ in range(2):
             try:
-                return self._ask([row])[0]
+                return self._living().ask([row])[0]
             except ChildDied as error:
                 died = error
                 if error.hung:  # it has cost two timeouts by now
@@ -86,85 +107,134 @@ class Isolated:
         assert died is not None
         return died
 
-    def _ask(self, rows: list[Row] | None) -> list[Row | Exception]:
-        if self._child is None:
-            self._begin()
-        return self._answer(rows) if rows else []
+    def _living(self) -> "_Child":
+        if self._child and self._child.died:
+            self._ended_cpu_s += self._child.cpu_s
+            self._child = None
+        self._child = self._child or self._begun()
+        return self._child
 
-    def _begin(self) -> None:
-        """Start a child; one that dies at once, with its node or for want of memory, is started again."""
+    def _begun(self) -> "_Child":
+        """A child that can work; one that dies at once, with its node or for want of memory, is started again."""
         for tries_left in (2, 1, 0):
             try:
-                self._start()
-                self._answer(None)
-                return
+                return _Child(self._make, self._memory_bytes, self._timeout_s, self._calls)
             except Exception as error:
                 if not tries_left or not isinstance(error, (ChildDied, OSError)):
                     raise cannot_work(error) from error
+        raise AssertionError
 
-    def _answer(self, rows: list[Row] | None) -> list[Row | Exception]:
-        try:
-            if rows is not None:
-                self._connection.send(rows)
-            if not self._connection.poll(self._timeout_s):
-                raise self._died(f"gave no answer for {self._timeout_s:.0f} s")
-            answer, cpu_s = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._died("ended") from error
-        self.cpu_s += cpu_s - self._cpu_s_of_child
-        self._cpu_s_of_child = cpu_s
-        if isinstance(answer, Exception):
-            raise answer
-        return answer or []
 
-    def _start(self) -> None:
+class _Child:
+    """The process: questions by number, and the thread that takes its answers. `died` says how it ended."""
+
+    def __init__(self, make: bytes, memory_bytes: int, timeout_s: float, calls: int) -> None:
+        self._timeout_s = timeout_s
+        self.died: ChildDied | None = None
+        self.cpu_s = 0.0
+        self._sending, self._lock = threading.Lock(), threading.Lock()  # the latter guards `died` and `_waiting`
+        self._numbers = count()
+        self._waiting: dict[int, Future[Any]] = {}
         self._connection, theirs = Pipe()
         code = "from speechdistill.engine.isolate import child; child()"
-        command = [sys.executable, "-c", code, str(theirs.fileno()), str(self._memory_bytes)]
+        command = [sys.executable, "-c", code, *map(str, (theirs.fileno(), memory_bytes, calls))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with theirs:
-            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
-        self._connection.send_bytes(self._make)
-        self._cpu_s_of_child = 0.0
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment
+            )
+        threading.Thread(target=self._take, daemon=True, name="answers").start()
+        self._ask(make)
 
-    def _died(self, how: str) -> ChildDied:
-        assert self._child is not None
-        self._child.kill() if how != "ended" else None
-        code = self._child.wait()
-        self._child = None
+    def end(self) -> None:
+        self._process.kill()
+
+    def ask(self, rows: list[Row]) -> list[Row | Exception]:
+        """Its answer; raises `ChildDied`, or what its work has raised."""
+        answer: list[Row | Exception] = self._ask(rows)
+        return answer
+
+    def _ask(self, question: Any) -> Any:
+        waiting: Future[Any] = Future()
+        with self._lock:
+            if self.died:
+                raise self.died
+            number = next(self._numbers)
+            self._waiting[number] = waiting
+        with self._sending, suppress(OSError):  # the end of the child, which `_take` tells
+            self._connection.send((number, question))
+        try:
+            answer = waiting.result(self._timeout_s)
+        except TimeoutError:
+            self._ended(f"gave no answer for {self._timeout_s:.0f} s", hung=True)
+            answer = waiting.result()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _take(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                number, answer, self.cpu_s = self._connection.recv()
+                with self._lock:
+                    if number in self._waiting:
+                        self._waiting.pop(number).set_result(answer)
+        code = self._process.wait()
         self._connection.close()
-        if how == "ended":
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        died = ChildDied(f"the process working on this row {how}; listen to its source file, or leave the file out")
-        died.hung = how.startswith("gave no answer")
-        return died
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._ended(f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+
+    def _ended(self, how: str, hung: bool = False) -> None:
+        """Tell all who wait; the first reason stays."""
+        with self._lock:
+            if self.died:
+                return
+            self.died = ChildDied(
+                f"the process working on this row {how}; listen to its source file, or leave the file out"
+            )
+            self.died.hung = hung
+            self._process.kill()
+            waiting, self._waiting = self._waiting, {}
+        for one in waiting.values():
+            one.set_result(self.died)
 
 
 def child() -> None:
-    """The child's main loop; its arguments are the connection's descriptor and the memory limit in bytes."""
+    """The child's main loop; its arguments are the connection's descriptor, the memory limit in bytes, and how many
+    batches it works on at once.
+    """
     connection = Connection(int(sys.argv[1]))
-    memory_bytes = int(sys.argv[2])
+    memory_bytes, calls = map(int, sys.argv[2:])
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    threads, sending = ThreadPoolExecutor(calls), threading.Lock()
+
+    def answer(number: int, what: Any) -> None:
+        with sending:
+            connection.send((number, what, time.process_time()))
+
+    def work_on(number: int, rows: list[Row]) -> None:
+        try:
+            answer(number, [_portable(r) if isinstance(r, Exception) else r for r in work(rows)])
+        except Exception as error:
+            answer(number, _portable(error))
+
+    number, make = connection.recv()
     try:
-        work: Worker = pickle.loads(connection.recv_bytes())()
+        work: Worker = threads.submit(lambda: pickle.loads(make)()).result()
     except Exception as error:
         error.add_note(f"In the child process:\n{traceback.format_exc()}")
-        connection.send((_portable(error), time.process_time()))
+        answer(number, _portable(error))
         os._exit(1)  # a normal exit would wait for the thread that holds stdin
-    connection.send((None, time.process_time()))
+    answer(number, None)
     while True:
         try:
-            rows = connection.recv()
+            threads.submit(work_on, *connection.recv())
         except EOFError:
             os._exit(0)
-        try:
-            answer: Any = [_portable(r) if isinstance(r, Exception) else r for r in work(rows)]
-        except Exception as error:
-            answer = _portable(error)
-        connection.send((answer, time.process_time()))
 
 
 def _end_with_stdin() -> None:

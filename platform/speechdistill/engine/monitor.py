@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,9 @@ class Board:
         self._next_use = 0.0
         self._last: dict[str, Work] = {}
 
-    @contextmanager
-    def working(self, stage: str, rows: int, cpu_s: Callable[[], float] = time.process_time) -> Iterator[None]:
-        """Note the time that the body takes; `cpu_s` reads a clock of CPU time."""
-        began, cpu_began = time.monotonic(), cpu_s()
-        yield
-        self._actor.add.remote(stage, rows, time.monotonic() - began, cpu_s() - cpu_began)
+    def note(self, stage: str, rows: int, busy_s: float, cpu_s: float) -> None:
+        """Note the rows that a worker has made, and the time and CPU time that it took."""
+        self._actor.add.remote(stage, rows, busy_s, cpu_s)
 
     def note_use(self) -> None:
         """Note the use of this node's CPUs and GPUs, from an actor now and then.

@@ -2,8 +2,9 @@
 
 import os
 import socket
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
@@ -17,7 +18,7 @@ from speechdistill.engine.isolate import CannotWork, Row, cannot_work
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.io.version import __version__
-from speechdistill.models.label import Label
+from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
 
 SCHEMA = "pseudolabel.v1"
@@ -245,6 +246,7 @@ class Teach:
         import torch
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
+        self._computing = threading.Lock()
         self._teacher = load_teacher(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
         if self._teacher.weights_hash != sha256:
             reason = f"{teacher} has other weights on this node than on the driver"
@@ -252,10 +254,26 @@ class Teach:
         self._carried: Row = {} if keep_reference else {"reference": None}
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
+        """May be called from several threads: one computes while the others decode."""
         waves, references = _decoded(rows, "audio"), None
         if self._teacher.intrusive:
             references = _decoded(rows, "reference")
-        return [self._row(label) for label in self._teacher.label(waves, references)]
+        with self._computing:
+            return [self._row(label) for label in self._labels(waves, references)]
+
+    def _labels(
+        self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None
+    ) -> Sequence[Label | Unscorable]:
+        import torch
+
+        try:
+            return self._teacher.label(waves, references)
+        except torch.OutOfMemoryError as error:  # of one window, since a teacher makes its batches smaller
+            reason = f"{self._teacher.name} does not fit the GPU's memory ({str(error).splitlines()[0]})"
+            raise CannotWork(f"{reason}; give --dtype bfloat16, or fewer teachers a GPU by --teach-gpus 1") from error
+        except torch.AcceleratorError:  # after which a GPU's process is of no use: `Isolated` starts another
+            traceback.print_exc()
+            os._exit(1)
 
     def _row(self, label: Label | Exception) -> Row | Exception:
         if isinstance(label, Exception):
