@@ -57,8 +57,8 @@ lint: setup
 benchmarks: setup
 	@# What the released model needs beside torch; score.py compares with it.
 	$(BIN)/python -m pip install --quiet --no-deps xls-r-sqa==0.1.0
-	@# distillation.py and pruning_criteria.py take long, and real recordings: by hand.
-	for script in $(filter-out benchmarks/distillation.py benchmarks/pruning_criteria.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@# By hand: distillation.py and pruning_criteria.py, which take long, and real recordings, and what on_gpu.sh runs.
+	for script in $(filter-out $(patsubst %,benchmarks/%.py,distillation pruning_criteria on_gpu gpu_job figures),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # Walks from the dependencies in pyproject.toml through the metadata of what is installed in .venv.
 define LOCK

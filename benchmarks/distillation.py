@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -60,13 +60,18 @@ class Options:
     """The paper's 2e-5 is for 250,000 steps."""
     crop_s: float = 0.96
     """Seconds of each sample in a batch."""
+    samples: int = SAMPLES["train"]
+    """Labelled for training."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where students are trained."""
 
 
 def main(options: Options) -> None:
     if not Path(options.data, "speech").is_dir():
         sys.exit(f"{options.data} has no folder speech; give --data DIR with speech/, noise/ and rir/")
     out = Path(options.out)
-    runs = {split: label_run(split, Path(options.data), out) for split in SAMPLES}
+    counts = {**SAMPLES, "train": options.samples}
+    runs = {split: label_run(split, Path(options.data), out, count) for split, count in counts.items()}
     ray.shutdown()
     scored = _labeled(runs, out)
     jobs = [(seed, arm) for seed in range(options.seeds) for arm in ARMS]
@@ -85,12 +90,13 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
         return float(known["pcc"])
     mix = Mix((f"{options.out}/train",), ARMS[arm], crop_s=options.crop_s, seed=seed)
     first, last = options.steps * 3 // 4, options.steps // 4
-    _phase(Distill(student("v0"), mix, scored), first, options.learning_rate, out / "first")
+    _phase(Distill(student("v0"), mix, scored), first, options.learning_rate, out / "first", options.device)
     _phase(
         Distill(student("v0"), replace(mix, seed=seed + 1_000), scored, init=f"{out}/first"),
         last,
         options.learning_rate / 5,
         out / "last",
+        options.device,
     )
     scorer = Scorer(load_student(f"{out}/last").network, "v0", "")
     rows = samples(LabelRun(f"{options.out}/test"))
@@ -102,10 +108,10 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
     return pcc or 0.0
 
 
-def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path) -> None:
+def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path, device: str) -> None:
     """Train, and keep the best student in `folder`."""
     made = recipe.make()
-    loop = Loop(made, Training(steps, learning_rate, dtype="bfloat16"))
+    loop = Loop(made, Training(steps, learning_rate, dtype="bfloat16"), device=device)
     start = time.monotonic()
     for step, _, _ in loop.run(steps):
         if step % VALIDATE_EVERY == 0 or step == steps:
@@ -117,7 +123,7 @@ def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path) -> N
             print(f"{folder.parent.name} {folder.name} {step}/{steps}: {text}", flush=True)
 
 
-def label_run(split: str, data: Path, out: Path) -> LabelRun:
+def label_run(split: str, data: Path, out: Path, count: int) -> LabelRun:
     """A label run of this split's speakers, with all noise and rooms."""
     speech = sorted((data / "speech").iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest())
     ends = np.round(np.cumsum([0, *SPEAKERS.values()]) * len(speech)).astype(int)
@@ -130,7 +136,7 @@ def label_run(split: str, data: Path, out: Path) -> LabelRun:
         lines.writerows([path.resolve(), "speech"] for path in speech[ends[which] : ends[which + 1]])
         lines.writerows([path.resolve(), kind] for kind in ("noise", "rir") for path in sorted((data / kind).iterdir()))
     _step("ingest", "--list", str(listing), "--out", f"{out}/{split}-clips")
-    wanted = ["--num-samples", str(SAMPLES[split]), "--seed", str(which)]
+    wanted = ["--num-samples", str(count), "--seed", str(which)]
     _step("pseudolabel", "--clips", f"{out}/{split}-clips/clips.parquet", *wanted, "--out", f"{out}/{split}")
     return LabelRun(f"{out}/{split}")
 
@@ -169,6 +175,7 @@ def _labeled(runs: dict[str, LabelRun], out: Path) -> str:
 def _print(pccs: np.ndarray, options: Options) -> None:
     distilled, labeled_only = pccs.T
     shares = (distilled - labeled_only) / (1 - labeled_only)
+    storage.publish_json({"share": shares.tolist()}, f"{options.out}/share.json")
     print(f"\nv0, {options.steps} steps, crops of {options.crop_s:g} s; PCC with v7 on new speakers")
     print("\n| seed | distilled | labeled-only | share of the way |\n|---|---|---|---|")
     for seed, values in enumerate(zip(distilled, labeled_only, shares, strict=True)):

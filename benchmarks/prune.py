@@ -82,11 +82,16 @@ def _peak(options: Options) -> int:
     """Bytes by which three updates raise this process's peak, with the network's weights."""
     before = _resident("VmRSS")
     network = _network(BASE).train().requires_grad_(True)
+    _update(network, options.updates, torch.randn(options.batch, round(options.wave_s * SAMPLE_RATE)))
+    return _resident("VmHWM") - before
+
+
+def _update(network: Network, updates: str, waves: torch.Tensor) -> None:
+    """Three updates."""
     optimizer = torch.optim.AdamW(network.parameters(), 2e-5)
-    pruner = Pruner(network.encoder.model, Pruning()) if options.updates != "plain" else None
-    waves = torch.randn(options.batch, round(options.wave_s * SAMPLE_RATE))
+    pruner = Pruner(network.encoder.model, Pruning()) if updates != "plain" else None
     for update in range(3):
-        if pruner and options.updates == "pruning" and update:
+        if pruner and updates == "pruning" and update:
             pruner.prune()
         loss = network(waves).square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +101,6 @@ def _peak(options: Options) -> int:
         optimizer.step()
         if pruner:
             pruner.hold()
-    return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:
@@ -117,6 +121,39 @@ def _selection(size: int) -> None:
         start = time.process_time()
         way()
         print(f"| {name} | {time.process_time() - start:.2f} |", flush=True)
+
+
+def speeds(sizes: dict[str, int], device: str, repeats: int, seconds: float) -> tuple[float, float]:
+    """Seconds of a forward pass of 16 waves, on a GPU in bfloat16: the whole, and half of its heads and neurons."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    network = _network(sizes).to(device).eval()
+    network.encoder.to_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    wave = np.random.default_rng(0).standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+    times = []
+    for slims in (False, True):
+        if slims:
+            heads, neurons = (sizes[name] // 2 for name in ("num_attention_heads", "intermediate_size"))
+            slim_encoder.slim(network.encoder.model, [Kept(torch.arange(heads), torch.arange(neurons))] * LAYER)
+            network.to(device)
+        inputs = network.encoder.prepared([wave] * 16)
+        with torch.inference_mode():
+            network(*inputs)
+            wait()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                network(*inputs)
+            wait()
+        times.append((time.perf_counter() - began) / repeats)
+    return times[0], times[1]
+
+
+def gpu_peak(sizes: dict[str, int], updates: str, batch: int, seconds: float) -> int:
+    """Bytes that three updates reach on a GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    network = _network(sizes).cuda().train().requires_grad_(True)
+    _update(network, updates, torch.randn(batch, round(seconds * SAMPLE_RATE), device="cuda"))
+    return int(torch.cuda.max_memory_allocated())
 
 
 def _speed(repeats: int) -> None:

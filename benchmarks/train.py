@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,10 @@ class Options:
     """Seconds of each sample."""
     cpus: int = max(1, (os.cpu_count() or 1) - 1)
     """Threads. Default: all cores but one, which Ray's own processes need."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the worker computes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic."""
 
 
 def main(options: Options) -> None:
@@ -44,10 +49,10 @@ def main(options: Options) -> None:
     print(f"\nSteps per second, batch 20, crops of {options.crop_s:g} s, {options.cpus} threads (target: 0.9)\n")
     print("| student | bare loop | job | ratio |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        labels = _labels(Path(folder) / "labels")
+        labels_of = labels(Path(folder) / "labels")
         for name, steps in zip(options.variants, options.steps, strict=True):
             bare = [_bare(name, steps, options)]
-            job = _job(name, steps, options, labels, Path(folder) / name)
+            job = job_rate(name, steps, options, labels_of, Path(folder) / name)
             bare.append(_bare(name, steps, options))
             rate = float(np.mean(bare))
             print(f"| {name} | {rate:.3f} | {job:.3f} | {job / rate:.2f} |", flush=True)
@@ -56,15 +61,18 @@ def main(options: Options) -> None:
 def _bare(name: str, steps: int, options: Options) -> float:
     samples = round(options.crop_s * audio.SAMPLE_RATE)
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        return fresh.submit(steps_per_s, name, steps, samples, "cpu", threads=options.cpus).result()
+        return fresh.submit(steps_per_s, name, steps, samples, options.device, options.dtype, options.cpus).result()
 
 
-def _job(name: str, steps: int, options: Options, labels: str, out: Path) -> float:
+def job_rate(name: str, steps: int, options: Options, labels: str, out: Path) -> float:
+    """Steps a second of a worker of Ray Train."""
+    cluster.connect()
     recipe = Distill(student(name), Mix((labels,), 0, crop_s=options.crop_s))
-    training = Training(WARM_UP + steps, validate_every=10**6)
+    training = Training(WARM_UP + steps, validate_every=10**6, dtype=options.dtype)
+    gpus = float(options.device == "cuda")
     progress, seen = Progress(1), []
     going = ray.remote(num_cpus=0)(fit).remote(
-        Job(recipe.make, training, str(out), {}, cpus=float(options.cpus)), progress
+        Job(recipe.make, training, str(out), {}, cpus=float(options.cpus), gpus=gpus), progress
     )
     while not ray.wait([going], timeout=0.2)[0]:
         seen.append((time.perf_counter(), progress.read().step))
@@ -75,7 +83,7 @@ def _job(name: str, steps: int, options: Options, labels: str, out: Path) -> flo
     return float(np.polyfit(times, steps_seen, 1)[0])
 
 
-def _labels(out: Path) -> str:
+def labels(out: Path) -> str:
     """A finished label run of noise: what is in the waves costs nothing more or less."""
     layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", SAMPLES, 64, lambda rows: {})
     shards.claim(layout.out, {})

@@ -1,6 +1,8 @@
 """Small models of random weights, in the formats of the real ones."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,3 +52,18 @@ def xlsr_head(file: Path, dim_input: int = 16, seed: int = 0) -> str:
         torch.manual_seed(seed)
         torch.save(QualityHead(dim_input, 32, 4, 4).state_dict(), file)
     return str(file)
+
+
+def hifigan(folder: Path, **changes: Any) -> Path:
+    """In a folder as the hub has it."""
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    small = {"upsample_initial_channel": 32, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = SpeechT5HifiGan(SpeechT5HifiGanConfig(**{**small, "initializer_range": 0.2, **changes}))
+        network.mean.fill_(-3.0)
+    network.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "hifigan"}))  # as that of the hub
+    return folder

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.signal import butter, sosfiltfilt
 
+import small_models
 from manifests import voice
 from speechdistill.data import components
 from speechdistill.data.degradations import vocoders
@@ -23,24 +24,9 @@ from speechdistill.io.assets import Asset
 RATE = audio.SAMPLE_RATE
 
 
-def save(folder: Path, **changes: Any) -> Path:
-    """A small random network, in a folder as the hub has it."""
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    small = {"upsample_initial_channel": 32, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = SpeechT5HifiGan(SpeechT5HifiGanConfig(**{**small, "initializer_range": 0.2, **changes}))
-        network.mean.fill_(-3.0)
-    network.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "hifigan"}))  # as that of the hub
-    return folder
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("hifigan"))
+    return small_models.hifigan(tmp_path_factory.mktemp("hifigan"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +137,7 @@ def test_weights_as_pickle_are_the_same(weights: Path, network: Any, tmp_path: P
 )
 def test_a_network_for_other_mels_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path} is not .* are \(.*\), not \(16000, 256, 80\)"):
-        HifiGan(*asset(save(tmp_path, **changes))).apply(voice(0.1))
+        HifiGan(*asset(small_models.hifigan(tmp_path, **changes))).apply(voice(0.1))
 
 
 def test_what_is_no_such_network_is_refused(weights: Path, tmp_path: Path) -> None:
