@@ -193,7 +193,7 @@ def test_only_the_wanted_blocks_are_read(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAKS_OF_LOADING, head, str(folder), str(pickled)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
     for whole, four in zip(printed[::2], printed[1::2], strict=True):
-        assert int(four) <= 0.45 * int(whole), printed
+        assert int(four) <= 0.5 * int(whole), printed  # 0.37 by their numbers of weights, and 50 MB beside them
 
 
 @pytest.mark.skipif(not Path(xlsr._released_head()).is_file(), reason="needs the wheel xls-r-sqa")
