@@ -63,7 +63,7 @@ class Options:
     samples: int = SAMPLES["train"]
     """Labelled for training."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where students are trained."""
+    """Device that trains the students."""
 
 
 def main(options: Options) -> None:

@@ -30,7 +30,7 @@ SEGMENT_S, SEED = 7.68, 1
 
 @dataclass(frozen=True)
 class Place:
-    """Where the job runs, and for about how long."""
+    """The clips and folder of a job, its device, and about how long it runs."""
 
     clips: str
     out: Path

@@ -27,15 +27,15 @@ class Options:
     what: tyro.conf.Positional[Literal["correct", "teacher", "job", "train", "prune", "science", "ended", "table"]]
     """Section, or what comes after it."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where networks compute."""
+    """Device of the networks."""
     debug: bool = False
     """Small sizes."""
     section: str = ""
-    """Of `ended`: which."""
+    """The section that `ended`."""
     seconds: float = 0.0
-    """Of `ended`: how long it took."""
+    """The time that it took."""
     why: str = ""
-    """Of `ended`: why it failed."""
+    """The reason why it failed."""
 
 
 def main(options: Options) -> int:
@@ -84,8 +84,9 @@ def correct(options: Options) -> int:
     code = pytest.main(
         ["-q", "-m", "gpu", "--durations=5", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_gpu.py")], [counts]
     )
-    for outcome in ("passed", "skipped", "failed"):
-        tell("correct", f"tests {outcome}", counts.of.get(outcome, 0), *(("", 0, True) if outcome == "failed" else ()))
+    bars = {"passed": ("", 1), "skipped": (), "failed": ("", 0, True)}  # none passes where the file cannot be read
+    for outcome, bar in bars.items():
+        tell("correct", f"tests {outcome}", counts.of.get(outcome, 0), *bar)
     return int(code)
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same results as on a CPU, and what happens when its memory is too small.
+"""A GPU against a CPU: the same results, and no row lost when its memory is too small.
 
 `SPEECHDISTILL_GPU=cpu` runs the same code where there is no GPU; it then compares the CPU with itself.
 """

@@ -1,5 +1,5 @@
 # models/: networks, and how they are used: scorers, teachers/, served models.
-"""Where networks compute, and how what they hear gets there."""
+"""The device that networks compute on, and copies to it."""
 
 import numpy as np
 import torch
