@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,8 @@ ARMS = {"distilled": 20.0, "labeled-only": 100.0}  # percent of labeled clips in
 
 @dataclass(frozen=True)
 class Options:
-    """Distilled against labeled-only, one process each; an hour on two cores. The same command goes on."""
+    """Distilled against labeled-only, one process each; an hour on two cores. The same command goes on, elsewhere too
+    when the files OUT/*/pcc-*.json were copied there."""
 
     out: str = "distillation-out"
     """Where everything goes."""
@@ -61,7 +62,7 @@ class Options:
     crop_s: float = 0.96
     """Seconds of each sample in a batch."""
     samples: int = SAMPLES["train"]
-    """Labelled for training."""
+    """Labelled for training; for validation and test as many, at most 64 and 300."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device that trains the students."""
 
@@ -70,7 +71,7 @@ def main(options: Options) -> None:
     if not Path(options.data, "speech").is_dir():
         sys.exit(f"{options.data} has no folder speech; give --data DIR with speech/, noise/ and rir/")
     out = Path(options.out)
-    counts = {**SAMPLES, "train": options.samples}
+    counts = {split: min(most, options.samples) for split, most in SAMPLES.items()} | {"train": options.samples}
     runs = {split: label_run(split, Path(options.data), out, count) for split, count in counts.items()}
     ray.shutdown()
     scored = _labeled(runs, out)
@@ -85,7 +86,8 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
     """PCC with the teacher on the test samples, of the student with the least error on the validation samples."""
     torch.set_num_threads(1)
     out = Path(options.out).resolve() / f"{arm}-{seed}"
-    result = out / f"pcc-{fingerprint.of(asdict(options))[:8]}.json"
+    decides = [options.steps, options.learning_rate, options.crop_s, options.samples]
+    result = out / f"pcc-{fingerprint.of(decides)[:8]}.json"
     if known := storage.read_json(str(result)):
         return float(known["pcc"])
     mix = Mix((f"{options.out}/train",), ARMS[arm], crop_s=options.crop_s, seed=seed)
@@ -180,8 +182,9 @@ def _print(pccs: np.ndarray, options: Options) -> None:
     print("\n| seed | distilled | labeled-only | share of the way |\n|---|---|---|---|")
     for seed, values in enumerate(zip(distilled, labeled_only, shares, strict=True)):
         print(f"| {seed} | {' | '.join(f'{value:.3f}' for value in values)} |")
-    spread = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in (distilled, labeled_only, shares)]
-    print(f"| mean ± sd | {' | '.join(spread)} |")
+    if len(pccs) > 1:
+        spread = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in (distilled, labeled_only, shares)]
+        print(f"| mean ± sd | {' | '.join(spread)} |")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ SEGMENT_S, SEED = 7.68, 1
 
 @dataclass(frozen=True)
 class Place:
-    """The clips and folder of a job, its device, and about how long it runs."""
+    """The clips and folder of a job, its device, about how long it runs, and the samples of a part."""
 
     clips: str
     out: Path
     device: str
     wanted_s: float
+    part: int
 
 
 def measure(audio: Path, out: Path, device: str, debug: bool) -> None:
@@ -43,7 +44,7 @@ def measure(audio: Path, out: Path, device: str, debug: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     folders = [word for kind in ("speech", "noise", "rir") for word in (f"--{kind}", str(audio / kind))]
     _run([sys.executable, str(ROOT / "jobs" / "ingest.py"), *folders, "--out", str(out / "manifest")])
-    place = Place(str(out / "manifest" / "clips.parquet"), out, device, 2.0 if debug else 12.0)
+    place = Place(str(out / "manifest" / "clips.parquet"), out, device, *((2.0, 16) if debug else (12.0, 64)))
     processes = 1 if debug else max(1, (os.cpu_count() or 2) - 1)
     degraded = degrading(place, processes)
     tell("job", f"degrading alone, {processes} processes", degraded, "samples/s")
@@ -52,15 +53,17 @@ def measure(audio: Path, out: Path, device: str, debug: bool) -> None:
         taught = teaching(place, name, options, 8 if debug else 64)
         tell("job", f"{name} alone", taught, "samples/s")
         slower = min(degraded, taught)
-        rate, use = job(place, name, options, round(slower * place.wanted_s * 1.5) + 64)
-        tell("job", f"{name}: hours of audio an hour", rate * SEGMENT_S, "")
-        for what, share in use.items():
-            tell("job", f"{name}: {what} in use", share)
-        tell("job", f"{name}: rate / the slower stage alone", rate / slower, "", 0.9)
+        runs: dict[str, list[str]] = {name: []}
         if name == "distillmos":
-            shared = ["--teach-gpus", "0.5", "--teach-actors", "2"] if device == "cuda" else ["--teach-actors", "2"]
-            rate, _ = job(place, name, [*options, *shared], round(slower * place.wanted_s) + 64, kills=True)
-            tell("job", "two teachers, one killed: hours of audio an hour", rate * SEGMENT_S)
+            half = ["--teach-gpus", "0.5"] if device == "cuda" else []
+            runs["two teachers, one killed"] = ["--teach-actors", "2", *half]
+        for what, more in list(runs.items())[-1 if debug else 0 :]:
+            samples = round(slower * place.wanted_s * 1.5) + 2 * place.part
+            rate, use = job(place, name, [*options, *more], samples, kills=bool(more))
+            tell("job", f"{what}: hours of audio an hour", rate * SEGMENT_S)
+            for unit, share in use.items():
+                tell("job", f"{what}: {unit} in use", share)
+            tell("job", f"{what}: rate / the slower stage alone", rate / slower, "", None if more else 0.9)
 
 
 def xlsr(out: Path) -> list[str]:
@@ -126,6 +129,7 @@ def job(
     out = place.out / f"{name}-{'killed' if kills else 'whole'}-{time.time_ns()}"
     command = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py"), "--clips", place.clips, "--seed", str(SEED)]
     command += ["--num-samples", str(samples), "--out", str(out), "--teacher", name, *options]
+    command += ["--rows-per-part", str(place.part)]
     uses: list[tuple[float, float, float]] = []
     with Path(f"{out}.log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as run:
         psutil.cpu_percent()
@@ -134,7 +138,7 @@ def job(
             pause.wait(0.5)
             uses.append((time.time(), psutil.cpu_percent() / 100, _gpu_use()))
             parts = len(list((out / "shards").glob("part-*"))) if (out / "shards").exists() else 0
-            if not killed and parts > samples // 64 // 3:
+            if not killed and parts > samples // place.part // 3:
                 killed = _kill_a_teacher(run.pid)
         if run.returncode:
             log.seek(0)

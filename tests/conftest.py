@@ -17,7 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), *filter(None, [o
 STARTED = {"local_ray": "ray", "server": "server", "healthy": "server", "sick": "server"}
 """The marks of tests with these fixtures: an MLflow, and the doctor's trials, are other programs."""
 
-REAL_AUDIO = Path(__file__).parents[2] / "shared" / "data"
+REAL_AUDIO = Path(os.environ.get("AUDIO", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,7 +45,7 @@ def test_all_of_it_runs_on_a_cpu_at_toy_size(tmp_path: Path, real_audio: Path) -
     for wanted in (
         ("correct", "tests passed"),
         ("teacher", "2,600 h of audio"),
-        ("job", "distillmos: rate / the slower stage alone"),
+        ("job", "two teachers, one killed: rate / the slower stage alone"),
         ("train", "v0 through Ray Train / bare"),
         ("prune", "half of heads and neurons: time / whole"),
         ("science", "share of the way from labeled-only to the teacher"),
