@@ -289,7 +289,7 @@ def test_a_tar_that_was_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> N
 @given(st.lists(st.tuples(st.sampled_from(["read", "seek"]), st.integers(-30, 60), st.integers(0, 2)), max_size=20))
 def test_a_section_is_a_file(calls: list[tuple[str, int, int]]) -> None:
     data = bytes(range(100))
-    section = tar_files.Section(io.BytesIO(data), tar_files.Member("t", 20, 40, "m"))
+    section = tar_files.Section(io.BytesIO(data), 20, 40)
     twin = io.BytesIO(data[20:60])
     for call, number, whence in calls:
         if call == "read":

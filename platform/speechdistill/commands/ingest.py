@@ -1,4 +1,5 @@
-"""Folders, lists, tars and scored corpora -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
+"""Folders, lists, tars and scored corpora -> `clips.parquet`: lengths are read in parallel on Ray, from headers if they
+can be checked against the size of the file.
 
 Work is committed in parts, so a killed run goes on where it stopped, and a run with new files adds just those.
 `clips.parquet`, all good parts as one file, is replaced at the end.
