@@ -106,6 +106,22 @@ def test_a_header_alone_has_no_samples(write: Write) -> None:
         load(write("a.wav", wav(b"", 0)))
 
 
+@pytest.mark.parametrize("more", [b"data" + struct.pack("<I", 32_000), b""])
+def test_samples_behind_what_the_header_knows_are_told(write: Write, more: bytes) -> None:
+    """A second part, or a size that wrapped at 4 GiB."""
+    pcm = audio.quantise(tone(1.0)).tobytes()
+    with pytest.raises(AudioError, match="leaves out"):
+        load(write("a.wav", wav(pcm, len(pcm)) + more + pcm))
+    agrees(write("b.wav", wav(pcm, len(pcm)) + b"LIST" + struct.pack("<I", 4) + b"INFO" + bytes(100)), 1.0)
+
+
+def test_a_file_that_ends_midway_is_told_by_its_header_alone(write: Write) -> None:
+    ogg, mp3 = coded(tone(9), "OGG", "OPUS"), muxed("mp3", "libmp3lame", tone(9), SAMPLE_RATE)
+    for data in (ogg, mp3):
+        with pytest.raises(AudioError, match="truncated"):
+            probe(write("a.bin", data[: len(data) // 2]))
+
+
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "AIFF", "OGG"])
 def test_a_tag_in_front_is_skipped(write: Write, form: str) -> None:
     data = coded(tone(2.0), form)

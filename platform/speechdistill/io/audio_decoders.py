@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 from speechdistill.io import audio_files, audio_streams
-from speechdistill.io.audio_files import CONVERT, COPY, Source, one_line
+from speechdistill.io.audio_files import CONVERT, COPY, REWRITE, Source, one_line
 from speechdistill.io.audio_pyav import AvReader
 from speechdistill.io.audio_soundfile import SoundFileReader
 from speechdistill.io.errors import AudioError
@@ -143,8 +143,14 @@ class Recordings:
 
 
 def _reader(uri: str, source: Source) -> Reader:
+    source.seek(0)
+    header = source.read(audio_streams.HEADER_BYTES)
+    if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size, header)):
+        reason = f"its header leaves out {more} bytes behind the samples, which are no chunk"
+        raise AudioError(uri, reason, REWRITE)
+    source.seek(0)
     try:
-        sound = SoundFileReader(uri, source)
+        sound = SoundFileReader(uri, source, header)
         if sound.reads_all(source):
             return sound
         sound.close()

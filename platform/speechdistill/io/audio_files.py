@@ -21,6 +21,7 @@ SAMPLE_RATE = 16_000
 
 CONVERT = "convert it (`ffmpeg -i IN -ar 16000 OUT.flac`) or leave it out"
 COPY = "copy it again from its source"
+REWRITE = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
 # One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
 _BLOCK_BYTES = 1 << 18
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")

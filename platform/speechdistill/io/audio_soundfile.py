@@ -8,7 +8,7 @@ import numpy as np
 import soundfile
 
 from speechdistill.io import audio_streams
-from speechdistill.io.audio_files import COPY, Source
+from speechdistill.io.audio_files import COPY, REWRITE, Source
 from speechdistill.io.errors import AudioError
 
 BLOCK_FRAMES = 1 << 18
@@ -18,24 +18,24 @@ _NIST = re.compile(rb"^NIST_1A.*^sample_count -i (\d+)", re.MULTILINE | re.DOTAL
 # Sizes that mean "read to the end": writers to a pipe fill in the largest number, with or without a sign, from which
 # some subtract the header, and SoX and others a round number.
 _LARGEST, _HEADER_BYTES, _ROUND = (1 << 31, 1 << 32), 1 << 13, 100_000_000
+_HEADER_ALONE = 128  # bytes
+_XING_SLACK_BYTES = 4096  # some encoders count a frame or a tag too many
 
 
 class SoundFileReader:
     """A recording that libsndfile reads; raises `soundfile.LibsndfileError` for what it does not know."""
 
-    def __init__(self, uri: str, source: Source) -> None:
-        source.seek(0)
-        header = source.read(1024)
-        source.seek(0)
+    def __init__(self, uri: str, source: Source, header: bytes) -> None:
         self._uri = uri
         self._sound = soundfile.SoundFile(source)
         self._was_read = False
         self.sample_rate: int = self._sound.samplerate
         self.channels: int = self._sound.channels
-        if missing := _missing(self._sound, header):
+        with source.kept():
+            missing = _missing(self._sound, header) or _is_cut(self._sound.format, source)
+        if missing:
             self.close()
-            fix = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
-            raise AudioError(uri, f"truncated ({missing})", fix)
+            raise AudioError(uri, missing, REWRITE)
 
     def num_frames(self) -> int:
         frames: int = self._sound.frames
@@ -62,16 +62,15 @@ class SoundFileReader:
         """Whether libsndfile knows the length, and a decoder for what a WAV file holds.
 
         False for FLAC written to a pipe, for MP3 without a Xing tag (whose length is guessed) or with more behind what
-        the tag counts, for MP3 in WAV (whose length is rounded up), and for a WAV file of size 0 that holds more.
+        the tag counts, for MP3 in WAV (whose length is rounded up), and for a file of no samples that is more than a
+        header.
         """
         if self._sound.format == "MP3":
             with source.kept():
-                return audio_streams.xing_counts_all(source)
-        if self._sound.format in ("WAV", "WAVEX", "RF64") and self._sound.subtype == "MPEG_LAYER_III":
-            return False
-        if self._sound.frames == 0 and re.search(r"^data : 0$", self._sound.extra_info, re.MULTILINE):
-            return source.size <= 64
-        return bool(self._sound.frames < 1 << 62)
+                end = audio_streams.xing_end(source)
+                return end is not None and not audio_streams.goes_on_at(source, end)
+        is_mp3 = self._sound.subtype == "MPEG_LAYER_III"
+        return not is_mp3 and (0 < self._sound.frames < 1 << 62 or source.size < _HEADER_ALONE)
 
     def close(self) -> None:
         self._sound.close()
@@ -99,12 +98,23 @@ def _missing(sound: Any, header: bytes) -> str | None:
     if match := _PROMISED.search(log):
         promised, held = map(int, match.groups())
         if promised > held and not _is_placeholder(promised):
-            return f"its header promises {promised} bytes of samples, the file holds {held}"
+            return f"truncated (its header promises {promised} bytes of samples, the file holds {held})"
     if match := _RF64.search(log):
-        return f"its header promises {match[2]} frames, the file holds {match[1]}"
+        return f"truncated (its header promises {match[2]} frames, the file holds {match[1]})"
     nist = _NIST.search(header)
     if nist and int(nist[1]) > sound.frames:
-        return f"its header promises {int(nist[1])} frames, the file holds {sound.frames}"
+        return f"truncated (its header promises {int(nist[1])} frames, the file holds {sound.frames})"
+    return None
+
+
+def _is_cut(form: str, source: Source) -> str | None:
+    """What libsndfile takes for a whole file."""
+    if form == "MP3":
+        end = audio_streams.xing_end(source) or 0
+        cut = end - source.size > _XING_SLACK_BYTES
+        return f"truncated (its Xing tag counts {end} bytes, the file holds {source.size})" if cut else None
+    if form == "OGG" and audio_streams.ogg_is_cut(source, source.size):
+        return "truncated (it ends inside a page)"
     return None
 
 

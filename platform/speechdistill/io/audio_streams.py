@@ -12,7 +12,7 @@ from speechdistill.io.tar_files import Readable
 
 HEADER_BYTES = 1 << 10
 _SEARCHED_BYTES = 1 << 18  # one request; shorter files are searched whole
-_TAIL_BYTES = 1 << 16  # holds the last page of an Ogg stream
+_TAIL_BYTES = 27 + 255 + 255 * 255  # holds the last page of an Ogg stream
 _FRAME_BYTES = 1 << 13  # holds the header of some FLAC frame, if the file does not say how large they are
 _READ_BYTES = 1 << 22
 _LONGEST_MARK = 64
@@ -64,19 +64,44 @@ def _after_id3(tag: bytes) -> int:
     return 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(tag[6:10]))  # ID3v2.4, section 6.2
 
 
-def xing_counts_all(file: Readable) -> bool:
-    """Whether an MP3 file has a Xing tag whose count of bytes leads to the end of the file, or to a tag there."""
+def xing_end(file: Readable) -> int | None:
+    """Return the byte behind the frames that the Xing tag of an MP3 file counts; None without such a count."""
     begin = _after_id3(_at(file, 0, 10))
     head = _at(file, begin, 4096)
     match = re.search(rb"(?:Xing|Info)...(.)", head, re.DOTALL)
-    if match is None:
-        return False
-    flags, place = match[1][0], match.end()  # 1: a count of frames follows, 2: then one of bytes
-    if not flags & 2:
-        return True
-    place += 4 * (flags & 1)
-    behind = _at(file, begin + int.from_bytes(head[place : place + 4], "big"), 3)
-    return not (behind == b"ID3" or (behind[:1] == b"\xff" and behind[1:2] >= b"\xe0"))
+    if match is None or not match[1][0] & 2:  # flags: 1, a count of frames follows; 2, then one of bytes
+        return None
+    place = match.end() + 4 * (match[1][0] & 1)
+    return begin + int.from_bytes(head[place : place + 4], "big")
+
+
+def goes_on_at(file: Readable, end: int) -> bool:
+    """Whether an MP3 frame, or a tag in front of one, follows the last one that a Xing tag counts."""
+    behind = _at(file, end, 3)
+    return behind == b"ID3" or (behind[:1] == b"\xff" and behind[1:2] >= b"\xe0")
+
+
+def ogg_is_cut(file: Readable, size: int) -> bool:
+    """Whether an Ogg file ends inside a page."""
+    begin = max(0, size - _TAIL_BYTES)
+    tail = _at(file, begin, size - begin)
+    last = tail.rfind(b"OggS\x00")
+    return last >= 0 and _page_end(file, begin + last) > size
+
+
+def behind_data(file: Readable, size: int, header: bytes) -> int:
+    """Return how many bytes behind the samples of a WAV file are no chunk: its header knows of a part only."""
+    place = 12
+    while place + 8 <= len(header) and header[place : place + 4] != b"data":
+        length = int.from_bytes(header[place + 4 : place + 8], "little")
+        place += 8 + length + length % 2
+    if header[place : place + 4] != b"data" or len(header) < place + 8:
+        return 0
+    length = int.from_bytes(header[place + 4 : place + 8], "little")
+    end = place + 8 + length
+    name = _at(file, end + length % 2, 4) if length > 0 and end + 8 < size else b""
+    is_sound = name == b"data" or (name.strip(b"\0") != b"" and not re.fullmatch(rb"[\x20-\x7e]{4}", name))
+    return size - end if is_sound else 0
 
 
 def _of_chunks(file: Readable, first: int, size: int, head: bytes) -> Iterator[int]:
@@ -108,12 +133,14 @@ def _may_have_more(file: Readable, first: int, size: int, head: bytes) -> bool:
         return size - first <= _SEARCHED_BYTES or _ogg_goes_on(file, first, size)
     if head[:4] == b"fLaC":
         return _flac_goes_on(file, first, size, head)
-    return not (head[:3] == b"ID3" or head[:1] == b"\xff") or not xing_counts_all(file)
+    end = xing_end(file) if head[:3] == b"ID3" or head[:1] == b"\xff" else None
+    return end is None or goes_on_at(file, end)
 
 
 def _ogg_goes_on(file: Readable, first: int, size: int) -> bool:
     """Whether the last page is of another stream than the first (RFC 3533: serial numbers differ)."""
-    tail = _at(file, size - _TAIL_BYTES, _TAIL_BYTES)
+    begin = max(0, size - _TAIL_BYTES)
+    tail = _at(file, begin, _TAIL_BYTES)
     last = tail.rfind(b"OggS\x00")
     return last < 0 or tail[last + 14 : last + 18] != _at(file, first + 14, 4)
 
