@@ -124,6 +124,9 @@ def test_a_manifest_that_is_replaced_is_read_anew(tmp_path: Path, cache: Path) -
     assert len(Clips.read(path).speech) == len(Clips.read(path).speech) == 20 and len(list(cache.iterdir())) == 1
     written(manifest(21), path)
     assert len(Clips.read(path).speech) == 21
+    written(manifest(21).drop_columns("speaker"), path)
+    with pytest.raises(TableError, match=r"clips\.parquet.*\['speaker'\] are missing"):
+        Clips.read(path)
     Path(path).unlink()
     with pytest.raises(TableError, match="no such file"):
         Clips.read(path)

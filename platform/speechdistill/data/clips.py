@@ -6,7 +6,7 @@ They are an Arrow file, mapped and not read, so that ten million clips take no m
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ _LAYOUT = pa.schema(
     ]
 )
 _SUFFIX = ".v1.arrow"  # of the layout
-_COLUMNS = ["clip_id", "uri", "kind", "duration_s", "speaker"]
+_COLUMNS = {**dict.fromkeys(("uri", "clip_id", "speaker"), pa.large_string()), "duration_s": pa.float64()}
 _SAMPLED = 1000  # clips of a pool that are looked at for other files of a storage
 
 
@@ -86,8 +86,10 @@ class Clips:
     """A `clip.v1` manifest split by kind: `speech`, `noise` and `rir`."""
 
     def __init__(self, rows: pa.Table | Sequence[pa.RecordBatch]) -> None:
-        batches = _arranged(rows) if isinstance(rows, pa.Table) else rows
-        self.speech, self.noise, self.rir = map(Pool, batches)
+        if isinstance(rows, pa.Table):
+            manifest = rows
+            rows = _arranged(lambda columns: manifest.select(columns).to_batches())
+        self.speech, self.noise, self.rir = map(Pool, rows)
 
     def others(self, uri: str, most: int) -> list[str]:
         """At most `most` other files of the storage (bucket, server, local disks) that has `uri`, far apart.
@@ -113,7 +115,7 @@ class Clips:
         if on_node:
             return cls._mapped(str(on_node))
         if not is_copy:
-            return cls(table.read(uri, "clip.v1", _COLUMNS))
+            return cls(table.read(uri, "clip.v1", ["kind", *_COLUMNS]))
         with storage.access(uri), fsspec.open(uri, "rb") as file:
             return cls(_batches(pa.BufferReader(file.read())))
 
@@ -147,9 +149,10 @@ def share(manifest: str, folder: str, sha256: str) -> str:
 
 
 def _convert(manifest: str, path: Path) -> None:
-    batches = _arranged(table.read(manifest, "clip.v1", _COLUMNS))
+    with table.streamed(manifest, "clip.v1", ["kind", *_COLUMNS]) as batches:
+        found = _arranged(batches)
     with pa.ipc.new_file(str(path), _LAYOUT) as file:
-        for batch in batches:
+        for batch in found:
             file.write_batch(batch)
 
 
@@ -158,22 +161,16 @@ def _batches(source: pa.NativeFile) -> list[pa.RecordBatch]:
     return [file.get_batch(number) for number in range(len(_KINDS))]
 
 
-def _arranged(manifest: pa.Table) -> list[pa.RecordBatch]:
-    """The rows of each kind in the layout, column by column: the table and twice its longest column are in memory."""
-    columns = dict(zip(manifest.column_names, manifest.columns, strict=True))
-    del manifest
-    kinds = columns.pop("kind")
-    masks = [pc.equal(kinds, kind) for kind in _KINDS]
+def _arranged(batches: Callable[[list[str]], Iterable[pa.RecordBatch]]) -> list[pa.RecordBatch]:
+    """The rows of each kind in the layout; a pass for each column, of which the longest is in memory twice."""
     found: list[dict[str, pa.Array]] = [{} for _ in _KINDS]
-    for name in ("uri", "clip_id", "speaker", "duration_s"):
-        column = columns.pop(name)
-        parts = [column.filter(mask) for mask in masks]
-        del column
+    for name, kept in _COLUMNS.items():
+        parts: list[list[pa.Array]] = [[pa.array([], kept)] for _ in _KINDS]
+        for batch in batches(["kind", name]):
+            for kind, part in zip(_KINDS, parts, strict=True):
+                part.append(batch[name].filter(pc.equal(batch["kind"], kind)).cast(kept))
         for arrays in found:
-            part = parts.pop(0)
-            if name != "duration_s":
-                part = part.cast(pa.large_string())
-            arrays[name] = part.combine_chunks()
+            arrays[name] = pa.concat_arrays(parts.pop(0))
     return [_batch(arrays) for arrays in found]
 
 
