@@ -31,7 +31,7 @@ CHUNK, REPEATS = 500_000, 10
 
 @dataclass(frozen=True)
 class Options:
-    """Some four minutes on one core, and 4 GB of disk."""
+    """Some four minutes on one core, and 2 GB of disk."""
 
     clips: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
     """Clips of each manifest."""

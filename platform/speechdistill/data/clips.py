@@ -96,8 +96,8 @@ class Clips:
 
         Of a storage with less than a thousandth of many clips there may be none.
         """
-        storage = "".join(part + "/" for part in uri.split("/")[:3]) if "://" in uri else "/"
-        found = [other for pool in (self.speech, self.noise, self.rir) for other in pool.uris(storage) if other != uri]
+        prefix = "".join(part + "/" for part in uri.split("/")[:3]) if "://" in uri else "/"
+        found = [other for pool in (self.speech, self.noise, self.rir) for other in pool.uris(prefix) if other != uri]
         places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64))
         return [found[place] for place in places.tolist()]
 
@@ -130,14 +130,12 @@ class Clips:
 def share(manifest: str, folder: str, sha256: str) -> str:
     """Make the copy of a manifest that processes map, in `folder`, unless it is there, and return its address.
 
-    Its name has the manifest's `sha256`: that of another one is never taken for it. A manifest that this node cannot
-    keep on its disk is returned as it is.
+    Its name has the manifest's `sha256`: that of another one is never taken for it. Where there can be none, it is the
+    manifest's own address, and each node makes a copy of its own.
     """
     copy = f"{folder}/clips-{sha256[:16]}{_SUFFIX}"
     if "://" not in copy:
-        with storage.access(copy):
-            file_cache.make_once(Path(copy), partial(_convert, manifest))
-        return copy
+        return copy if file_cache.is_made(Path(copy), partial(_convert, manifest)) else manifest
     fs, there = storage.file_system(copy)
     with storage.access(copy):
         if fs.exists(there):

@@ -8,6 +8,7 @@ processes that share one read each other's half-written files.)
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import fsspec
 from speechdistill.io import audio_files, storage, tar_files
 from speechdistill.io.errors import AudioError, UserError
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
 _UNUSED_S = 86_400.0
@@ -68,26 +70,33 @@ def _copy(uri: str) -> Path | None:
 def made(uri: str, suffix: str, make: Callable[[Path], None]) -> Path | None:
     """The file that `make` writes on this node's disk for what is at `uri` now, by one process for all.
 
-    None where there is to be no cache, its disk is full or cannot be written, or the storage tells no version. These
-    files are not in the bound; one that nobody has opened for a day goes when another is made.
+    None where there is to be no cache, its disk cannot have the file, or the storage tells no version. These files are
+    not in the bound; one that nobody has opened for a day goes when another is made.
     """
     if not bound_bytes():
         return None
     try:
         size, mark = _version(uri)
-        if not mark:
-            return None
-        name = hashlib.sha256(f"{storage.absolute(uri)}\0{size}\0{mark}".encode("utf-8", "surrogateescape")).hexdigest()
-        path = _root() / "made" / (name + suffix)
-        if not path.exists():
-            make_once(path, make)
-            _forget(path.parent)
-        os.utime(path)
-        return path
+    except Exception:  # of the storage, which the caller meets again at `uri`
+        return None
+    name = hashlib.sha256(f"{storage.absolute(uri)}\0{size}\0{mark}".encode("utf-8", "surrogateescape")).hexdigest()
+    path = _root() / "made" / (name + suffix)
+    if not mark or not (_is_used(path) or is_made(path, make)):
+        return None
+    _forget(path.parent)
+    return path
+
+
+def is_made(path: Path, make: Callable[[Path], None]) -> bool:
+    """Whether `make_once` could do it; where the disk cannot have the file, a warning says so."""
+    try:
+        make_once(path, make)
     except UserError:  # of what `make` has read
         raise
-    except Exception:  # of the storage, which the caller meets again at `uri`, or of the disk
-        return None
+    except Exception as error:
+        _LOG.warning("%s cannot be kept there, so processes do without what they could share: %s", path, error)
+        return False
+    return True
 
 
 def make_once(path: Path, make: Callable[[Path], None]) -> None:
@@ -151,10 +160,17 @@ def _root() -> Path:
 
 def _is_there(path: Path, size: int) -> bool:
     try:
-        os.utime(path)  # used just now
-        return path.stat().st_size == size
+        return _is_used(path) and path.stat().st_size == size
     except FileNotFoundError:
         return False
+
+
+def _is_used(path: Path) -> bool:
+    """Whether it is there; then it was used just now."""
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False
 
 
 def _store(uri: str, size: int, path: Path) -> None:
