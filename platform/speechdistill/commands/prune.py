@@ -134,7 +134,6 @@ def _absolute(config: Prune) -> Prune:
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
-    from speechdistill.engine.finished_run import LabelRun
     from speechdistill.io import checkpoint
     from speechdistill.tracking import registry
     from speechdistill.training import launch
@@ -142,7 +141,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     from speechdistill.training.pruning import Pruning
     from speechdistill.training.recipes.pruned import Pruned
 
-    labels = [LabelRun(place) for place in config.shards]
+    labels, held, shards = launch.label_runs(config.shards, [f"{config.out}/{NAME}"], validate=False)
     if labels and config.labeled_percent == 100:
         reason = "--shards are not used where 100% of a batch are labeled"
         raise UserError(reason, "give --labeled-percent below 100")
@@ -159,9 +158,11 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     sources: dict[str, Any] = {
         "teacher": files.weights_hash,
         "labeled": fingerprint,
-        "shards": [{"fingerprint": run.fingerprint, "weight": run.weight} for run in labels],
+        "shards": shards,
     }
-    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, {**sources, "git_commit": launch.git_commit()})
+    heard = launch.heard_clips(clips, trains=config.labeled_percent > 0)
+    known = {**sources, **heard, "init": files.provenance, "git_commit": launch.git_commit()}
+    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, known, held)
     identity = {"job": "prune", "mix": {**asdict(mix), "shards": None}, "pruning": asdict(pruning), **sources}
     return recipe, identity
 

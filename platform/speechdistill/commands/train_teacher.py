@@ -105,7 +105,7 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
         raise RunError("the features are not complete", "rerun the command")
-    recipe = _recipe(config, sha256, fingerprint)
+    recipe = _recipe(config, sha256, fingerprint, clips)
     computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
     parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
     job = _job(config, recipe, computed, workers, gpus)
@@ -147,11 +147,12 @@ def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
     )
 
 
-def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
+def _recipe(config: TrainTeacher, sha256: str, fingerprint: str, clips: str) -> "Teacher":
     from speechdistill.training import launch
     from speechdistill.training.recipes.teacher import Teacher
 
-    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
+    heard = launch.heard_clips(clips, trains=True)
+    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain, **heard}
     encoder = (str(config.encoder), sha256, config.layer)
     sizes = (config.batch_size, config.seed)
     return Teacher(str(config.features), *encoder, not config.plain, *sizes, provenance)

@@ -60,7 +60,7 @@ class LabelRun:
         return rows
 
     def read(self, places: np.ndarray, *more: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The row group and the row (as of `read_group`, and its number `row` there) of each sample at sorted places."""
+        """The row group and the row (as `read_group` has it, with its number `row`) of each sample at sorted places."""
         groups = np.searchsorted(self.starts, places, side="right") - 1
         for group in np.unique(groups).tolist():
             numbers = places[groups == group] - self.starts[group]

@@ -57,6 +57,13 @@ def by_row_groups(run: LabelRun, validates: bool) -> HeldOut:
     return HeldOut(places, _NO_PLACES, places)
 
 
+def about(run: LabelRun, held: HeldOut | None = None) -> dict[str, Any]:
+    """A label run in the provenance of what learns from it or is judged by it."""
+    known = {"fingerprint": run.fingerprint, "weight": run.weight}
+    clips = run.configuration.get("clips_sha256")
+    return known if held is None else {**known, "clips_sha256": clips, "held_out": held.about}
+
+
 class _Sources(NamedTuple):
     """The source `clip` and the `group` (a number of `names`) of each sample; sample i has the clips
     `clips[offsets[i]:offsets[i + 1]]`.
@@ -83,7 +90,9 @@ class _Sources(NamedTuple):
 
     def having(self, some: pa.ChunkedArray) -> np.ndarray:
         """Whether each sample has any of these clips."""
-        counts = np.concatenate([[0], np.cumsum(pc.is_in(self.clips, some.combine_chunks()).to_numpy(zero_copy_only=False))])
+        counts = np.concatenate(
+            [[0], np.cumsum(pc.is_in(self.clips, some.combine_chunks()).to_numpy(zero_copy_only=False))]
+        )
         having: np.ndarray = counts[self.offsets[1:]] > counts[self.offsets[:-1]]
         return having
 
@@ -118,7 +127,9 @@ def _parts(sources: _Sources) -> _Parts:
     if counts[is_test | is_validation].sum() > counts.sum() / 2:
         none = np.zeros(len(sources.group), bool)
         what = "speakers" if sources.by == "speaker" else "clips"
-        return _Parts(none, none, too_few=f"{counts.sum()} samples of {len(counts)} {what} are too few to hold some out")
+        return _Parts(
+            none, none, too_few=f"{counts.sum()} samples of {len(counts)} {what} are too few to hold some out"
+        )
     return _Parts(is_test[sources.group], is_validation[sources.group], (tests, validates))
 
 

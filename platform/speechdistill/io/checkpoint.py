@@ -51,6 +51,11 @@ def read(folder: str) -> Files:
         return Files(about["architecture"], about["config"], about["provenance"], _weights(data), digest)
 
 
+def provenance(folder: str) -> dict[str, Any]:
+    """What `write` was told, without reading the weights; empty if it is not known."""
+    return dict((storage.read_json(f"{folder}/{ABOUT}") or {}).get("provenance") or {})
+
+
 def nonzero(files: Files) -> int:
     """How many numbers of its weights are not zero: what is left of a pruned network."""
     return sum(int((tensor != 0).sum()) for tensor in files.weights.values())

@@ -113,7 +113,9 @@ class Walk:
         order, _ = self._order(epoch)
         chosen = order[window * _WINDOW : (window + 1) * _WINDOW]
         of = self._rows_of
-        pairs = [(self._groups[i], row) for i in chosen for row in (of(self._groups[i]) if of else range(self._sizes[i]))]
+        pairs = [
+            (self._groups[i], row) for i in chosen for row in (of(self._groups[i]) if of else range(self._sizes[i]))
+        ]
         return rng(*self._key, epoch, window).permutation(np.array(pairs))
 
 
