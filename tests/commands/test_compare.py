@@ -386,6 +386,9 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
     encoders = sum(p.numel() for p in network.encoder.parameters())
     assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
+    rows = prune._rows(str(tmp_path), ["before", "after"])
+    assert rows[0]["parameters"] == teacher.parameters == sum(p.numel() for p in network.parameters())
+    assert [row["nonzero"] for row in rows] == [before.parameters, after.parameters]
     (there,) = load_teacher(after.teacher, device="cpu").teacher.label([voice(1.0)])
     (here,) = load_teacher(folders["after"], device="cpu").teacher.label([voice(1.0)])
     assert there == here, "what workers load is not what was given"

@@ -99,6 +99,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
 
     Raises `UserError` with the cause and the fix; progress so far is kept.
     """
+    from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
@@ -109,7 +110,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     made = recipe.make()
     network = made.network()
     made.pruner(network)  # what cannot be pruned is told before the work
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    size = parameters.count(network)
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -119,7 +120,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "prune", NAME, about)
     tracking = Tracking(job.out, "prune", config.criterion, about, parent)
-    (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+    (trained,) = launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
     if trained["state"] != "done":
         raise RunError(str(trained["error"]), f"progress so far is saved in {job.out}")
     rows = _rows(job.out, [name for _, name in job.training.milestones])
@@ -190,7 +191,7 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
     from speechdistill.io import checkpoint
-    from speechdistill.models import trained
+    from speechdistill.models import parameters, trained
     from speechdistill.models.device import torch_device
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
@@ -199,14 +200,16 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     for name in names:
         folder = f"{out}/{name}"
         figures = storage.read_json(f"{folder}/figures.json") or {}
-        files = checkpoint.read(folder)
-        cost = {f"{d}_s": _cost(first[d], trained.scorer(folder, device=d), d) for d in devices}
+        scorers = {device: trained.scorer(folder, device=device) for device in devices}
+        cost = {f"{d}_s": _cost(first[d], scorers[d], d) for d in devices}
+        size = parameters.of_teacher(scorers["cpu"])
+        assert size  # a network of torch
         rows.append(
             {
                 "name": name,
                 "remaining": figures.get("remaining"),
-                "nonzero": checkpoint.nonzero(files),
-                "parameters": sum(tensor.numel() for tensor in files.weights.values()),
+                "nonzero": size.nonzero,
+                "parameters": size.stored,
                 "size_mb": checkpoint.size(folder) / 1e6,
                 **cost,
                 "mse": figures.get("mse"),

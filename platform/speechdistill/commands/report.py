@@ -32,12 +32,13 @@ def labels(summary: dict[str, Any], out: str) -> str:
 
 
 def students(rows: list[dict[str, Any]]) -> str:
-    lines = ["variant    parameters   PCC     MSE     best step  steps     time  state   MLflow run"]
+    lines = ["variant    parameters  trainable   PCC     MSE     best step  steps     time  state   MLflow run"]
     for row in rows:
         pcc, mse = (f"{row[key]:.4f}" if row[key] is not None else "–" for key in ("pcc", "mse"))
         best_step, run = row["best_step"] or "–", row["run_id"] or "–"
+        sizes = f"{row['parameters']:>10,} {row['trainable']:>10,}"
         lines.append(
-            f"{row['variant']:<10} {row['parameters']:>10,}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
+            f"{row['variant']:<10} {sizes}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
             f"{row['train_s']:>6.0f} s  {row['state']:<7} {run}"
         )
         lines += [f"  {row['error']}"] if row["error"] else []

@@ -89,8 +89,8 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
+    from speechdistill.models import parameters
     from speechdistill.training import launch
-    from speechdistill.training.recipes import distill
     from speechdistill.training.side_by_side import Run
 
     cluster.be_patient()
@@ -106,7 +106,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     runs = [
         Run(
             name,
-            distill.parameters(recipe.student),
+            parameters.of_student(recipe.student),
             _job(config, name, recipe, workers, gpus),
             Tracking(f"{config.out}/{name}", "train-students", name, {**_plain(config), **_size(recipe)}, parent),
         )

@@ -56,11 +56,6 @@ def provenance(folder: str) -> dict[str, Any]:
     return dict((storage.read_json(f"{folder}/{ABOUT}") or {}).get("provenance") or {})
 
 
-def nonzero(files: Files) -> int:
-    """How many numbers of its weights are not zero: what is left of a pruned network."""
-    return sum(int((tensor != 0).sum()) for tensor in files.weights.values())
-
-
 def size(folder: str) -> int:
     """Bytes of the weights file."""
     fs, path = storage.file_system(f"{folder}/{WEIGHTS}")

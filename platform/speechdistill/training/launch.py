@@ -145,7 +145,8 @@ def _row(run: Run) -> dict[str, Any]:
     best = run.summary.get("best", {})
     return {
         "variant": run.name,
-        "parameters": run.parameters,
+        "parameters": run.size.stored,
+        "trainable": run.size.trainable,
         "state": run.state,
         "steps": run.summary.get("steps", run.told.step if run.told else 0),
         "train_s": run.train_s,

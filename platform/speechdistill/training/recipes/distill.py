@@ -66,12 +66,6 @@ def student(name: str) -> ConvTransformerConfig:
     return known[name]()
 
 
-def parameters(config: ConvTransformerConfig) -> int:
-    """How many a student of this size trains."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ConvTransformer(config).parameters())
-
-
 class Recipe:
     """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
 
