@@ -33,7 +33,7 @@ from speechdistill.data import heard, scored_clips
 from speechdistill.data.label_scale import Scale
 from speechdistill.engine import flow, held_out
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, storage, table
+from speechdistill.io import audio, checkpoint, storage, table
 from speechdistill.io.errors import RunError, TableError
 from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.label import Label, Unscorable
@@ -292,7 +292,7 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
 def test_models_that_know_the_clips_from_their_training_are_marked(tmp_path: Path, students: list[str]) -> None:
     source = recordings(tmp_path / "clips", 9, datasets=("pub",))
     rows = scored_clips.manifest(source)
-    known = {heard.KEY: heard.record(rows.slice(0, 5), rows.slice(5, 2))}
+    known = {checkpoint.CLIPS: heard.record(rows.slice(0, 5), rows.slice(5, 2))}
     trained = known_from(tmp_path / "trained", students[0], known)
     further = known_from(tmp_path / "further", students[1], {"init": known})
     found = compared(source, f"trained={trained},further={further},new={students[2]}", tmp_path)

@@ -15,7 +15,7 @@ from manifests import voice
 from mlflow_runs import Store, student, tracking_server
 from speechdistill import cli
 from speechdistill.data import heard, scored_clips
-from speechdistill.io import audio
+from speechdistill.io import audio, checkpoint
 from speechdistill.io.errors import UnreadableError
 from speechdistill.models.student import load_student, save_student
 from speechdistill.tracking import registry
@@ -258,7 +258,7 @@ def test_a_clip_that_trained_a_model_is_left_out_and_one_that_chose_it_is_counte
 ) -> None:
     promote(models[0].run_id)
     rows = scored_clips.manifest(source)
-    known = {heard.KEY: heard.record(rows.slice(0, 12), rows.slice(12, 6))}
+    known = {checkpoint.CLIPS: heard.record(rows.slice(0, 12), rows.slice(12, 6))}
     save_student(load_student(checkpoints[1]).network, str(tmp_path / "trained"), known)
     run = log_student(str(tmp_path / "trained"), store.run(), store.uri).run_id
     code, decision = promote(run, "--dry-run")
@@ -268,7 +268,7 @@ def test_a_clip_that_trained_a_model_is_left_out_and_one_that_chose_it_is_counte
         {"candidate": 6, "champion": 0},
     )
     assert {row["reason"] for row in decision["clips"]["excluded"]} == {"the candidate was trained on it"}
-    known = {heard.KEY: heard.record(rows, None)}
+    known = {checkpoint.CLIPS: heard.record(rows, None)}
     save_student(load_student(checkpoints[1]).network, str(tmp_path / "all"), known)
     code, error = promote(log_student(str(tmp_path / "all"), store.run(), store.uri).run_id, "--dry-run")
     assert (

@@ -14,7 +14,7 @@ from speechdistill import cli
 from speechdistill.commands import train_students
 from speechdistill.commands.train_students import TrainStudents
 from speechdistill.data import heard, scored_clips
-from speechdistill.io import storage, table
+from speechdistill.io import checkpoint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.training import launch
 
@@ -98,9 +98,9 @@ def test_what_is_held_out_and_heard_is_in_the_run_and_in_the_student(labels: str
         (held,) = recipe.held_out or ()
         provenance = dict(recipe.provenance or {})
         assert provenance["shards"][0]["held_out"] == held.about and held.about["test"]["samples"] >= 16
-        assert provenance[heard.KEY] == heard.record(trained, validation)
+        assert provenance[checkpoint.CLIPS] == heard.record(trained, validation)
         data = train_students._job(config, name, recipe, (1, 1), 0.0).identity["data"]
-        assert data["shards"] == provenance["shards"] and heard.KEY not in data
+        assert data["shards"] == provenance["shards"] and checkpoint.CLIPS not in data
     assert heard.marks(provenance, train["clip_id"].to_pylist()) == [heard.TRAINED] * len(train)
     assert heard.marks({"init": provenance}, [*validation["clip_id"].to_pylist(), "0" * 16]) == [
         *[heard.SELECTED] * len(validation),

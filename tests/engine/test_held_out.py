@@ -83,9 +83,9 @@ def test_the_set_is_a_function_of_names_whatever_order_and_size_the_run_has(tmp_
         (held,) = held_out([run])
         clips.append([{names[0] for names in clips_at(run, part)} for part in (held.test, held.validation)])
     assert clips[0] == clips[1] and all(clips[0])
-    large = LabelRun(label_run(tmp_path / "large", 2_000))
+    large = LabelRun(label_run(tmp_path / "large", 1_200, rows_per_part=240))
     (held,) = held_out([large])
-    assert 25 < len(held.test) < 80 and 25 < len(held.validation) < 80, "a fortieth each"
+    assert 16 < len(held.test) < 55 and 16 < len(held.validation) < 55, "a fortieth each"
 
 
 def test_what_one_run_holds_out_no_other_trains(tmp_path: Path) -> None:
@@ -106,6 +106,15 @@ def test_generated_samples_are_held_out_one_by_one(tmp_path: Path) -> None:
     (held,) = held_out([run])
     assert len(held.left_out) < 80, "those with the same noise are one group"
     assert any(not clips or clips == ["noise"] for clips in clips_at(run, held.left_out))
+
+
+def test_a_speaker_of_most_samples_trains(tmp_path: Path) -> None:
+    def known(i: int) -> dict[str, object]:
+        return {"clip_ids": [f"clip{i}"], "speaker": "most" if i % 2 else f"s{i % 40}"}
+
+    run = LabelRun(label_run(tmp_path, 240, known=known))
+    (held,) = held_out([run])
+    assert len(held.test) >= 16 <= len(held.validation) and not (held.left_out % 2).any()
 
 
 @pytest.mark.parametrize("num_speakers", [1, 3])

@@ -7,11 +7,10 @@ import tyro
 
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import heard
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import storage
+from speechdistill.io import checkpoint, storage
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.training.batches import Mix
 
@@ -209,8 +208,8 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         "mix": {**asdict(recipe.mix), "shards": None},
         "data": {
             key: value
-            for key, value in (recipe.provenance or {}).items()
-            if key not in ("git_commit", "variant", heard.KEY)
+            for key, value in checkpoint.brief(recipe.provenance or {}).items()
+            if key not in ("git_commit", "variant")
         },
         "training": training.identity(),
     }

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-KEY = "labeled_clips"
-"""The record's name in a provenance."""
+from speechdistill.io.checkpoint import CLIPS
 
 TRAINED, SELECTED = "trained on", "selected on"
 
 
 def record(train: pa.Table | None, validation: pa.Table | None) -> dict[str, str]:
-    """Clips of schema `clip.v1` as JSON for a provenance: the sorted ids, 8 bytes each, in base64."""
+    """Clips of schema `clip.v1` as JSON, for `CLIPS` of a provenance: the sorted ids, 8 bytes each, in base64."""
     parts = {TRAINED: train, SELECTED: validation}
     return {how: _packed(clips["clip_id"].to_pylist()) for how, clips in parts.items() if clips is not None}
 
@@ -26,7 +25,7 @@ def marks(provenance: Mapping[str, Any], clip_ids: Sequence[str]) -> list[str | 
     of models of earlier versions, are not recognised.
     """
     ids = _numbers(clip_ids)
-    known = {how: [_unpacked(one[KEY].get(how, "")) for one in ancestry(provenance) if KEY in one] for how in _HOWS}
+    known = {how: [_unpacked(one[CLIPS].get(how, "")) for one in ancestry(provenance) if CLIPS in one] for how in _HOWS}
     trained, selected = (np.isin(ids, np.concatenate([_NO_IDS, *known[how]])) for how in _HOWS)
     return [TRAINED if one else SELECTED if other else None for one, other in zip(trained, selected, strict=True)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from speechdistill.engine.shards import ROW_GROUP
 from speechdistill.io import fingerprint, storage, table
@@ -18,6 +19,7 @@ from speechdistill.io.errors import TableError, UserError
 
 _AGAIN = "delete the file and rerun pseudolabel, which makes it again"
 _THREADS = 32
+_SILENT_S = 5.0  # before a progress line
 _AHEAD_BYTES = 1 << 16  # of storage: the audio beside small columns is not read
 
 
@@ -69,8 +71,10 @@ class LabelRun:
 
     def columns(self, *names: str) -> pa.Table:
         """Columns of all samples in the order of their places."""
+        paths = [f"{self.out}/{path}" for path in self.paths]
         with ThreadPoolExecutor(_THREADS) as threads:
-            parts = list(threads.map(partial(_columns, names), [f"{self.out}/{path}" for path in self.paths]))
+            told = {"total": len(paths), "unit": "file", "desc": "clips of labels", "dynamic_ncols": True}
+            parts = list(tqdm(threads.map(partial(_columns, names), paths), delay=_SILENT_S, **told))
         if sum(map(len, parts)) != self.sizes.sum():
             raise TableError(f"{self.out}: its shards have other rows than its manifest", _AGAIN)
         return pa.concat_tables(parts)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import fingerprint, storage, table
 
-_SHARE = 2**32 // 40  # the groups of a part: those whose hash is below
+_SHARE, _NOT_ENOUGH = 2**32 // 40, 2**32  # of all hashes: a part has the groups whose hash is at most the first
 _ENOUGH, _FEWEST, _SMALL = 16, 3, 8  # samples of a part: at least 16; of a small run an eighth, but at least 3
 _MOST = 1_000  # samples of a part that are read: each may need a row group of its own
 _EARLIER_SHARE = 20  # earlier versions held out one row group of so many
@@ -118,13 +118,18 @@ def _recordings(run: LabelRun) -> pa.Array:
 
 
 def _parts(sources: _Sources) -> _Parts:
-    """Both parts by a hash of their own; neither if that left less than half of the samples to train on."""
+    """Both parts by a hash of their own; neither if that left less than half of the samples to train on.
+
+    Groups of more than a quarter of the samples train.
+    """
     hashes, counts = _hashes(sources.names), np.bincount(sources.group)
-    tests = _below(hashes[:, 0], counts, counts.sum())
-    is_test = hashes[:, 0] <= tests
-    validates = _below(hashes[~is_test, 1], counts[~is_test], counts.sum())
-    is_validation = (hashes[:, 1] <= validates) & ~is_test
-    if counts[is_test | is_validation].sum() > counts.sum() / 2:
+    fits = 4 * counts <= counts.sum()
+    tests = _below(hashes[fits, 0], counts[fits], counts.sum())
+    is_test = fits & (hashes[:, 0] <= tests)
+    fits &= ~is_test
+    validates = _below(hashes[fits, 1], counts[fits], counts.sum())
+    is_validation = fits & (hashes[:, 1] <= validates)
+    if max(tests, validates) == _NOT_ENOUGH or counts[is_test | is_validation].sum() > counts.sum() / 2:
         none = np.zeros(len(sources.group), bool)
         what = "speakers" if sources.by == "speaker" else "clips"
         return _Parts(
@@ -138,7 +143,7 @@ def _below(hashes: np.ndarray, counts: np.ndarray, num_samples: int) -> int:
     order = np.argsort(hashes)
     enough = max(_FEWEST, min(_ENOUGH, num_samples // _SMALL))
     reached = np.flatnonzero(np.cumsum(counts[order]) >= enough)
-    return max(_SHARE, int(hashes[order[reached[0]]])) if len(reached) else 2**32
+    return max(_SHARE, int(hashes[order[reached[0]]])) if len(reached) else _NOT_ENOUGH
 
 
 def _hashes(names: pa.Array) -> np.ndarray:

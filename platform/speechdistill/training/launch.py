@@ -12,7 +12,7 @@ from speechdistill.data import heard, scored_clips
 from speechdistill.engine import cost, held_out
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.held_out import HeldOut
-from speechdistill.io import fingerprint, storage, table
+from speechdistill.io import checkpoint, fingerprint, storage, table
 from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
@@ -77,7 +77,7 @@ def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: 
 def heard_clips(table_of_clips: str, trains: bool) -> dict[str, Any]:
     """For a model's provenance: the clips of `scored` that validate and, where it `trains` on them, train it."""
     train, validation = scored_clips.split(table.read(table_of_clips, "clip.v1"))
-    return {heard.KEY: heard.record(train if trains else None, validation)}
+    return {checkpoint.CLIPS: heard.record(train if trains else None, validation)}
 
 
 def validates(table_of_clips: str) -> bool:

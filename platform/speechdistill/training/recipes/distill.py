@@ -80,9 +80,8 @@ class Recipe:
         mix = replace(config.mix, hold_out=self._validation is None)
         self.batches = Batches(mix, train if mix.labeled_lanes else None, config.held_out)
         if mix.hold_out and not self.batches.num_held_out:
-            few = [held.about["too_few"] for held in self.batches.held if held.about and "too_few" in held.about]
             raise UserError(
-                f"nothing is left to validate on: {'; '.join(few)}",
+                f"nothing is left to validate on: {self._too_few()}",
                 "label clips of more speakers, or give --labeled with clips of split validation",
             )
 
@@ -108,6 +107,10 @@ class Recipe:
     def save(self, network: nn.Module, folder: str) -> None:
         assert isinstance(network, ConvTransformer)
         save_student(network, folder, self._config.provenance or {})
+
+    def _too_few(self) -> str:
+        few = [held.about["too_few"] for held in self.batches.held if held.about and "too_few" in held.about]
+        return "; ".join(few) or "all scored clips are of split train, or of one speaker"
 
     def _clips(self, rank: int, world: int) -> Iterator[tuple[str, float, np.ndarray]]:
         """A worker's share of the validation set: dataset, target, wave."""
