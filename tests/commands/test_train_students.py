@@ -11,7 +11,7 @@ import soundfile
 from label_runs import label_run, some_clips
 from manifests import voice
 from speechdistill import cli
-from speechdistill.commands import train_students
+from speechdistill.commands import report, train_students
 from speechdistill.commands.train_students import TrainStudents
 from speechdistill.data import heard, scored_clips
 from speechdistill.io import checkpoint, storage, table
@@ -98,6 +98,10 @@ def test_what_is_held_out_and_heard_is_in_the_run_and_in_the_student(labels: str
         (held,) = recipe.held_out or ()
         provenance = dict(recipe.provenance or {})
         assert provenance["shards"][0]["held_out"] == held.about and held.about["test"]["samples"] >= 16
+        (line,) = report.held_out(provenance["shards"])
+        assert re.match(
+            r"held out of the shards, by clip: \d+ samples of \d+ clips to choose the best, \d+ samples", line
+        )
         assert provenance[checkpoint.CLIPS] == heard.record(trained, validation)
         data = train_students._job(config, name, recipe, (1, 1), 0.0).identity["data"]
         assert data["shards"] == provenance["shards"] and checkpoint.CLIPS not in data

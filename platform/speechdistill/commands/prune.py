@@ -107,6 +107,8 @@ def run(config: Prune) -> list[dict[str, Any]]:
     config = _absolute(config)
     tracking_uri(config.out)
     recipe, identity = _recipe(config)
+    for line in report.held_out(identity["shards"]):
+        print(line, flush=True)
     made = recipe.make()
     network = made.network()
     made.pruner(network)  # what cannot be pruned is told before the work

@@ -96,6 +96,8 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     config = _absolute(config)
     tracking_uri(config.out)
     recipes = _recipes(config)
+    for line in report.held_out((next(iter(recipes.values())).provenance or {})["shards"]):
+        print(line, flush=True)
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
