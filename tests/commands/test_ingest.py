@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from manifests import corpus, voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 from speechdistill.data.clips import clip_id
+from speechdistill.data.corpora import folder
 from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError, UserError
 
@@ -55,6 +57,25 @@ def test_a_second_run_adds_new_files_and_keeps_ids_and_order(tmp_path: Path, loc
     assert rejects_of(out) == [], "a mended file is still among the rejects"
     ingest.run(config)
     assert manifest_of(out) == after
+
+
+def test_speakers_are_in_the_names_of_folders(tmp_path: Path, local_ray: None) -> None:
+    for name in ("p1/a.wav", "p1/b.wav", "p2/p3_c.wav"):
+        (tmp_path / "speech" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "speech" / name, voice(1), 16000)
+    config = Ingest(out=f"{tmp_path}/m", speech=(f"{tmp_path}/speech",), speaker_from="parent")
+    ingest.run(config)
+    assert [row["speaker"] for row in manifest_of(tmp_path / "m")] == ["p1", "p1", "p2"]
+    with pytest.raises(UserError, match=r"--speaker-from '\(' is neither parent nor a regular expression"):
+        ingest.run(replace(config, speaker_from="("))
+
+
+@pytest.mark.parametrize(
+    ("rule", "speaker"), [(None, None), ("parent", "p2"), (r"/(p\d+)_", "p3"), (r"p\d+(?=/)", "p2"), ("x(.)", None)]
+)
+def test_a_speaker_is_found_by_a_rule(rule: str | None, speaker: str | None) -> None:
+    for uri in ("/data/p2/p3_c.wav", "s3://bucket/p2/p3_c.wav"):
+        assert folder.speaker(uri, rule) == speaker
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

@@ -51,6 +51,10 @@ class Ingest:
     """Folder of the manifest, a local path or URL."""
     speech: tuple[str, ...] = ()
     """Folders of speech recordings."""
+    speaker_from: str | None = None
+    """The speaker of each file of --speech: parent, the name of its folder, or a regular expression that is searched
+    for in its address, whose group (or all that it matches) is the speaker, such as 'LibriSpeech/[^/]+/([0-9]+)/'.
+    Training holds out whole speakers, and without them source clips."""
     noise: tuple[str, ...] = ()
     """Folders of noise recordings."""
     rir: tuple[str, ...] = ()
@@ -76,6 +80,8 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
     print(f"{kinds} in {summary['manifest']}")
     if summary["rejected"]:
         print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
+    if summary.get("without_speaker"):
+        print(f"--speaker-from {config.speaker_from} names no speaker of {summary['without_speaker']:,} files")
     if summary["ignored_extensions"]:
         print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
     return 0
@@ -90,14 +96,18 @@ def run(config: Ingest) -> dict[str, Any]:
         )
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
+    folder.speaker("", config.speaker_from)
     labeled = scored_rows(config)
     config = replace(config, out=storage.absolute(config.out), list=tuple(files))
     cluster.connect()
     ignored: Counter[str] = Counter()
     whole: set[tuple[str, str]] = set()
-    ingest_rows(chain(labeled, _rows(config, ignored, whole)), config.out)
+    nameless: Counter[str] = Counter()
+    ingest_rows(chain(labeled, _rows(config, ignored, whole, nameless)), config.out)
     _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
     summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
+    if config.speaker_from:
+        summary["without_speaker"] = nameless.total()
     storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError("no usable audio file was found", f"the reasons are in {config.out}/rejects.parquet")
@@ -148,10 +158,13 @@ def merge(out: str) -> dict[str, Any]:
     }
 
 
-def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]]) -> Iterator[Row]:
+def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]], nameless: Counter[str]) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
         for root in roots:
-            yield from folder.rows(root, kind, ignored)
+            for row in folder.rows(root, kind, ignored):
+                speaker = folder.speaker(row["uri"], config.speaker_from) if kind == "speech" else None
+                nameless[kind] += kind == "speech" and speaker is None
+                yield {**row, "speaker": speaker}
     lines = chain.from_iterable(_lines(file) for file in config.list)
     yield from webdataset.rows(lines, ignored, whole)
 
