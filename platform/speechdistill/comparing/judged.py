@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from speechdistill.data import scored_clips
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, storage, table, user_table
 from speechdistill.io.errors import TableError
 
-_LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
 _SAMPLE = ".parquet#"  # in the address of a sample: the shard, then the row group and the row in it
 
@@ -48,10 +47,10 @@ def clips(source: str) -> Judged:
     for what is neither.
     """
     source = storage.absolute(source)
-    if source.lower().endswith(_LISTS):
+    if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
-        reason = f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
+        reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
 
