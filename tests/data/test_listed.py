@@ -191,6 +191,13 @@ def test_rows_of_one_file_that_disagree_are_rejected_at_ingest_and_refused_elsew
         labels_csv(clips, text)
 
 
+def test_of_many_rows_a_second_reading_gives_the_same(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = listing_of(clips, "path,mos\nc0.flac,4\nc1.flac,2\nc0.flac,2\nc2.flac,9\n")
+    expected = ingested(source)
+    monkeypatch.setattr(listed, "_HELD_ROWS", 1)
+    assert ingested(source) == expected and expected[2].startswith("4 rows = 2 files")
+
+
 def test_one_bad_row_of_several_rejects_the_file(clips: Path) -> None:
     rows, (reason,), summary = ingested(listing_of(clips, "path,mos\nc0.flac,4\nc0.flac,9\nc1.flac,2\n"))
     assert [row["mos"] for row in rows] == [2] and "mos '9'" in reason

@@ -47,8 +47,12 @@ def columns() -> frozenset[str]:
 
 def given(values: Mapping[str, Any]) -> Row:
     """The known ones of `values` that are not empty, numbers as they were given and the others as text."""
-    known = {key: value for key, value in values.items() if key in columns() and not listed.is_empty(value)}
-    return {key: value if key in _NUMBERS else str(value).strip() for key, value in known.items()}
+    known = columns()
+    return {
+        key: value if key in _NUMBERS else str(value).strip()
+        for key, value in values.items()
+        if key in known and not listed.is_empty(value)
+    }
 
 
 def read(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -> Iterator[user_table.Line]:
@@ -73,10 +77,10 @@ def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[st
 
 def path_of(file: str, line: user_table.Line, *names: str) -> str:
     """The path of a row, in the first of some columns that is not empty, which it loses; `TableError` if none."""
-    paths = [value for value in (line.values.pop(name, None) for name in names) if not listed.is_empty(value)]
-    if not paths:
-        raise TableError(f"{file}, line {line.number} has no path", f"fill in {' or '.join(names)}, or delete the row")
-    return str(paths[0])
+    for name in names:
+        if not listed.is_empty(path := line.values.pop(name, None)):
+            return str(path)
+    raise TableError(f"{file}, line {line.number} has no path", f"fill in {' or '.join(names)}, or delete the row")
 
 
 def described(file: str, line: user_table.Line, uri: str, values: Mapping[str, Any]) -> Row:

@@ -13,6 +13,7 @@ commands that train or judge refuse the list.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -31,18 +32,21 @@ PLACE = "listed in"
 
 _EMPTY = {"", "nan", "na", "n/a", "null", "none", "<na>"}
 _FIX = "correct the list"
+_HELD_ROWS = 100_000
 Row = dict[str, Any]
 
 
 def is_empty(value: Any) -> bool:
     """Whether a value of any column is none: null, blank text, or the NaN that other tools write for both."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or bool(value != value)
 
 
 def split_name(value: Any) -> str | None:
     """The split that a name means; raises `TableError` for a name that means none."""
-    if is_empty(value):
-        return None
+    if value in SPLITS or is_empty(value):
+        return None if is_empty(value) else str(value)
     if (name := SPLIT_NAMES.get(str(value).strip().lower())) is None:
         raise TableError(f"split {str(value)!r} is unknown", f"choose from {', '.join(SPLITS)}")
     return name
@@ -80,22 +84,28 @@ def summary(told: Counter[str]) -> str:
 
 def normalised(row: Row) -> Row:
     """A row with `mos`, `votes` and `split` as they are stored; raises `TableError` for one of another form."""
-    rules = (("mos", score), ("votes", _votes), ("split", split_name))
-    return {**row, **{key: rule(row[key]) for key, rule in rules if key in row}}
+    row = dict(row)
+    for key, rule in _RULES:
+        if key in row:
+            row[key] = rule(row[key])
+    return row
 
 
 def merged(read: Callable[[], Iterable[Row]], told: Counter[str] | None = None) -> Iterator[Row]:
-    """One row for each clip of the rows that `read()` gives, which is called twice: several rows of a clip come last.
+    """One row for each clip of the rows that `read()` gives; several rows of a clip come last, as one.
 
-    The first reading happens at once, so that a list that cannot be read is known before the work. `told` counts rows,
-    files, scored ones, further rows of a file, and rejected ones. Memory is eight bytes a row.
+    All are read at once, so that a list that cannot be read is known before the work; many of them a second time later,
+    since memory holds 100,000 and eight bytes of each. `told` counts rows, files, scored ones, further rows of a file,
+    and rejected ones.
     """
-    ids = np.fromiter((int(_identity(row), 16) for row in read()), np.uint64)
+    rows = iter(read())
+    held = list(islice(rows, _HELD_ROWS))
+    ids = np.fromiter((int(_identity(row), 16) for row in chain(held, rows)), np.uint64)
     found, counts = np.unique(ids, return_counts=True)
     repeated = {f"{identity:016x}" for identity in found[counts > 1].tolist()}
     told = Counter() if told is None else told
     told["rows"] += len(ids)
-    return _merged(read(), repeated, told)
+    return _merged(held if len(held) == len(ids) else read(), repeated, told)
 
 
 def _merged(rows: Iterable[Row], repeated: set[str], told: Counter[str]) -> Iterator[Row]:
@@ -113,7 +123,8 @@ def _merged(rows: Iterable[Row], repeated: set[str], told: Counter[str]) -> Iter
 def _counted(row: Row, told: Counter[str]) -> Row:
     told["rejected" if "error" in row else "files"] += 1
     told["scored"] += "error" not in row and row.get("mos") is not None
-    return {key: value for key, value in row.items() if key != PLACE}
+    row.pop(PLACE, None)
+    return row
 
 
 def _one(rows: list[Row]) -> Row:
@@ -164,3 +175,6 @@ def _votes(value: Any) -> int | None:
     if not 0 <= number < 2**31 or number != int(number):
         raise TableError(f"votes {value!r} is not a count", _FIX)
     return int(number)
+
+
+_RULES: tuple[tuple[str, Callable[[Any], Any]], ...] = (("mos", score), ("votes", _votes), ("split", split_name))

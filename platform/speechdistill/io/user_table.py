@@ -73,9 +73,11 @@ def _delimited(file: str, needed: Sequence[str], names: Sequence[str] | None) ->
         for number, fields in records:
             values = dict(zip(columns, fields, strict=False))
             values.pop("", None)
+            count, fault = len(fields), None
             # Fields behind a delimiter too many are in wrong columns; empty ones at the end are a spreadsheet's.
-            fits = len(fields) >= fewest and not any(map(str.strip, fields[most:] if most else ()))
-            yield Line(number, values, None if fits else f"has {len(fields)} fields instead of {fewest}")
+            if count < fewest or (most and count > most and any(map(str.strip, fields[most:]))):
+                fault = f"has {count} fields instead of {fewest}"
+            yield Line(number, values, fault)
 
 
 def _records(file: str, lines: Iterator[str], is_plain: bool) -> Iterator[tuple[int, list[str]]]:
