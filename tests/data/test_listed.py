@@ -162,12 +162,13 @@ def test_a_row_of_another_length_is_rejected_at_ingest_and_refused_elsewhere(cli
         (["c0.flac,4,,", "c0.flac,2,,", "c0.flac,3,,"], (3.0, 3)),
         (["c0.flac,4,3,", "c0.flac,2,1,"], (3.5, 4)),
         (["c0.flac,4,3,", "c0.flac,2,,"], (3.5, 4)),
-        (["c0.flac,4,,anna", "c0.flac,nan,,anna", "./c0.flac,2,,"], (4.0, 1)),
+        (["c0.flac,4,,anna", "c0.flac,nan,,anna", "c0.flac,,,"], (4.0, 1)),
+        (["c0.flac,4,,", "./c0.flac,3,,", "x/../c0.flac,2,,"], (3.0, 3)),
         (["c0.flac,,,", "c0.flac,,,"], (None, None)),
     ],
 )
 def test_several_rows_of_one_file_are_their_mean(clips: Path, rows: list[str], expected: Any) -> None:
-    text = "\n".join(["path,mos,votes,speaker", *(row for row in rows if row[0] != "."), "c1.flac,5,2,bo"])
+    text = "\n".join(["path,mos,votes,speaker", *rows, "c1.flac,5,2,bo"])
     source = listing_of(clips, text)
     other, clip = ingested(source)[0]
     assert (clip["mos"], clip["votes"]) == expected and (other["mos"], other["votes"]) == (5, 2)
@@ -306,6 +307,9 @@ def test_rules_of_values() -> None:
         with pytest.raises(TableError, match="is not a number from 1 to 5"):
             listed.score(wrong)
     assert listed.normalised({"votes": "8.0"}) == {"votes": 8} and listed.normalised({"votes": ""}) == {"votes": None}
+    assert listed.normalised({"kind": " Noise"}) == {"kind": "noise"}
+    with pytest.raises(TableError, match="kind 'music' is unknown; choose from speech, noise, rir"):
+        listed.normalised({"kind": "music"})
     for wrong in ("2.5", "-1", "inf", "many", 2**31):
         with pytest.raises(TableError, match="is not a count"):
             listed.normalised({"votes": wrong})

@@ -36,6 +36,7 @@ def read(file: Path, data: bytes | str, needed: tuple[str, ...] = ("path/uri",))
         CSV.replace(",", "\t"),
         CSV.replace(",", "|"),
         CSV.replace(",", ", "),
+        "sep=;\r\n" + CSV.replace(",", ";"),
         CSV.replace("path,mos", " Path , MOS "),
         CSV.replace("\n", ",\n"),
         CSV.replace("4.0\n", "4.0,,,\n"),
@@ -120,6 +121,12 @@ def test_rows_of_json_are_read_alike(tmp_path: Path) -> None:
     assert [line.values for line in read(tmp_path / "l.jsonl", json.dumps(EXPECTED[0]).encode("utf-16"))] == EXPECTED[
         :1
     ]
+
+
+@pytest.mark.parametrize("name", ["a\\u0000.wav", "\\ud800.wav"])
+def test_json_may_write_names_that_no_file_has(tmp_path: Path, name: str) -> None:
+    bad, good = read(tmp_path / "l.jsonl", f'{{"path": "{name}"}}\n{{"path": "\\u00fc.wav"}}')
+    assert bad.fault == "has a NUL or half a character in it" and good == (2, {"path": "ü.wav"}, None)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ class Ingest:
     rir: tuple[str, ...] = ()
     """Folders of room impulse responses."""
     list: tuple[str, ...] = ()
-    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and WebDataset
-    tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
+    """CSV, TSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and
+    WebDataset tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
     and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
     corpus: CorpusName | None = None
     """A corpus that listeners scored, read from --root as it is distributed, with its scores, systems and splits. Here

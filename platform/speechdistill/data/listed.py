@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from posixpath import normpath
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ PLACE = "listed in"
 _EMPTY = {"", "nan", "na", "n/a", "null", "none", "<na>"}
 _FIX = "correct the list"
 _HELD_ROWS = 100_000
+_KINDS = ("speech", "noise", "rir")
 Row = dict[str, Any]
 
 
@@ -58,7 +60,7 @@ def score(value: Any) -> float | None:
     if number is None:
         return None
     if not 1 <= number <= 5:  # nor is what is no number
-        raise TableError(f"mos {value!r} is not a number from 1 to 5", _FIX)
+        raise TableError(f"mos {value!r:.60} is not a number from 1 to 5", _FIX)
     return number
 
 
@@ -83,7 +85,7 @@ def summary(told: Counter[str]) -> str:
 
 
 def normalised(row: Row) -> Row:
-    """A row with `mos`, `votes` and `split` as they are stored; raises `TableError` for one of another form."""
+    """A row with `mos`, `votes`, `split` and `kind` as they are stored; raises `TableError` for one of another form."""
     row = dict(row)
     for key, rule in _RULES:
         if key in row:
@@ -131,9 +133,9 @@ def _one(rows: list[Row]) -> Row:
     """Several rows of one clip as one."""
     if fault := next((row for row in rows if "error" in row), None):
         return fault
-    known: Row = {}
+    known: Row = {"uri": rows[0]["uri"]}
     for row in rows:
-        for key in row.keys() - {"mos", "votes", PLACE}:
+        for key in row.keys() - {"uri", "mos", "votes", PLACE}:
             if known.setdefault(key, row[key]) != row[key]:
                 return {**rows[0], "error": _disagreement(rows, key)}
     scored = [(row["mos"], row.get("votes") or 1) for row in rows if row.get("mos") is not None]
@@ -151,7 +153,8 @@ def _disagreement(rows: list[Row], key: str) -> AudioError:
 
 
 def _identity(row: Row) -> str:
-    return clip_id(str(row["kind"]), row["uri"])
+    uri = row["uri"]  # a list may write a local path in several ways; what it is stored as stays
+    return clip_id(str(row["kind"]), uri if "://" in uri else normpath(uri))
 
 
 def _number(value: Any) -> float | None:
@@ -168,13 +171,25 @@ def _number(value: Any) -> float | None:
         return math.nan
 
 
+def _kind(value: Any) -> str:
+    kind = str(value).strip().lower()
+    if kind not in _KINDS:
+        raise TableError(f"kind {value!r:.60} is unknown", f"choose from {', '.join(_KINDS)}")
+    return kind
+
+
 def _votes(value: Any) -> int | None:
     number = _number(value)
     if number is None:
         return None
     if not 0 <= number < 2**31 or number != int(number):
-        raise TableError(f"votes {value!r} is not a count", _FIX)
+        raise TableError(f"votes {value!r:.60} is not a count", _FIX)
     return int(number)
 
 
-_RULES: tuple[tuple[str, Callable[[Any], Any]], ...] = (("mos", score), ("votes", _votes), ("split", split_name))
+_RULES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("mos", score),
+    ("votes", _votes),
+    ("split", split_name),
+    ("kind", _kind),
+)

@@ -9,6 +9,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -27,6 +28,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _DELIMITERS = ",;\t|"
 _UNQUOTED = "\t|"
+_SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # a spreadsheet's line about the next one, which says as much
 _LONGEST_FIELD = 1 << 24  # characters: some transcripts have more than Python's limit of 2^17
 _END = "\n"  # behind the last line: still within quotes there, a row has a quote that never closes
 _QUOTE_FIX = "close it, double quotation marks within a text, or save the list with tabs between fields"
@@ -82,7 +84,8 @@ def _delimited(file: str, needed: Sequence[str], names: Sequence[str] | None) ->
 
 def _records(file: str, lines: Iterator[str], is_plain: bool) -> Iterator[tuple[int, list[str]]]:
     """The fields of each row that is not blank, and the number of its first line. A plain table has commas."""
-    start, first = next(((number, line) for number, line in enumerate(lines, 1) if line.strip()), (1, ""))
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and not _SEP.match(line))
+    start, first = next(numbered, (1, ""))
     form = {"delimiter": ","} if is_plain else _form(first)
     is_unquoted = form["delimiter"] in _UNQUOTED
     csv.field_size_limit(_LONGEST_FIELD)
@@ -163,7 +166,16 @@ def _json_lines(file: str, needed: Sequence[str]) -> Iterator[Line]:
                 place = f"{file}, line {number}"
                 values = _parsed(place, line)
                 names = _columns(place, list(values), needed, "give every row these keys")
-                yield Line(number, dict(zip(names, values.values(), strict=True)))
+                fault = "has a NUL or half a character in it" if "\\u" in line and not _is_text(values) else None
+                yield Line(number, dict(zip(names, values.values(), strict=True)), fault)
+
+
+def _is_text(values: dict[str, Any]) -> bool:
+    """False for what only the escapes of JSON can write into a table: no file has such a name."""
+    try:
+        return b"\0" not in "".join(map(str, values.values())).encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _parsed(place: str, line: str) -> dict[str, Any]:
