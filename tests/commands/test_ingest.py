@@ -105,13 +105,14 @@ def test_lists_carry_what_the_user_knows(tmp_path: Path, local_ray: None, suffix
         import pandas
 
         pandas.DataFrame(lines).to_parquet(file)
-    ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(file),)))
+    summary = ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(file),)))
+    assert summary["lists"] == {"rows": 4, "files": 3, "scored": 1, "rejected": 1}
     speech, noise = manifest_of(tmp_path / "m")
     assert (speech["speaker"], speech["language"], speech["mos"], speech["votes"]) == ("anna", "de", 3.5, 8)
     assert speech["uri"] == str(tmp_path / "speech/v0.flac")
     assert (noise["kind"], noise["speaker"], noise["mos"]) == ("noise", None, None)
     messages = "\n".join(row["message"] for row in rejects_of(tmp_path / "m"))
-    assert "mos 'good' in its list is no number" in messages and "missing.flac" in messages
+    assert f"mos 'good' is not a number from 1 to 5 ({file}, line " in messages and "missing.flac" in messages
 
 
 def test_a_kill_between_the_two_files_of_a_part_loses_nothing(

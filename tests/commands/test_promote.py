@@ -229,7 +229,9 @@ def test_a_clip_without_a_score_is_reported_and_counts_for_neither(
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
     rows = [(path, mos, "a") for path, mos in zip(clips, said, strict=True)]
     whole = listed(tmp_path / "whole.csv", rows)
-    more = listed(tmp_path / "more.csv", [*rows, (str(tmp_path / "silent.wav"), 5.0, "a"), (clips[0], 4.0, "alone")])
+    (tmp_path / "alone.wav").write_bytes(Path(clips[0]).read_bytes())
+    alone = [(str(tmp_path / "silent.wav"), 5.0, "a"), (str(tmp_path / "alone.wav"), 4.0, "alone")]
+    more = listed(tmp_path / "more.csv", [*rows, *alone])
     _, expected = promote(models[1].run_id, "--dry-run", clips=whole)
     _, decision = promote(models[1].run_id, "--dry-run", clips=more)
     assert decision["clips"]["scored"] == 41

@@ -212,15 +212,15 @@ def test_a_plain_csv_is_a_labeled_set(tmp_path: Path, caplog: pytest.LogCaptureF
     rows = scored_clips.manifest(f"{tmp_path}/mine.csv")
     assert rows["mos"].to_pylist() == [4.5, 2.0]
     assert rows["duration_s"].to_pylist() == pytest.approx([0.1, 0.4])
-    assert "mine.csv: 1 of 3 speech clips have no mos and are left out" in caplog.text
+    assert "mine.csv: 3 rows = 3 files (2 with a score); 1 left out, without a score; 2 clips are used" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("path\n0.wav\n", "none of its 1 speech clips has a score"),
-        ("path,mos\n0.wav,9\n", r"0\.wav has mos 9.*1 to 5"),
-        ("path,mos\n0.wav,good\n", "row 1 has mos 'good'"),
+        ("path,mos\n0.wav,9\n", r"0\.wav: mos '9' is not a number from 1 to 5 .*mine.csv, line 2"),
+        ("path,mos\n0.wav,good\n", "mos 'good' is not a number"),
         ("path,mos\nno.wav,3\n", r"no\.wav"),
     ],
 )

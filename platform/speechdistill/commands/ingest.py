@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import listening_tests
+from speechdistill.data import listed, listening_tests
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
@@ -60,8 +60,8 @@ class Ingest:
     rir: tuple[str, ...] = ()
     """Folders of room impulse responses."""
     list: tuple[str, ...] = ()
-    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and WebDataset
-    tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
+    """CSV, TSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and
+    WebDataset tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
     and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
     corpus: CorpusName | None = None
     """A corpus that listeners scored, read from --root as it is distributed, with its scores, systems and splits. Here
@@ -82,6 +82,8 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
         print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
     if summary.get("without_speaker"):
         print(f"--speaker-from {config.speaker_from} names no speaker of {summary['without_speaker']:,} files")
+    if config.list:
+        print(f"lists: {listed.summary(Counter(summary['lists']))}")
     if summary["ignored_extensions"]:
         print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
     return 0
@@ -97,15 +99,17 @@ def run(config: Ingest) -> dict[str, Any]:
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
     folder.speaker("", config.speaker_from)
+    told: Counter[str] = Counter()
+    lines = listed.merged(lambda: chain.from_iterable(map(_lines, files)), told)
     labeled = scored_rows(config)
     config = replace(config, out=storage.absolute(config.out), list=tuple(files))
     cluster.connect()
     ignored: Counter[str] = Counter()
     whole: set[tuple[str, str]] = set()
     nameless: Counter[str] = Counter()
-    ingest_rows(chain(labeled, _rows(config, ignored, whole, nameless)), config.out)
+    ingest_rows(chain(labeled, _rows(config, lines, ignored, whole, nameless)), config.out)
     _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
-    summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
+    summary = {**merge(config.out), "ignored_extensions": dict(ignored), "lists": dict(told)}
     if config.speaker_from:
         summary["without_speaker"] = nameless.total()
     storage.publish_json(summary, f"{config.out}/ingest.json")
@@ -158,14 +162,15 @@ def merge(out: str) -> dict[str, Any]:
     }
 
 
-def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]], nameless: Counter[str]) -> Iterator[Row]:
+def _rows(
+    config: Ingest, lines: Iterator[Row], ignored: Counter[str], whole: set[tuple[str, str]], nameless: Counter[str]
+) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
         for root in roots:
             for row in folder.rows(root, kind, ignored):
                 speaker = folder.speaker(row["uri"], config.speaker_from) if kind == "speech" else None
                 nameless[kind] += kind == "speech" and speaker is None
                 yield {**row, "speaker": speaker}
-    lines = chain.from_iterable(_lines(file) for file in config.list)
     yield from webdataset.rows(lines, ignored, whole)
 
 
@@ -250,22 +255,11 @@ def _clip(row: Row) -> Row:
         raise AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
     return {
         **row,
-        **{key: _number(uri, row, key) for key in ("mos", "votes") if key in row},
         "duration_s": info.duration_s,
         "sample_rate": info.sample_rate,
         "channels": info.channels,
         **_version(row),
     }
-
-
-def _number(uri: str, row: Row, key: str) -> float | int:
-    try:
-        value = float(row[key])
-        if key == "votes" and not value.is_integer():
-            raise ValueError
-        return int(value) if key == "votes" else value
-    except (ValueError, TypeError):
-        raise AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
 
 
 def _version(row: Row) -> Row:

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from speechdistill.data import heard, scored_clips
 from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, storage, table, user_table
 from speechdistill.io.errors import TableError
 
-_LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
 _SAMPLE = ".parquet#"  # in the address of a sample: the shard, then the row group and the row in it
 
@@ -62,10 +61,10 @@ def clips(source: str) -> Judged:
     Raises `TableError` for what is neither, and for a run of too few clips to hold some out.
     """
     source = storage.absolute(source)
-    if source.lower().endswith(_LISTS):
+    if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
-        reason = f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
+        reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
 

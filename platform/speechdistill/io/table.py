@@ -121,6 +121,18 @@ def _opened(uri: str, name: str) -> Iterator[IO[bytes]]:
         raise TableError(f"{uri}: not a Parquet file ({error})", f"give a whole file of schema {name}") from error
 
 
+def column_names(uri: str) -> list[str]:
+    """The names of the columns of a Parquet file; raises `TableError` for a file that is missing or is none."""
+    try:
+        with open_parquet(uri) as file:
+            names: list[str] = pq.read_schema(file).names
+    except FileNotFoundError as error:
+        raise TableError(f"{uri}: no such file", "check the path") from error
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{uri}: not a Parquet file ({error})", "give a whole file") from error
+    return names
+
+
 @contextmanager
 def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]]:
     """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here.
