@@ -200,5 +200,5 @@ def test_ids_depend_on_kind_and_address_only() -> None:
 def test_many_new_chunks_find_every_duplicate(tmp_path: Path) -> None:
     order = np.random.default_rng(0).integers(0, 7000, 20_000)
     rows = ({"uri": f"/{i}.wav", "kind": "speech"} for i in order)
-    found = [row["uri"] for chunk in ingest._new_chunks(rows, str(tmp_path)) for row in chunk]
+    found = [row["uri"] for chunk in ingest._chunks(rows, str(tmp_path)) for row in chunk]
     assert sorted(found) == sorted({f"/{i}.wav" for i in order})

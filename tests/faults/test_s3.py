@@ -28,6 +28,7 @@ import soundfile
 
 from comparisons import without_ray
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
+from leases import claimed_by, dead, of_another_machine
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
@@ -36,7 +37,7 @@ from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, lease, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
@@ -366,6 +367,31 @@ def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(
     assert not parts(store, layout.out) and not store.fs.exists(f"{layout.out}/manifest.parquet")
 
 
+# Leases.
+
+
+def test_of_claimants_at_once_on_s3_exactly_one_holds(store: Store, proxy: Proxy) -> None:
+    urls = [f"s3://{BUCKET}/claims-{i}" for i in range(4)]
+    for url in urls[::2]:
+        store.fs.pipe_file(f"{url}/.lease-000001", dead())
+    assert claimed_by(2, urls) == [1] * len(urls)
+    assert not [url for url in urls if store.fs.exists(url)], "a lease is left"
+
+
+def test_on_s3_a_renewed_lease_is_respected_and_another_is_taken_over(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "_DEAD_S", 2.0)
+    url = f"s3://{BUCKET}/lease"
+    store.fs.pipe_file(f"{url}/.lease-000001", of_another_machine())
+    with lease.held(url, "prune"):
+        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        with pytest.raises(lease.LeaseError, match="`speechdistill prune`"), lease.held(url, "ingest"):
+            pass
+    assert not store.fs.exists(url)
+
+
 # One operation at a time, in this process.
 
 
@@ -385,6 +411,12 @@ def load_audio(url: str) -> bool:
     return np.array_equal(audio.quantise(audio.load(f"{url}/voice.wav", 16000, 8000)), WAVE[16000:24000])
 
 
+def hold(url: str) -> bool:
+    with lease.held(url, "ingest") as held:
+        held._renew()
+        return not held.lost.is_set()
+
+
 WAVE = audio.quantise(voice(2.0))
 OPERATIONS: dict[str, Callable[[str], bool]] = {
     "publish": lambda url: storage.publish(b"new", f"{url}/new") is None,
@@ -396,6 +428,7 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "delete-summary": delete_summary,
     "list-folder": list_folder,
     "load-audio": load_audio,
+    "hold-lease": hold,
 }
 
 
@@ -498,4 +531,4 @@ def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work
     assert not store.fs.exists(f"{BUCKET}/untracked")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     assert cli.main([*job, "s3://no-such-bucket/labels"]) == 1
-    assert re.search(r"error: s3://no-such-bucket/labels/run\.json: .*bucket does not exist", capsys.readouterr().err)
+    assert re.search(r"error: s3://no-such-bucket/labels: .*bucket does not exist", capsys.readouterr().err)

@@ -88,3 +88,14 @@ def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
 
 def counts(values: dict[str, int]) -> str:
     return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))
+
+
+def changes(of_known: dict[str, int]) -> list[str]:
+    """What an ingest has found of clips that were in the manifest before."""
+    columns = {name: n for name, n in of_known.items() if name not in ("updated", "rejected", "unreadable")}
+    lines = {
+        "updated": f"clips were updated: {counts(columns)}",
+        "rejected": "clips of the manifest are rejected now",
+        "unreadable": "clips of the manifest could not be read now and are left as they were",
+    }
+    return [f"{of_known[name]:,} {text}" for name, text in lines.items() if of_known.get(name)]

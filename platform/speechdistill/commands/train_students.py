@@ -11,7 +11,7 @@ from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import storage
+from speechdistill.io import lease, storage
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.training.batches import Mix
 
@@ -87,13 +87,18 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    with lease.held(config.out, "train-students"):
+        return _trained(config)
+
+
+def _trained(config: TrainStudents) -> list[dict[str, Any]]:
     from speechdistill.training import launch
     from speechdistill.training.recipes import distill
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     recipes = _recipes(config)
     cluster.connect()
     stop_on_sigterm()
