@@ -37,7 +37,7 @@ from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
-from speechdistill.io import audio, fingerprint, lease, storage, table
+from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
@@ -249,7 +249,7 @@ def recordings(store: Store, tmp_path: Path) -> str:
     folder = f"s3://{BUCKET}/{tmp_path.name}"
     rows = []
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", voice(3.0), 16000)
+        soundfile.write(tmp_path / f"{i}.wav", voice(3.0, seed=i), 16000)
         store.fs.put(str(tmp_path / f"{i}.wav"), f"{folder}/{i}.wav")
         known = {"kind": "speech", "duration_s": 3.0, "sample_rate": 16000, "channels": 1}
         rows.append({"clip_id": f"{i:016x}", "uri": f"{folder}/{i}.wav", **known})
@@ -280,6 +280,28 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
         store.check_credentials(False)
     store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
     assert [type(result) for result in work(rows)] == [AudioError] * 3
+
+
+def test_an_object_that_changed_since_it_was_ingested_is_rejected_without_a_request_more(
+    store: Store, proxy: Proxy, recordings: str
+) -> None:
+    def heads() -> tuple[list[Any], int]:
+        work = samples.Degrade(f"{recordings}/clips.parquet", as_is(), 0, "flac", False, samples.libraries(as_is()))
+        requests: list[str] = []
+        proxy.fault = lambda method, path: requests.append(path) if ".wav" in path else None
+        return work([{"id": i} for i in range(3)]), len(requests)
+
+    unversioned, before = heads()
+    rows = table.read(f"{recordings}/clips.parquet", "clip.v1").to_pylist()
+    versions = [dict(zip(("size_bytes", "etag"), audio_files.version(row["uri"]), strict=True)) for row in rows]
+    rows = [row | version for row, version in zip(rows, versions, strict=True)]
+    store.fs.pipe_file(f"{recordings}/clips.parquet", table.parquet_bytes(table.from_rows(rows, "clip.v1")))
+    good, after = heads()
+    assert all(isinstance(row, dict) for row in [*unversioned, *good]) and after == before
+    store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
+    one, changed, two = heads()[0]
+    assert "1.wav': changed since it was ingested" in str(changed) and isinstance(changed, AudioError)
+    assert isinstance(one, dict) and isinstance(two, dict)
 
 
 @pytest.mark.slow  # waits for all tries of each request

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
@@ -35,6 +36,7 @@ from speechdistill.models.label import MIN_DURATION_S
 
 _CHUNK_ROWS = 2_000
 _KNOWN_ROWS = 50_000  # known clips that are sorted by their parts, so that each part is read seldom
+_LISTED_ROWS = 500
 _CONTENT = {"duration_s": "length", **dict.fromkeys(("size_bytes", "etag", "sample_rate", "channels"), "content")}
 _THREADS = 8  # per task: reading a header is mostly waiting
 _PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet$")
@@ -254,6 +256,7 @@ class _Seen:
 
 def _with_stored(rows: list[tuple[int, Row]], out: str) -> Iterator[list[Row]]:
     """Chunks of known rows, by their parts, with what is stored of each. (Read here: workers need not see `out`.)"""
+    _note_versions([row for _, row in rows])
     rows.sort(key=lambda pair: pair[0])
     chunk: list[Row] = []
     for part, group in groupby(rows, lambda pair: pair[0]):
@@ -266,6 +269,26 @@ def _with_stored(rows: list[tuple[int, Row]], out: str) -> Iterator[list[Row]]:
                 chunk = []
     if chunk:
         yield chunk
+
+
+def _note_versions(rows: list[Row]) -> None:
+    """Add sizes and etags of objects whose folder many of the rows share, from its listing: a request for a thousand.
+    (The others are asked for one by one, by the workers.)
+    """
+    folders: dict[str, list[Row]] = {}
+    for row in rows:
+        if re.match(r"(?!https?:)\w+://", row["uri"]) and "::" not in row["uri"] and "#" not in row["uri"]:
+            folders.setdefault(row["uri"].rpartition("/")[0], []).append(row)
+    for folder_uri, inside in folders.items():
+        if len(inside) < _LISTED_ROWS:
+            continue
+        with suppress(Exception):  # of the storage, which the workers meet again
+            fs, path = storage.file_system(folder_uri)
+            found = {info["name"].rpartition("/")[2]: info for info in fs.ls(path, detail=True)}
+            for row in inside:
+                info = found.get(row["uri"].rpartition("/")[2], {})
+                if (etag := info.get("ETag") or info.get("etag")) and info.get("size"):
+                    row.update(size_bytes=info["size"], etag=str(etag).strip('"'))
 
 
 class _Probed(NamedTuple):

@@ -94,8 +94,9 @@ def changes(of_known: dict[str, int]) -> list[str]:
     """What an ingest has found of clips that were in the manifest before."""
     columns = {name: n for name, n in of_known.items() if name not in ("updated", "rejected", "unreadable")}
     lines = {
-        "updated": f"clips were updated: {counts(columns)}",
-        "rejected": "clips of the manifest are rejected now",
-        "unreadable": "clips of the manifest could not be read now and are left as they were",
+        "updated": f"updated: {counts(columns)}",
+        "rejected": "in the manifest and cannot be used any more",
+        "unreadable": "in the manifest and could not be read now, and stay as they were",
     }
-    return [f"{of_known[name]:,} {text}" for name, text in lines.items() if of_known.get(name)]
+    numbers = ((of_known.get(name, 0), text) for name, text in lines.items())
+    return [f"{n:,} {'clip was' if n == 1 else 'clips were'} {text}" for n, text in numbers if n]

@@ -2,6 +2,7 @@
 """The clip manifest as plans see it: three pools of clips, in manifest order."""
 
 import hashlib
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,14 @@ def clip_id(kind: str, uri: str) -> str:
 
 
 class Clip(NamedTuple):
-    """One file; `num_samples` is its length at 16 kHz."""
+    """One file; `num_samples` is its length at 16 kHz, `size_bytes` and `etag` its version when it was ingested."""
 
     clip_id: str
     uri: str
     num_samples: int
     speaker: str | None
+    size_bytes: int | None
+    etag: str | None
 
 
 class Pool:
@@ -44,7 +47,20 @@ class Pool:
             row["uri"][index].as_py(),
             int(self.num_samples[index]),
             row["speaker"][index].as_py(),
+            row["size_bytes"][index].as_py(),
+            row["etag"][index].as_py(),
         )
+
+    def find(self, clip_id: str) -> Clip | None:
+        """The clip of that id, if it is here."""
+        ids, order = self._by_id
+        place = int(np.searchsorted(ids, wanted := np.uint64(int(clip_id, 16)), sorter=order))
+        return self[int(order[place])] if place < len(ids) and ids[order[place]] == wanted else None
+
+    @cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.array([int(clip_id, 16) for clip_id in self._rows["clip_id"].to_pylist()], np.uint64)
+        return ids, np.argsort(ids)
 
     def uris(self, prefix: str) -> list[pa.Array]:
         """The addresses that start so, as chunks."""
@@ -71,5 +87,5 @@ class Clips:
 
     @classmethod
     def read(cls, uri: str) -> "Clips":
-        columns = ["clip_id", "uri", "kind", "duration_s", "speaker"]
+        columns = ["clip_id", "uri", "kind", "duration_s", "speaker", "size_bytes", "etag"]
         return cls(table.read(uri, "clip.v1", columns))
