@@ -28,6 +28,7 @@ import soundfile
 
 from comparisons import without_ray
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
+from leases import claimed_by, dead, of_another_machine
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
@@ -36,7 +37,7 @@ from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
@@ -248,7 +249,7 @@ def recordings(store: Store, tmp_path: Path) -> str:
     folder = f"s3://{BUCKET}/{tmp_path.name}"
     rows = []
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", voice(3.0), 16000)
+        soundfile.write(tmp_path / f"{i}.wav", voice(3.0, seed=i), 16000)
         store.fs.put(str(tmp_path / f"{i}.wav"), f"{folder}/{i}.wav")
         known = {"kind": "speech", "duration_s": 3.0, "sample_rate": 16000, "channels": 1}
         rows.append({"clip_id": f"{i:016x}", "uri": f"{folder}/{i}.wav", **known})
@@ -279,6 +280,28 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
         store.check_credentials(False)
     store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
     assert [type(result) for result in work(rows)] == [AudioError] * 3
+
+
+def test_an_object_that_changed_since_it_was_ingested_is_rejected_without_a_request_more(
+    store: Store, proxy: Proxy, recordings: str
+) -> None:
+    def heads() -> tuple[list[Any], int]:
+        work = samples.Degrade(f"{recordings}/clips.parquet", as_is(), 0, "flac", False, samples.libraries(as_is()))
+        requests: list[str] = []
+        proxy.fault = lambda method, path: requests.append(path) if ".wav" in path else None
+        return work([{"id": i} for i in range(3)]), len(requests)
+
+    unversioned, before = heads()
+    rows = table.read(f"{recordings}/clips.parquet", "clip.v1").to_pylist()
+    versions = [dict(zip(("size_bytes", "etag"), audio_files.version(row["uri"]), strict=True)) for row in rows]
+    rows = [row | version for row, version in zip(rows, versions, strict=True)]
+    store.fs.pipe_file(f"{recordings}/clips.parquet", table.parquet_bytes(table.from_rows(rows, "clip.v1")))
+    good, after = heads()
+    assert all(isinstance(row, dict) for row in [*unversioned, *good]) and after == before
+    store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
+    one, changed, two = heads()[0]
+    assert "1.wav': changed since it was ingested" in str(changed) and isinstance(changed, AudioError)
+    assert isinstance(one, dict) and isinstance(two, dict)
 
 
 @pytest.mark.slow  # waits for all tries of each request
@@ -366,6 +389,31 @@ def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(
     assert not parts(store, layout.out) and not store.fs.exists(f"{layout.out}/manifest.parquet")
 
 
+# Leases.
+
+
+def test_of_claimants_at_once_on_s3_exactly_one_holds(store: Store, proxy: Proxy) -> None:
+    urls = [f"s3://{BUCKET}/claims-{i}" for i in range(4)]
+    for url in urls[::2]:
+        store.fs.pipe_file(f"{url}/.lease-000001", dead())
+    assert claimed_by(2, urls) == [1] * len(urls)
+    assert not [url for url in urls if store.fs.exists(url)], "a lease is left"
+
+
+def test_on_s3_a_renewed_lease_is_respected_and_another_is_taken_over(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "_DEAD_S", 2.0)
+    url = f"s3://{BUCKET}/lease"
+    store.fs.pipe_file(f"{url}/.lease-000001", of_another_machine())
+    with lease.held(url, "prune"):
+        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        with pytest.raises(lease.LeaseError, match="`speechdistill prune`"), lease.held(url, "ingest"):
+            pass
+    assert not store.fs.exists(url)
+
+
 # One operation at a time, in this process.
 
 
@@ -385,6 +433,12 @@ def load_audio(url: str) -> bool:
     return np.array_equal(audio.quantise(audio.load(f"{url}/voice.wav", 16000, 8000)), WAVE[16000:24000])
 
 
+def hold(url: str) -> bool:
+    with lease.held(url, "ingest") as held:
+        held._renew()
+        return not held.lost.is_set()
+
+
 WAVE = audio.quantise(voice(2.0))
 OPERATIONS: dict[str, Callable[[str], bool]] = {
     "publish": lambda url: storage.publish(b"new", f"{url}/new") is None,
@@ -396,6 +450,7 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "delete-summary": delete_summary,
     "list-folder": list_folder,
     "load-audio": load_audio,
+    "hold-lease": hold,
 }
 
 
@@ -498,4 +553,4 @@ def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work
     assert not store.fs.exists(f"{BUCKET}/untracked")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     assert cli.main([*job, "s3://no-such-bucket/labels"]) == 1
-    assert re.search(r"error: s3://no-such-bucket/labels/run\.json: .*bucket does not exist", capsys.readouterr().err)
+    assert re.search(r"error: s3://no-such-bucket/labels: .*bucket does not exist", capsys.readouterr().err)

@@ -14,7 +14,7 @@ from speechdistill.commands.guarded import guarded
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.engine import cluster
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, lease, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
 from speechdistill.tracking.run import Tracking, tracking_uri
@@ -84,6 +84,11 @@ def run(config: Compare) -> Comparison:
     out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
     tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    with lease.held(out, "compare"):
+        return _compared(config, wanted, out)
+
+
+def _compared(config: Compare, wanted: dict[str, str], out: str) -> Comparison:
     found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))

@@ -13,7 +13,7 @@ from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import audio, storage
+from speechdistill.io import audio, lease, storage
 from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
@@ -99,13 +99,18 @@ def run(config: Prune) -> list[dict[str, Any]]:
 
     Raises `UserError` with the cause and the fix; progress so far is kept.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    with lease.held(config.out, "prune"):
+        return _pruned(config)
+
+
+def _pruned(config: Prune) -> list[dict[str, Any]]:
     from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     recipe, identity = _recipe(config)
     for line in report.held_out(identity["shards"]):
         print(line, flush=True)

@@ -19,7 +19,7 @@ from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
 from speechdistill.engine.isolate import Worker
-from speechdistill.io import fingerprint, storage
+from speechdistill.io import fingerprint, lease, storage
 from speechdistill.io.errors import RunError
 from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
@@ -120,6 +120,11 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     with the cause and the fix; what was labelled is kept.
     """
     config, recipe, num_samples, identity = _prepared(config)
+    with lease.held(config.out, "pseudolabel"):
+        return _labelled(config, recipe, num_samples, identity)
+
+
+def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any]) -> dict[str, Any]:
     shards.claim(config.out, identity)
     clips = _keep_manifest(config, identity["clips_sha256"])
     config = _keep_teacher(config)

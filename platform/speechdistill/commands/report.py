@@ -107,3 +107,15 @@ def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
 
 def counts(values: dict[str, int]) -> str:
     return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))
+
+
+def changes(of_known: dict[str, int]) -> list[str]:
+    """What an ingest has found of clips that were in the manifest before."""
+    columns = {name: n for name, n in of_known.items() if name not in ("updated", "rejected", "unreadable")}
+    lines = {
+        "updated": f"updated: {counts(columns)}",
+        "rejected": "in the manifest and cannot be used any more",
+        "unreadable": "in the manifest and could not be read now, and stay as they were",
+    }
+    numbers = ((of_known.get(name, 0), text) for name, text in lines.items())
+    return [f"{n:,} {'clip was' if n == 1 else 'clips were'} {text}" for n, text in numbers if n]

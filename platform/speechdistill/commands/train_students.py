@@ -10,7 +10,7 @@ from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import checkpoint, storage
+from speechdistill.io import checkpoint, lease, storage
 from speechdistill.tracking.run import Tracking, tracking_uri
 from speechdistill.training.batches import Mix
 
@@ -88,13 +88,18 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    with lease.held(config.out, "train-students"):
+        return _trained(config)
+
+
+def _trained(config: TrainStudents) -> list[dict[str, Any]]:
     from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     recipes = _recipes(config)
     for line in report.held_out((next(iter(recipes.values())).provenance or {})["shards"]):
         print(line, flush=True)

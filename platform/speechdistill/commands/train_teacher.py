@@ -9,7 +9,7 @@ from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import storage
+from speechdistill.io import lease, storage
 from speechdistill.io.errors import RunError
 from speechdistill.tracking.run import Tracking, tracking_uri
 
@@ -87,15 +87,20 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
     Raises `UserError` if nothing can be trained; what was computed is kept.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    tracking_uri(config.out)
+    with lease.held(config.out, "train-teacher"), lease.held(str(config.features), "train-teacher"):
+        return _trained(config)
+
+
+def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     from speechdistill.labelling import features
     from speechdistill.models import parameters
     from speechdistill.models.networks import speech_encoder
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
     encoder, sha256 = speech_encoder.load(str(config.encoder), config.layer)
     frozen = parameters.count(encoder)
