@@ -38,6 +38,7 @@ from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
+from speechdistill.io.places import Skipped
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
@@ -378,7 +379,7 @@ def delete_summary(url: str) -> bool:
 
 
 def list_folder(url: str) -> bool:
-    return [row["uri"] for row in folder.rows(url, "speech", Counter())] == [f"{url}/voice.wav"]
+    return [row["uri"] for row in folder.rows(url, "speech", Skipped())] == [f"{url}/voice.wav"]
 
 
 def load_audio(url: str) -> bool:

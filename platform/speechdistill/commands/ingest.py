@@ -6,6 +6,7 @@ Work is committed in parts, so a killed run goes on where it stopped, and a run 
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ import pyarrow.compute as pc
 import tyro
 from tqdm import tqdm
 
-from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import listening_tests
 from speechdistill.data.clips import clip_id
@@ -30,6 +30,7 @@ from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
 from speechdistill.io import audio, audio_files, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError
+from speechdistill.io.places import Seen, Skipped
 from speechdistill.models.label import MIN_DURATION_S
 
 _CHUNK_ROWS = 2_000
@@ -75,8 +76,6 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
     print(f"{kinds} in {summary['manifest']}")
     if summary["rejected"]:
         print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
-    if summary["ignored_extensions"]:
-        print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
     return 0
 
 
@@ -88,15 +87,16 @@ def run(config: Ingest) -> dict[str, Any]:
             "give --speech DIR, --noise DIR, --rir DIR, --list FILE, or --corpus NAME with --root DIR",
         )
     cluster.be_patient()
-    files = webdataset.files(config.list)  # missing ones are told before the work
+    skipped = Skipped()
+    files = webdataset.files(config.list, skipped)  # missing ones are told before the work
     labeled = scored_rows(config)
     config = replace(config, out=storage.absolute(config.out), list=tuple(files))
     cluster.connect()
-    ignored: Counter[str] = Counter()
     whole: set[tuple[str, str]] = set()
-    ingest_rows(chain(labeled, _rows(config, ignored, whole)), config.out)
+    ingest_rows(chain(labeled, _rows(config, skipped, whole)), config.out)
     _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
-    summary = {**merge(config.out), "ignored_extensions": dict(ignored)}
+    summary = {**merge(config.out), "ignored_extensions": dict(skipped)}
+    print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
     storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError("no usable audio file was found", f"the reasons are in {config.out}/rejects.parquet")
@@ -147,12 +147,13 @@ def merge(out: str) -> dict[str, Any]:
     }
 
 
-def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]]) -> Iterator[Row]:
+def _rows(config: Ingest, skipped: Skipped, whole: set[tuple[str, str]]) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
+        seen = Seen()
         for root in roots:
-            yield from folder.rows(root, kind, ignored)
+            yield from folder.rows(root, kind, skipped, seen)
     lines = chain.from_iterable(_lines(file) for file in config.list)
-    yield from webdataset.rows(lines, ignored, whole)
+    yield from webdataset.rows(lines, skipped, whole)
 
 
 def _lines(file: str) -> Iterator[Row]:

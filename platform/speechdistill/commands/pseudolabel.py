@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import fsspec
 import pyarrow as pa
 import tyro
 
@@ -246,7 +245,7 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
     with storage.access(copy):
         is_there = fs.exists(path)
     if not is_there:
-        with storage.access(config.clips), fsspec.open(config.clips, "rb") as file:
+        with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now", "rerun the command when its ingest has ended")

@@ -1,6 +1,5 @@
 """What jobs ended with, as text for a terminal."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,7 +83,3 @@ def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
     edges = histogram["edges"][::5]
     scale = width / max(sizes)
     return [f"  {edges[i]:.1f}–{edges[i + 1]:.1f} {n:7.0f} {'█' * round(n * scale)}" for i, n in enumerate(sizes)]
-
-
-def counts(values: dict[str, int]) -> str:
-    return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))

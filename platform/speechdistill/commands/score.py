@@ -1,7 +1,6 @@
 """Score audio files with a teacher: patterns to paths, paths to rows, rows to a file."""
 
 import csv
-import glob
 import io
 import json
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,8 +17,9 @@ import tyro
 from tqdm import tqdm
 
 from speechdistill.commands.guarded import guarded
-from speechdistill.io import audio, storage, table
+from speechdistill.io import audio, places, storage, table
 from speechdistill.io.errors import AudioError, UserError
+from speechdistill.io.places import Skipped
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
 
@@ -68,8 +68,10 @@ class Score:
 
 @guarded("nothing was written")
 def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    paths = expand(config.paths)
     writer(config.out)  # a wrong extension is told before the work
+    skipped = Skipped()
+    paths = expand(config.paths, skipped)
+    print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
     with _local(config.model, config.tracking) as model:
         teacher = load_teacher(
             model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
@@ -110,19 +112,26 @@ def decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]
             yield ahead[0], ahead[1].result()
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Files, folders, globs and fsspec URLs to paths, each once, in the order of the patterns.
+def expand(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]:
+    """Files, folders, globs and fsspec URLs to paths, each file once, in the order of the patterns (`io/places.py`).
 
-    A folder gives its audio files at any depth, sorted; so does a glob (`**` too), which keeps files of other
-    suffixes only where it names the suffix (`*.raw`). A URL is passed on, and one with `*` is a glob.
-    Raises `UserError` with the pattern that matches nothing.
+    `skipped` counts what folders and globs leave out. Raises `UserError` with the pattern that matches nothing.
     """
+    skipped = Skipped() if skipped is None else skipped
+    fix = "give files, folders, globs or URLs of audio"
+    if not patterns:
+        raise UserError("there is nothing to score", fix)
     found: dict[str, None] = {}
+    files: set[str] = set()
     for pattern in patterns:
-        paths = _matches(pattern)
+        try:
+            paths = places.matches(pattern, places.is_audio, skipped)
+        except NotADirectoryError:
+            paths = []
         if not paths:
-            raise UserError(f"{pattern!r} matches no audio file", "give files, folders, globs or URLs of audio")
-        found |= dict.fromkeys(paths)
+            raise UserError(f"{pattern!r} matches no audio file", "; ".join([fix, *skipped.lines()]))
+        new = list(places.once(paths, files))
+        found |= dict.fromkeys(paths if paths == [pattern] else new)  # a path that is given is always taken
     return list(found)
 
 
@@ -221,41 +230,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, AudioError):  # its path is in the row
         return f"{error.reason}; {error.fix}"
     return str(error) if isinstance(error, Unscorable) else f"{type(error).__name__}: {error}"
-
-
-def _matches(pattern: str) -> list[str]:
-    if "://" in pattern:
-        return _of_url(pattern)
-    path = Path(pattern)
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if _is_audio(file) and file.is_file())
-    if path.exists():  # before globs: a file may be called `take[1].wav`
-        return [pattern]
-    # Path.glob takes no absolute pattern.
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    files = [match for match in found if Path(match).is_file()]
-    return [file for file in files if _named(pattern) or _is_audio(Path(file))]
-
-
-def _of_url(pattern: str) -> list[str]:
-    if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
-        return [pattern]
-    fs, path = storage.file_system(pattern)
-    with storage.access(pattern):
-        found = sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
-    kept = [name for name in found if _named(pattern) or _is_audio(PurePosixPath(name))]
-    archive = pattern[pattern.index("::") :] if "::" in pattern else ""  # zip://*.wav::s3://bucket/a.zip
-    return [fs.unstrip_protocol(name) + archive for name in kept]
-
-
-def _named(pattern: str) -> bool:
-    """Whether a glob ends in a suffix written out."""
-    suffix = PurePosixPath(pattern).suffix
-    return bool(suffix) and not glob.has_magic(suffix)
-
-
-def _is_audio(path: PurePosixPath | Path) -> bool:
-    return path.suffix.lower() in audio.EXTENSIONS and not path.name.startswith(".")
 
 
 def _printable(row: Mapping[str, Any]) -> Row:

@@ -1,6 +1,7 @@
 """The clips that models are judged on, and reading them: what listeners scored, or samples of a label run."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,7 +17,7 @@ from speechdistill.io.errors import TableError
 
 _LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
-_SAMPLE = ".parquet#"  # in the address of a sample: the shard, then the row group and the row in it
+_SAMPLE = re.compile(r"(.+\.parquet)#(\d+)\.(\d+)", re.DOTALL)  # a sample: its shard, row group and row in it
 
 
 class Clip(NamedTuple):
@@ -58,10 +59,10 @@ def clips(source: str) -> Judged:
 
 def read(uri: str) -> np.ndarray:
     """The wave of a clip, float32 at 16 kHz; raises `AudioError` or the storage's errors."""
-    if _SAMPLE not in uri:
+    sample = _SAMPLE.fullmatch(uri)
+    if not sample:
         return audio.load(uri)
-    place, group, row = _of_sample(uri)
-    rows = _group(place, group)
+    rows, row = _group(sample[1], int(sample[2])), int(sample[3])
     return audio.decode(rows[0][row], rows[1][row])
 
 
@@ -89,12 +90,6 @@ def _samples(run: LabelRun, dataset: str) -> Iterator[Clip]:
         for number, row in enumerate(run.read_group(group, "plan").to_pylist()):
             digest = hashlib.sha256(row["audio"]).hexdigest()
             yield Clip(str(row["sample_id"]), f"{place}.{number}", digest, dataset, None, row["score"], row["plan"])
-
-
-def _of_sample(uri: str) -> tuple[str, int, int]:
-    place, _, numbers = uri.rpartition("#")
-    group, row = map(int, numbers.split("."))
-    return place, group, row
 
 
 @lru_cache(maxsize=2)  # samples are read in their order
