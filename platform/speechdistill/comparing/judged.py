@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from speechdistill.data import scored_clips
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, fingerprint, storage, table
-from speechdistill.io.errors import TableError
+from speechdistill.io import audio, audio_files, storage, table
+from speechdistill.io.errors import AudioError, TableError
 
 _LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
@@ -102,7 +102,12 @@ def _group(place: str, group: int) -> tuple[list[bytes], list[str]]:
 
 
 def _sha256(uri: str) -> str:
+    digest = hashlib.sha256()
     try:
-        return fingerprint.of_file(uri)
-    except OSError:  # told with its reason when it is to be decoded
+        with audio_files.source(uri) as file:  # a member of a tar, too
+            while block := file.read(1 << 22):
+                digest.update(block)
+            file.raise_error()
+    except (OSError, AudioError):  # told with its reason when it is to be decoded
         return ""
+    return digest.hexdigest()

@@ -296,6 +296,7 @@ def _listed(fs: Any, folder: str) -> tuple[list[tuple[str, dict[str, Any]]], lis
             files += [(info["name"], info)] if info["type"] != "directory" else []
         elif info["type"] == "directory":  # keys whose next part is empty, `folder//x.wav`
             there = fs.find(folder, detail=True)
+            fs.invalidate_cache()  # s3fs keeps of it that a folder of nothing but its marker is not there
             files += [(key, there[key]) for key in there if key.startswith(f"{folder}//")]
         elif info.get("size"):
             files.append((info["name"], info))
