@@ -28,7 +28,7 @@ from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
 from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
-from speechdistill.io import audio, audio_files, storage, table, tar_files
+from speechdistill.io import audio, audio_files, outputs, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError
 from speechdistill.io.places import Seen, Skipped
 from speechdistill.models.label import MIN_DURATION_S
@@ -87,10 +87,14 @@ def run(config: Ingest) -> dict[str, Any]:
             "give --speech DIR, --noise DIR, --rir DIR, --list FILE, or --corpus NAME with --root DIR",
         )
     cluster.be_patient()
+    out = storage.absolute(config.out)
+    outputs.try_outputs(
+        *(f"{out}/{name}" for name in ("clips.parquet", "rejects.parquet", "ingest.json", "parts/clips"))
+    )
     skipped = Skipped()
     files = webdataset.files(config.list, skipped)  # missing ones are told before the work
     labeled = scored_rows(config)
-    config = replace(config, out=storage.absolute(config.out), list=tuple(files))
+    config = replace(config, out=out, list=tuple(files))
     cluster.connect()
     whole: set[tuple[str, str]] = set()
     ingest_rows(chain(labeled, _rows(config, skipped, whole)), config.out)

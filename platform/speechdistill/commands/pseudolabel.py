@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips
@@ -26,6 +26,7 @@ from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
+_FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet", "manifest.parquet", "summary.json")
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 _CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
 
@@ -118,6 +119,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `UserError`
     with the cause and the fix; what was labelled is kept.
     """
+    outputs.try_job(config.out, *_FILES)
     config, recipe, num_samples, identity = _prepared(config)
     shards.claim(config.out, identity)
     _keep_manifest(config, identity["clips_sha256"])

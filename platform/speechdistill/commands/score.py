@@ -4,11 +4,12 @@ import csv
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ import tyro
 from tqdm import tqdm
 
 from speechdistill.commands.guarded import guarded
-from speechdistill.io import audio, places, storage, table
-from speechdistill.io.errors import AudioError, UserError
+from speechdistill.io import audio, console, outputs, places, storage, table
+from speechdistill.io.errors import AudioError, StorageError, UserError
 from speechdistill.io.places import Skipped
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
@@ -69,6 +70,8 @@ class Score:
 @guarded("nothing was written")
 def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
     writer(config.out)  # a wrong extension is told before the work
+    if config.out:
+        outputs.try_outputs(config.out)
     skipped = Skipped()
     paths = expand(config.paths, skipped)
     print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
@@ -81,6 +84,9 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
         raise UserError(reason, "give another --model")
     scored = _Scored(len(paths))
     write(scored.watch(score_files(paths, teacher, config.timeline)), config.out)
+    if config.out:
+        plural = "s" * (scored.files != 1)
+        print(f"wrote {config.out}: {scored.files:,} file{plural}, {scored.failed:,} without a score")
     if scored.stopped:
         print(f"\nstopped after {scored.files} of {len(paths)} files; their rows are written", file=sys.stderr)
         return 130
@@ -138,14 +144,20 @@ def expand(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]
 def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
     """Write rows, whole or not at all, as .csv, .parquet or .json; without `out`, print them as CSV.
 
-    Raises `UserError` for another extension before the first row is taken.
+    Raises `UserError` for another extension before the first row is taken, and for rows that could be neither written
+    nor printed, naming the file of the system's temporary folder that has them.
     """
     encode = writer(out)
-    data = encode([_printable(row) for row in rows])
-    if out is None:
-        sys.stdout.write(data.decode())
-    else:
-        storage.publish(data, out)
+    printable = [_printable(row) for row in rows]
+    try:
+        if out is not None:
+            storage.publish(encode(printable), out)
+        elif not console.printed(encode(printable).decode()):
+            raise StorageError("not all rows could be printed", "give --out FILE")
+    except StorageError as error:  # hours of work
+        kept = Path(tempfile.mkdtemp(prefix="speechdistill-scores-"), "scores.csv")
+        kept.write_bytes(_csv(printable))
+        raise StorageError(f"{error.reason}; all rows are in {kept}", error.fix) from error
 
 
 def writer(out: str | None) -> Callable[[list[Row]], bytes]:
@@ -173,19 +185,20 @@ class _Scored:
     """Passes rows on with a progress bar, and remembers whether any failed or the user stopped."""
 
     def __init__(self, total: int) -> None:
-        self._total, self.files, self.failed, self.stopped = total, 0, False, False
+        self._total, self.files, self.failed, self.stopped = total, 0, 0, False
 
     def watch(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        path = None
+        path, failed = None, False
         with tqdm(total=self._total, unit="file", dynamic_ncols=True) as bar:
             try:
                 for row in rows:
                     if row["path"] != path:
-                        path = row["path"]
+                        path, failed = row["path"], False
                         self.files += 1
                         bar.update()
-                    silent_second = row.get("start_s") is not None
-                    self.failed |= row["error"] is not None and not silent_second
+                    if row["error"] is not None and row.get("start_s") is None and not failed:  # no silent second
+                        failed = True
+                        self.failed += 1
                     yield row
             except KeyboardInterrupt:  # what is scored is not lost
                 self.stopped = True

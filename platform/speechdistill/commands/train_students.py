@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -93,7 +93,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    outputs.try_job(config.out, "labeled")
     recipes = _recipes(config)
     cluster.connect()
     stop_on_sigterm()

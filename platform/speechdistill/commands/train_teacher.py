@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.ray_train import Job
@@ -94,7 +94,8 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    features_files = [f"{config.features}/{name}" for name in ("run.json", "shards/part", "manifest.parquet")]
+    outputs.try_job(config.out, f"{NAME}/run.json", *features_files)
     clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
     sha256 = speech_encoder.load(str(config.encoder), config.layer).digest
     cluster.connect()
