@@ -146,7 +146,10 @@ def test_urls_are_walked_by_the_same_rule(memory: MemoryFileSystem) -> None:
     expected = ["memory:///walk/a.wav", "memory:///walk/b/c.WAV", "memory:///walk/b/q?1#2%20[1] .wav"]
     skipped = Skipped()
     assert sorted(places.below("memory://walk", places.is_audio, skipped)) == expected and skipped == odd
-    assert places.matches("memory://walk/", places.is_audio, Skipped()) == expected
+    for folder in ("memory://walk/", "memory://walk"):
+        assert places.matches(folder, places.is_audio, Skipped()) == expected
+    for file in ("memory://walk/b/e.txt", "memory://none", "https://host/folder/", "nothing://x/y"):
+        assert places.matches(file, places.is_audio, Skipped()) == [file]
     skipped = Skipped()
     assert places.matches("memory://walk/**", places.is_audio, skipped) == expected and skipped == odd
     with pytest.raises(NotADirectoryError):

@@ -100,7 +100,7 @@ def below(root: str, wanted: Wanted, skipped: Skipped, seen: Seen | None = None)
 def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
     """The files of a path, folder, glob (`**` too) or URL, sorted; none where nothing matches.
 
-    A URL is passed on, but one with `*` is a glob, and one that ends in `/` a folder. A glob with a suffix (`*.raw`)
+    A URL of a file is passed on, whether there is one or not; one with `*` is a glob. A glob with a suffix (`*.raw`)
     also takes files that are not `wanted`.
     """
     given, pattern = pattern, _LOCAL.sub("", pattern)
@@ -241,8 +241,7 @@ def _anything(name: str) -> bool:
 
 def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
     if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
-        is_folder = pattern.endswith("/") and not pattern.startswith("http")
-        yield from _remote(pattern, wanted, skipped) if is_folder else [pattern]
+        yield from _remote(pattern, wanted, skipped) if _is_remote_folder(pattern, wanted) else [pattern]
         return
     fs, path = storage.file_system(pattern)
     with storage.access(pattern):
@@ -259,6 +258,19 @@ def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
             skipped.add(reason, fs.unstrip_protocol(name))
         else:
             yield fs.unstrip_protocol(name) + _archive(pattern)
+
+
+def _is_remote_folder(uri: str, wanted: Wanted) -> bool:
+    """Whether a URL names a folder; only where its name leaves that open, the storage is asked."""
+    if uri.startswith(("http://", "https://")) or wanted(uri.rpartition("/")[2]):
+        return False
+    if uri.endswith("/"):
+        return True
+    try:
+        fs, path = storage.file_system(uri)
+        return bool(fs.isdir(path))
+    except Exception:  # of any kind; reading it tells it again
+        return False
 
 
 def _remote(root: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
