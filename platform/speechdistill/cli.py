@@ -19,10 +19,12 @@ from speechdistill.commands import (
     train_students,
     train_teacher,
 )
+from speechdistill.io import console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 not promoted, 130 stopped."""
+    console.make_lasting()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("speechdistill").setLevel(logging.INFO)
     command = tyro.extras.subcommand_cli_from_dict(

@@ -38,7 +38,9 @@ from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
-from speechdistill.io.errors import AudioError, UnreadableError, UserError
+from speechdistill.io.errors import AudioError, StorageError, UnreadableError, UserError
+from speechdistill.io.outputs import try_outputs
+from speechdistill.io.places import Skipped
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
@@ -426,7 +428,7 @@ def delete_summary(url: str) -> bool:
 
 
 def list_folder(url: str) -> bool:
-    return [row["uri"] for row in folder.rows(url, "speech", Counter())] == [f"{url}/voice.wav"]
+    return [row["uri"] for row in folder.rows(url, "speech", Skipped())] == [f"{url}/voice.wav"]
 
 
 def load_audio(url: str) -> bool:
@@ -451,7 +453,15 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "list-folder": list_folder,
     "load-audio": load_audio,
     "hold-lease": hold,
+    "try-output": lambda url: try_outputs(f"{url}/labels/x.csv", f"{url}/run.json") is None,
 }
+
+
+def test_an_output_in_a_bucket_that_is_not_there_is_refused(store: Store, proxy: Proxy) -> None:
+    with pytest.raises(StorageError, match=r"s3://nowhere/x\.csv: .*bucket does not exist"):
+        try_outputs("s3://nowhere/x.csv")
+    try_outputs(f"s3://{BUCKET}/tried/x.csv")
+    assert store.fs.find(f"{BUCKET}/tried") == []
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import fsspec
 import pyarrow as pa
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, plan
 from speechdistill.data.clips import Clips, share
@@ -27,6 +26,7 @@ from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
 
+_FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet", "manifest.parquet", "summary.json")
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 _CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
 
@@ -119,6 +119,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `UserError`
     with the cause and the fix; what was labelled is kept.
     """
+    outputs.try_job(config.out, *_FILES)
     config, recipe, num_samples, identity = _prepared(config)
     with lease.held(config.out, "pseudolabel"):
         return _labelled(config, recipe, num_samples, identity)
@@ -254,7 +255,7 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
     with storage.access(copy):
         is_there = fs.exists(path)
     if not is_there:
-        with storage.access(config.clips), fsspec.open(config.clips, "rb") as file:
+        with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now", "rerun the command when its ingest has ended")
