@@ -196,6 +196,9 @@ def test_a_thousand_names_that_begin_alike_keep_what_is_known_of_each(tmp_path: 
     ]
     rows = rows_of(pack(tmp_path / "s.tar", [("corpus.json", columns(speaker="all")), *members], tarfile.USTAR_FORMAT))
     assert [row["mos"] for row in rows] == list(range(1_001)) and {row["speaker"] for row in rows} == {"all"}
+    skipped = Skipped()
+    rows = rows_of(pack(tmp_path / "s.tar", [*members, ("corpus.json", b"{}")], tarfile.USTAR_FORMAT), ignored=skipped)
+    assert len(rows) == 1_001 and skipped == {".json of more than 1,000 members before it": 1}
 
 
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b" " * (1 << 20) + b"{}"])

@@ -515,8 +515,13 @@ def test_a_store_that_is_away_is_named_and_not_taken_for_an_empty_one(
 
 @pytest.mark.parametrize("command", [["pseudolabel", "--clips"], ["ingest", "--list"]], ids=["pseudolabel", "ingest"])
 def test_a_driver_tries_its_first_request_as_often_as_its_workers(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     for name in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"):
         monkeypatch.delenv(name)
     assert cli.main([*command, f"s3://{BUCKET}/none.parquet", "--out", f"s3://{BUCKET}/none"]) == 1
@@ -527,8 +532,14 @@ def test_a_driver_tries_its_first_request_as_often_as_its_workers(
 
 @pytest.mark.parametrize("keys", ["wrong", "none"])
 def test_credentials_that_do_not_fit_are_told_before_the_work(
-    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: str
+    store: Store,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: str,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
     if keys == "none":
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -542,7 +553,7 @@ def test_credentials_that_do_not_fit_are_told_before_the_work(
     finally:
         store.check_credentials(False)
     assert code == 1
-    assert re.search(r"error: s3://bucket/clips\.parquet: .*check .* the credentials", capsys.readouterr().err)
+    assert re.search(r"error: s3://bucket/labels/run\.json: .*check .* the credentials", capsys.readouterr().err)
 
 
 def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work(

@@ -119,7 +119,6 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     Where `max_hours` ended it early, `complete` is false and no file says so yet. Raises `UserError`
     with the cause and the fix; what was labelled is kept.
     """
-    outputs.try_job(config.out, *_FILES)
     config, recipe, num_samples, identity = _prepared(config)
     with lease.held(config.out, "pseudolabel"):
         return _labelled(config, recipe, num_samples, identity)
@@ -175,6 +174,8 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     cluster.be_patient()
     weights, head = (path and storage.absolute(path) for path in (config.weights, config.head))
     clips, out = storage.absolute(config.clips), storage.absolute(config.out)
+    if not config.dry_run:
+        outputs.try_job(out, *_FILES)
     config = replace(config, clips=clips, out=out, weights=weights, head=head)
     recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
     recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)

@@ -10,10 +10,13 @@ from speechdistill.io.errors import StorageError
 
 
 class _Lasting(io.BufferedIOBase):
-    """A stream's bytes, unbuffered; once the reader of a pipe or terminal has gone, they are dropped."""
+    """A stream's bytes, unbuffered; once the reader of a pipe or terminal has gone, they are dropped.
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
+    Of results a full disk is an error; messages are dropped then, too.
+    """
+
+    def __init__(self, raw: Any, has_results: bool) -> None:
+        self._raw, self._has_results = raw, has_results
         self.is_read = True
 
     def writable(self) -> bool:
@@ -35,6 +38,8 @@ class _Lasting(io.BufferedIOBase):
             self.is_read = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for libraries and children, too
         except OSError as error:
+            if not self._has_results:
+                return size
             raise StorageError(f"printing failed ({error})", "mend that and rerun the command") from error
         return size
 
@@ -51,7 +56,7 @@ def make_lasting() -> None:
         elif not isinstance(getattr(stream, "buffer", None), _Lasting) and hasattr(stream, "buffer"):
             with suppress(OSError):
                 stream.flush()
-            lasting = _Lasting(getattr(stream.buffer, "raw", stream.buffer))
+            lasting = _Lasting(getattr(stream.buffer, "raw", stream.buffer), name == "stdout")
             setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, "backslashreplace", write_through=True))
 
 

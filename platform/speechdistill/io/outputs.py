@@ -19,7 +19,7 @@ def try_outputs(*files: str, space_bytes: int = 1 << 20) -> None:
     Nothing is left, and no folder is made.
     """
     tried_in: set[str] = set()
-    for file in sorted(files):
+    for file in files:
         is_url = "://" in file
         folder = file.rpartition("/")[0] if is_url else _folder(file)
         if folder in tried_in or (is_url and any(folder.startswith(f"{other}/") for other in tried_in)):

@@ -116,8 +116,8 @@ class _Tar:
     def _read(self) -> Iterator[Row]:
         for _, sample in groupby(self._members(), lambda member: _key(member[0].name)):
             line, wrong = self._line, None
-            for members in _taken_apart(sample):
-                line, wrong = yield from self._clips(members, line, wrong)
+            for number, members in enumerate(_taken_apart(sample)):
+                line, wrong = yield from self._clips(members, line, wrong, number == 0)
         if self._error:
             yield self._line | {"error": self._error}
         else:
@@ -166,7 +166,7 @@ class _Tar:
         self._skipped.add(reason, f"{self._uri}: {info.name}")
 
     def _clips(
-        self, sample: list[_Member], line: Row, wrong: str | None
+        self, sample: list[_Member], line: Row, wrong: str | None, is_first: bool
     ) -> Generator[Row, None, tuple[Row, str | None]]:
         """The clips of a sample, or of a part; returns what its .json members give to all of it, for its next part."""
         audio = [info for info, data in sample if data is None]
@@ -177,6 +177,8 @@ class _Tar:
             if not audio or (stem not in stems and stem != _key(info.name)):
                 self._skip(".json without audio beside it", info)
             elif stem == _key(info.name):
+                if not is_first:
+                    self._skip(".json of more than 1,000 members before it", info)
                 given, problem = self._given(text)
                 line, wrong = line | given, problem or wrong
             else:
