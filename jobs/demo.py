@@ -19,6 +19,7 @@ from speechdistill import cli
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plan
 from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import held_out
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.labelling.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id
@@ -125,10 +126,12 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
 
 
 def _held_out(run: Path, students: Path) -> str:
-    """The samples that no student of these shards is trained on, as files with the teacher's scores in a list."""
+    """The samples that no student of these shards is trained or selected on, as files with the teacher's scores in a
+    list.
+    """
     labels, folder = LabelRun(str(run)), students / "held-out"
     folder.mkdir(exist_ok=True)
-    rows = [row for group in labels.held_out() for row in labels.read_group(int(group)).to_pylist()]
+    rows = [row for _, row in labels.read(held_out([labels])[0].test)]
     with (folder / "scores.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "mos"])

@@ -24,6 +24,7 @@ from speechdistill.commands import (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 not promoted, 130 stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("speechdistill").setLevel(logging.INFO)
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "compare": compare.command,

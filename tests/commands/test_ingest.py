@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from manifests import corpus, voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 from speechdistill.data.clips import clip_id
+from speechdistill.data.corpora import folder
 from speechdistill.engine import cluster
 from speechdistill.io import audio, audio_files, storage, table
 from speechdistill.io.errors import RunError, UnreadableError, UserError
@@ -59,6 +61,25 @@ def test_a_second_run_adds_new_files_and_keeps_ids_and_order(tmp_path: Path, loc
     assert manifest_of(out) == after
 
 
+def test_speakers_are_in_the_names_of_folders(tmp_path: Path, local_ray: None) -> None:
+    for name in ("p1/a.wav", "p1/b.wav", "p2/p3_c.wav"):
+        (tmp_path / "speech" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "speech" / name, voice(1), 16000)
+    config = Ingest(out=f"{tmp_path}/m", speech=(f"{tmp_path}/speech",), speaker_from="parent")
+    ingest.run(config)
+    assert [row["speaker"] for row in manifest_of(tmp_path / "m")] == ["p1", "p1", "p2"]
+    with pytest.raises(UserError, match=r"--speaker-from '\(' is neither parent nor a regular expression"):
+        ingest.run(replace(config, speaker_from="("))
+
+
+@pytest.mark.parametrize(
+    ("rule", "speaker"), [(None, None), ("parent", "p2"), (r"/(p\d+)_", "p3"), (r"p\d+(?=/)", "p2"), ("x(.)", None)]
+)
+def test_a_speaker_is_found_by_a_rule(rule: str | None, speaker: str | None) -> None:
+    for uri in ("/data/p2/p3_c.wav", "s3://bucket/p2/p3_c.wav"):
+        assert folder.speaker(uri, rule) == speaker
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_lists_carry_what_the_user_knows(tmp_path: Path, local_ray: None, suffix: str) -> None:
     corpus(tmp_path)
@@ -86,13 +107,14 @@ def test_lists_carry_what_the_user_knows(tmp_path: Path, local_ray: None, suffix
         import pandas
 
         pandas.DataFrame(lines).to_parquet(file)
-    ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(file),)))
+    summary = ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(file),)))
+    assert summary["lists"] == {"rows": 4, "files": 3, "scored": 1, "rejected": 1}
     speech, noise = manifest_of(tmp_path / "m")
     assert (speech["speaker"], speech["language"], speech["mos"], speech["votes"]) == ("anna", "de", 3.5, 8)
     assert speech["uri"] == str(tmp_path / "speech/v0.flac")
     assert (noise["kind"], noise["speaker"], noise["mos"]) == ("noise", None, None)
     messages = "\n".join(row["message"] for row in rejects_of(tmp_path / "m"))
-    assert "mos 'good' in its list is no number" in messages and "missing.flac" in messages
+    assert f"mos 'good' is not a number from 1 to 5 ({file}, line " in messages and "missing.flac" in messages
 
 
 def test_a_kill_between_the_two_files_of_a_part_loses_nothing(

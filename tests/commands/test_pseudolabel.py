@@ -73,6 +73,8 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
         assert row["teacher_hash"] == teacher.teacher.weights_hash
         assert row["clip_ids"] == sample.clip_ids and row["clip_ids"][0] == sample.clip_id
     assert summary == {**storage.read_json(f"{tmp_path}/summary.json"), "complete": True, "wanted": 10}
+    (shared,) = tmp_path.glob("clips-*.v1.arrow")
+    assert Plans(weights_free(), Clips.read(str(shared)), 4)[7] == Plan.from_json(rows[7]["plan"])
     assert (summary["labelled"], sum(summary["score_histogram"]["counts"])) == (10, 10)
     assert summary["hours"] * 3600 * 16000 == pytest.approx(sum(row["num_samples"] for row in rows.values()))
     metrics = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id(str(tmp_path))))

@@ -11,6 +11,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import IO, ClassVar
 
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from manifests import voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
+from speechdistill.data import listed
 from speechdistill.data.corpora import listing, webdataset
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError
@@ -174,6 +176,17 @@ def test_a_sample_with_a_bad_json_is_rejected_alone(tmp_path: Path, text: bytes)
     assert "error" not in good
 
 
+def test_what_a_json_says_of_scores_and_splits_follows_the_rules_of_lists(tmp_path: Path) -> None:
+    texts = [b'{"mos": 9}', b'{"mos": NaN, "split": "TRAIN"}', b'{"mos": "3.5", "votes": 4.0, "split": "dev"}']
+    members = [
+        (f"{i}.{what}", text if what == "json" else b"") for i, text in enumerate(texts) for what in ("json", "wav")
+    ]
+    bad, unscored, good = rows_of(pack(tmp_path / "s.tar", members))
+    assert "0.wav': its .json member: mos 9 is not a number from 1 to 5" in str(bad["error"])
+    assert (unscored.get("mos"), unscored["split"]) == (None, "train")
+    assert (good["mos"], good["votes"], good["split"]) == (3.5, 4, "validation")
+
+
 def test_wherever_a_tar_is_cut_the_members_before_are_kept(tmp_path: Path) -> None:
     members = [(f"{'long' * 30 if i == 2 else i}.wav", bytes(700 * i)) for i in range(4)]
     data = pack(tmp_path / "s.tar", members).read_bytes()
@@ -289,7 +302,7 @@ def test_a_tar_that_was_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> N
 @given(st.lists(st.tuples(st.sampled_from(["read", "seek"]), st.integers(-30, 60), st.integers(0, 2)), max_size=20))
 def test_a_section_is_a_file(calls: list[tuple[str, int, int]]) -> None:
     data = bytes(range(100))
-    section = tar_files.Section(io.BytesIO(data), tar_files.Member("t", 20, 40, "m"))
+    section = tar_files.Section(io.BytesIO(data), 20, 40)
     twin = io.BytesIO(data[20:60])
     for call, number, whence in calls:
         if call == "read":
@@ -496,7 +509,8 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
         out=str(tmp_path / "m"),
         list=tuple(webdataset.files(["s3://bucket/train/shard-{000000..000000}.tar", "s3://bucket/lists/*.csv"])),
     )
-    rows = list(ingest._rows(config, Counter(), set()))
+    lines = listed.merged(lambda: chain.from_iterable(map(ingest._lines, config.list)))
+    rows = list(ingest._rows(config, lines, Counter(), set()))
     clips, rejects = (part.to_pylist() for part in ingest._probed(rows, ingest._clip))
     assert [clip["uri"].replace("=", "/").rpartition("/")[2] for clip in clips] == [
         "a.flac",

@@ -30,7 +30,8 @@ class Compare:
     clips: str
     """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path and
     mos, and where known dataset and system. Those of split test where there are some, else all but those of split
-    train. Or the folder of a label run: its samples that no student of it is trained on, with the teacher's scores."""
+    train. Or the folder of a label run: its held-out samples, with the teacher's scores. A model that was trained or
+    selected on some of the clips is marked."""
     out: str
     """Folder of the comparison, a local path or URL."""
     models: str = "distillmos"
@@ -58,6 +59,8 @@ class Compare:
 def command(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
     found = run(config)
     print(tables.as_text(tables.table_one(found)))
+    for line in tables.heard(found):
+        print(f"note: {line}")
     for line in tables.gaps(found):
         print(f"no figure of {line}")
     for line in tables.left_out(found):
@@ -154,6 +157,7 @@ def _summary(found: Comparison) -> dict[str, Any]:
         "judge": found.judged.judge,
         "clips": len(found.clips),
         "clips_that_count": found.by_clip.clips,
+        "heard": {name: dict(counts) for name, counts in found.heard.items()},
         "left_out": {dataset: dict(reasons) for dataset, reasons in found.left_out.items()},
         "differences": [
             {"model": one, "less": other, **by._asdict()} for (one, other), by in found.differences.items()

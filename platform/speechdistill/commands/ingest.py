@@ -1,4 +1,5 @@
-"""Folders, lists, tars and scored corpora -> `clips.parquet`: headers are read in parallel on Ray, nothing is decoded.
+"""Folders, lists, tars and scored corpora -> `clips.parquet`: lengths are read in parallel on Ray, from headers if they
+can be checked against the size of the file.
 
 Work is committed in parts, so a killed run goes on where it stopped, and a run with new files adds just those, and the
 clips that are not any more what they were. The last part that has a clip decides. `clips.parquet`, the good rows of
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import listening_tests
+from speechdistill.data import listed, listening_tests
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
@@ -57,13 +58,17 @@ class Ingest:
     """Folder of the manifest, a local path or URL."""
     speech: tuple[str, ...] = ()
     """Folders of speech recordings."""
+    speaker_from: str | None = None
+    """The speaker of each file of --speech: parent, the name of its folder, or a regular expression that is searched
+    for in its address, whose group (or all that it matches) is the speaker, such as 'LibriSpeech/[^/]+/([0-9]+)/'.
+    Training holds out whole speakers, and without them source clips."""
     noise: tuple[str, ...] = ()
     """Folders of noise recordings."""
     rir: tuple[str, ...] = ()
     """Folders of room impulse responses."""
     list: tuple[str, ...] = ()
-    """CSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and WebDataset
-    tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
+    """CSV, TSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and
+    WebDataset tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
     and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
     corpus: CorpusName | None = None
     """A corpus that listeners scored, read from --root as it is distributed, with its scores, systems and splits. Here
@@ -84,6 +89,10 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
         print(line)
     if summary["rejected"]:
         print(f"{summary['rejected']:,} files were rejected; the reasons are in {config.out}/rejects.parquet")
+    if summary.get("without_speaker"):
+        print(f"--speaker-from {config.speaker_from} names no speaker of {summary['without_speaker']:,} files")
+    if config.list:
+        print(f"lists: {listed.summary(Counter(summary['lists']))}")
     if summary["ignored_extensions"]:
         print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
     return 0
@@ -98,15 +107,23 @@ def run(config: Ingest) -> dict[str, Any]:
         )
     cluster.be_patient()
     files = webdataset.files(config.list)  # missing ones are told before the work
+    folder.speaker("", config.speaker_from)
+    told: Counter[str] = Counter()
+    lines = listed.merged(lambda: chain.from_iterable(map(_lines, files)), told)
     labeled = scored_rows(config)
     config = replace(config, out=storage.absolute(config.out), list=tuple(files))
     with lease.held(config.out, "ingest") as held:
         cluster.connect()
         ignored: Counter[str] = Counter()
         whole: set[tuple[str, str]] = set()
-        changes = ingest_rows(chain(labeled, _rows(config, ignored, whole)), config.out, before_commit=held.check)
+        nameless: Counter[str] = Counter()
+        rows = chain(labeled, _rows(config, lines, ignored, whole, nameless))
+        changes = ingest_rows(rows, config.out, before_commit=held.check)
         _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
-        summary = {**merge(config.out), "changes": dict(changes), "ignored_extensions": dict(ignored)}
+        counts: dict[str, Any] = {"changes": dict(changes), "ignored_extensions": dict(ignored), "lists": dict(told)}
+        if config.speaker_from:
+            counts["without_speaker"] = nameless.total()
+        summary = {**merge(config.out), **counts}
         storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError("no usable audio file was found", f"the reasons are in {config.out}/rejects.parquet")
@@ -172,11 +189,16 @@ def merge(out: str) -> dict[str, Any]:
     }
 
 
-def _rows(config: Ingest, ignored: Counter[str], whole: set[tuple[str, str]]) -> Iterator[Row]:
+def _rows(
+    config: Ingest, lines: Iterator[Row], ignored: Counter[str], whole: set[tuple[str, str]], nameless: Counter[str]
+) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
         for root in roots:
-            yield from folder.rows(root, kind, ignored)
-    lines = chain.from_iterable(_lines(file) for file in config.list)
+            for row in folder.rows(root, kind, ignored):
+                if speaker := folder.speaker(row["uri"], config.speaker_from) if kind == "speech" else None:
+                    row["speaker"] = speaker
+                nameless[kind] += kind == "speech" and speaker is None
+                yield row
     yield from webdataset.rows(lines, ignored, whole)
 
 
@@ -349,7 +371,7 @@ def _is_same(row: Row, known: Row) -> bool:
     which its probe will tell.
     """
     try:
-        now = {**row, **_numbers(row), **_version(row)}
+        now = {**row, **_version(row)}
     except Exception:
         return False
     return "error" not in row and all(known[key] == value for key, value in now.items() if value is not None)
@@ -394,26 +416,11 @@ def _clip(row: Row) -> Row:
         raise AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
     return {
         **row,
-        **_numbers(row),
         "duration_s": info.duration_s,
         "sample_rate": info.sample_rate,
         "channels": info.channels,
         **_version(row),
     }
-
-
-def _numbers(row: Row) -> Row:
-    return {key: _number(row["uri"], row, key) for key in ("mos", "votes") if key in row}
-
-
-def _number(uri: str, row: Row, key: str) -> float | int:
-    try:
-        value = float(row[key])
-        if key == "votes" and not value.is_integer():
-            raise ValueError
-        return int(value) if key == "votes" else value
-    except (ValueError, TypeError):
-        raise AudioError(uri, f"{key} {row[key]!r} in its list is no number", "correct the list") from None
 
 
 def _version(row: Row) -> Row:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from speechdistill.commands import score
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import scored_clips
+from speechdistill.data import heard, scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Teacher, Unscorable
@@ -55,7 +55,8 @@ class Promote:
     the lowest best_val_mse."""
     eval: str | None = None
     """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path,
-    mos and dataset or corpus. Those of split test where there are some, else all but those of split train."""
+    mos and dataset or corpus. Those of split test where there are some, else all but those of split train. Clips that
+    trained one of the two models are left out."""
     margin: float = 0.005
     """How much higher the mean PCC over datasets, weighted by clips, must be. The lower bound of the difference's 95%
     bootstrap interval must be above 0, too."""
@@ -78,13 +79,16 @@ class PromotionError(UserError):
 
 
 class Scored(NamedTuple):
-    """The clips that both models could score; arrays of shape (clips,). `excluded` has uri and reason of the others."""
+    """The clips that both models could score; arrays of shape (clips,). `excluded` has uri and reason of the others,
+    `selected_on` how many of the clips chose a model's best checkpoint.
+    """
 
     datasets: list[str]
     mos: np.ndarray
     candidate: np.ndarray
     champion: np.ndarray | None
     excluded: list[dict[str, str]]
+    selected_on: dict[str, int]
 
 
 @guarded("the same command goes on; the champion is moved last")
@@ -153,23 +157,27 @@ def _candidate(config: Promote, registry: "Registry") -> "Logged":
 
 
 def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion: "Version | None") -> Scored:
-    """Both models over all clips; a clip that has no score of both is left out for both."""
+    """Both models over all clips; a clip that has no score of both, or trained one, is left out for both."""
+    from speechdistill.io import checkpoint
     from speechdistill.tracking.registry import student_folder
 
     clips = scored_clips.held_out(str(config.eval))
     uris = clips["uri"].to_pylist()
     datasets = scored_clips.dataset_names(clips)
-    models = []
+    models, marks = [], {}
     with ExitStack() as folders:
-        for address in [candidate.uri, *([champion.uri] if champion else [])]:
+        for name, address in {"candidate": candidate.uri, **({"champion": champion.uri} if champion else {})}.items():
             folder = folders.enter_context(student_folder(address, registry.uri))
             models.append(load_teacher(folder, config.encoder).teacher)
+            marks[name] = heard.marks(checkpoint.provenance(folder), clips["clip_id"].to_pylist())
     kept: list[int] = []
     rows: list[list[float]] = []
     excluded = []
     progress = tqdm(score.decoded(uris), total=len(uris), unit="clip", dynamic_ncols=True)
     for number, (uri, wave) in enumerate(progress):
         try:
+            if by := [name for name, of_model in marks.items() if of_model[number] == heard.TRAINED]:
+                raise _Unusable(f"the {' and the '.join(by)} {'was' if len(by) == 1 else 'were'} trained on it")
             rows.append([_mos(model, wave) for model in models])
             kept.append(number)
         except _Unusable as error:
@@ -178,7 +186,11 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     scores = np.array(rows, float).reshape(len(rows), len(models))
     mos = clips["mos"].to_numpy()[kept]
     of_champion = scores[:, 1] if champion else None
-    return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded)
+    chosen = {name: sum(of_model[i] == heard.SELECTED for i in kept) for name, of_model in marks.items()}
+    for name, count in chosen.items():
+        if count:
+            _LOG.warning("the %s's best checkpoint was chosen by %d of the %d clips", name, count, len(kept))
+    return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded, chosen)
 
 
 class _Unusable(ValueError):
@@ -237,7 +249,8 @@ def _verdict(difference: correlation.Difference, margin: float) -> dict[str, str
 
 
 def _clips(config: Promote, scored: Scored) -> dict[str, Any]:
-    return {"source": config.eval, "scored": len(scored.datasets), "excluded": scored.excluded}
+    about = {"source": config.eval, "scored": len(scored.datasets), "excluded": scored.excluded}
+    return {**about, "selected_on": scored.selected_on}
 
 
 def _carried_out(

@@ -14,7 +14,7 @@ import tyro
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, plan
-from speechdistill.data.clips import Clips
+from speechdistill.data.clips import Clips, share
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
@@ -126,7 +126,7 @@ def run(config: Pseudolabel) -> dict[str, Any]:
 
 def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any]) -> dict[str, Any]:
     shards.claim(config.out, identity)
-    _keep_manifest(config, identity["clips_sha256"])
+    clips = _keep_manifest(config, identity["clips_sha256"])
     config = _keep_teacher(config)
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
@@ -134,7 +134,7 @@ def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: d
     session = figures.Session()
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     job = replace(
-        _flow(config, recipe, num_samples, identity, _manifest(config)),
+        _flow(config, recipe, num_samples, identity, clips),
         on_part=session.add,
         report=lambda now: tracking.metrics(figures.live(now), step=int(now["done"])),
     )
@@ -244,9 +244,12 @@ def _validate(config: Pseudolabel) -> None:
         raise RunError("--price is for an estimate", "give --dry-run with it")
 
 
-def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
-    """Copy the manifest into the run, where the workers read it: an ingest job may replace the original meanwhile."""
-    copy = _manifest(config)
+def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
+    """Copy the manifest into the run, as it is and as the workers map it, and return the latter's address.
+
+    An ingest job may replace the original meanwhile.
+    """
+    copy = f"{config.out}/clips.parquet"
     fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
@@ -256,6 +259,7 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> None:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now", "rerun the command when its ingest has ended")
         storage.publish(data, copy)
+    return share(copy, config.out, sha256)
 
 
 def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
@@ -271,10 +275,6 @@ def _keep_teacher(config: Pseudolabel) -> Pseudolabel:
     with registry.student_folder(config.teacher) as folder:
         checkpoint.copy(folder, copy)
     return replace(config, teacher=copy)
-
-
-def _manifest(config: Pseudolabel) -> str:
-    return f"{config.out}/clips.parquet"
 
 
 def _identity(config: Pseudolabel, recipe: Recipe) -> dict[str, Any]:

@@ -96,12 +96,15 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
 def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     from speechdistill.labelling import features
+    from speechdistill.models import parameters
     from speechdistill.models.networks import speech_encoder
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
     clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
-    sha256 = speech_encoder.load(str(config.encoder), config.layer).digest
+    encoder, sha256 = speech_encoder.load(str(config.encoder), config.layer)
+    frozen = parameters.count(encoder)
+    del encoder  # gigabytes
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -110,14 +113,15 @@ def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
         raise RunError("the features are not complete", "rerun the command")
-    recipe = _recipe(config, sha256, fingerprint)
+    recipe = _recipe(config, sha256, fingerprint, clips)
     computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
-    parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
+    network: Any = recipe.make().network()  # the head and the scales of the datasets, which scoring does not need
+    size = parameters.count(network.head).above(frozen)._replace(trainable=parameters.count(network).trainable)
     job = _job(config, recipe, computed, workers, gpus)
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "train-teacher", NAME, about)
     tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
-    return launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+    return launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
 
 
 def _absolute(config: TrainTeacher) -> TrainTeacher:
@@ -152,11 +156,12 @@ def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
     )
 
 
-def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
+def _recipe(config: TrainTeacher, sha256: str, fingerprint: str, clips: str) -> "Teacher":
     from speechdistill.training import launch
     from speechdistill.training.recipes.teacher import Teacher
 
-    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
+    heard = launch.heard_clips(clips, trains=True)
+    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain, **heard}
     encoder = (str(config.encoder), sha256, config.layer)
     sizes = (config.batch_size, config.seed)
     return Teacher(str(config.features), *encoder, not config.plain, *sizes, provenance)

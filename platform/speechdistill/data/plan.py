@@ -197,4 +197,7 @@ def _chosen(odds: Mapping[str, float], u: float) -> str | None:
 
 @lru_cache(maxsize=2)  # a run walks through the epochs in order
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch))).permutation(length)
+    # In half the memory of `permutation(length)`, whose order it is: each worker has its own.
+    order = np.arange(length, dtype=np.uint32)
+    np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch))).shuffle(order)
+    return order

@@ -23,6 +23,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill.engine import cluster, shards
+from speechdistill.engine.footers import Footers
 from speechdistill.engine.isolate import CannotWork, CannotWorkByFault, Isolated, Row, Worker
 from speechdistill.engine.monitor import Board, Monitor, Report, Work
 from speechdistill.engine.shards import REJECT, Layout, Totals
@@ -102,7 +103,8 @@ def run(flow: Flow) -> Totals:
     """
     layout = flow.layout
     shards.claim(layout.out, flow.identity)
-    missing, totals = shards.survey(layout, flow.retry_rejected)
+    footers = Footers(layout.out)
+    missing, totals = shards.survey(layout, flow.retry_rejected, footers)
     _judge(flow, totals)
     if missing:
         shards.reopen(layout)
@@ -120,6 +122,7 @@ def run(flow: Flow) -> Totals:
                     for part in parts:
                         left.pop(part["part"])
                         monitor.moved()
+                        footers.note(part)
                         totals.add(part)
                         bar.set_postfix(rejected=totals.rejected, refresh=False)
                         bar.update(part["ids"])
@@ -128,9 +131,9 @@ def run(flow: Flow) -> Totals:
                         if watch.time_is_up:
                             break
         if left or watch.interrupted:  # perhaps between a commit and its count
-            _, totals = shards.survey(layout)
+            _, totals = shards.survey(layout, footers=footers)
         totals.complete = not left
-    shards.finish(layout, complete=totals.complete)
+    shards.finish(layout, totals.complete, footers)
     return totals
 
 

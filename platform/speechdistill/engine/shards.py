@@ -9,8 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from speechdistill.engine.footers import File, Footers
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import RunError
 
@@ -30,7 +29,6 @@ ROW_GROUP = 16
 """Rows of a shard that a training lane reads at once."""
 
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
-_THREADS, _FOOTERS = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -99,20 +97,20 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
 
 def listed(out: str) -> dict[int, int]:
     """The committed parts of a folder: part number -> number of its ids (the largest, where a run has grown)."""
-    return {k: count for k, count, _, _ in sorted(_files(out))}
+    return {file.part: file.ids for file in _files(out)}
 
 
-def survey(layout: Layout, retry_rejected: bool = False) -> tuple[list[int], Totals]:
-    """The parts still to make, and the totals of those that are there."""
-    there = listed(layout.out)
-    present = [k for k in range(layout.num_parts) if there.get(k, 0) >= len(layout.ids(k))]
+def survey(layout: Layout, retry_rejected: bool = False, footers: Footers | None = None) -> tuple[list[int], Totals]:
+    """The parts still to make, and the totals of those that are there; `footers` are those known already."""
+    there = {file.part: file for file in _files(layout.out)}
+    present = [there[k] for k in range(layout.num_parts) if k in there and there[k].ids >= len(layout.ids(k))]
     totals, again = Totals(), set()
-    for k, part in zip(present, _footers(layout, there, present), strict=True):
+    for file, part in zip(present, (footers or Footers(layout.out)).of(present), strict=True):
         if retry_rejected and part["rejects"]:
-            again.add(k)
+            again.add(file.part)
         else:
             totals.add(part)
-    return sorted((set(range(layout.num_parts)) - set(present)) | again), totals
+    return sorted((set(range(layout.num_parts)) - {file.part for file in present}) | again), totals
 
 
 def write_parts(block: pa.Table, layout: Layout, publish: bool = True) -> pa.Table:
@@ -162,33 +160,33 @@ def reopen(layout: Layout) -> None:
         for name in ("summary.json", "manifest.parquet"):
             if fs.exists(f"{folder}/{name}"):
                 fs.rm_file(f"{folder}/{name}")
-        for k, count, _, name in _files(layout.out):
-            if count < len(layout.ids(k)):
-                fs.rm_file(name)
+        for file in _files(layout.out):
+            if file.ids < len(layout.ids(file.part)):
+                fs.rm_file(file.name)
 
 
-def finish(layout: Layout, complete: bool = True) -> None:
+def finish(layout: Layout, complete: bool = True, footers: Footers | None = None) -> None:
     """Write `rejects/rejects.parquet`, then `manifest.parquet`, from the footers of all parts.
 
     Raises `RunError` where a part is not there (unless `complete` is false).
     """
-    sizes = {k: (count, size) for k, count, size, _ in sorted(_files(layout.out))}
-    missing = sorted(set(range(layout.num_parts)) - set(sizes))
+    there = {file.part: file for file in _files(layout.out)}
+    missing = sorted(set(range(layout.num_parts)) - set(there))
     if complete and missing:
         raise RunError(
             f"{len(missing)} parts were written but are not in {layout.out}/shards (part {missing[0]} and others)",
             "--out must be storage that all nodes share, a URL or a network folder",
         )
     rejects, files = [], []
-    counts = {k: count for k, (count, _) in sizes.items()}
-    for (k, (count, size)), part in zip(sizes.items(), _footers(layout, counts, list(sizes)), strict=True):
+    present = list(there.values())
+    for file, part in zip(present, (footers or Footers(layout.out)).of(present), strict=True):
         rejects += part["rejects"]
         files.append(
             {
-                "path": f"shards/{layout.path(k, count).rsplit('/', 1)[1]}",
+                "path": f"shards/{layout.path(file.part, file.ids).rsplit('/', 1)[1]}",
                 "rows": part["labelled"],
                 "rejects": len(part["rejects"]),
-                "size_bytes": size,
+                "size_bytes": file.size_bytes,
                 "content_sha256": part["content_sha256"],
             }
         )
@@ -214,21 +212,6 @@ def content_hash(rows: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _footers(layout: Layout, counts: Mapping[int, int], parts: list[int]) -> Iterator[dict[str, Any]]:
-    def footer(k: int) -> dict[str, Any]:
-        path = layout.path(k, counts[k])
-        try:
-            with table.open_parquet(path) as file:
-                metadata = pq.read_metadata(file).metadata
-            return dict(json.loads(metadata[b"part"]))
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error})", "delete it and rerun the command") from error
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for start in range(0, len(parts), _FOOTERS):  # threads do not wait until what they read is taken
-            yield from threads.map(footer, parts[start : start + _FOOTERS])
-
-
 def _rejects(bad: pa.Table) -> list[dict[str, str]]:
     return [
         {
@@ -241,11 +224,11 @@ def _rejects(bad: pa.Table) -> list[dict[str, str]]:
     ]
 
 
-def _files(out: str) -> list[tuple[int, int, int, str]]:
-    """(part, number of its ids, bytes, name) of every committed file."""
+def _files(out: str) -> list[File]:
+    """Every committed file, in the order of parts; of a part that has grown the largest comes last."""
     fs, path = storage.file_system(f"{out}/shards")
     fs.invalidate_cache()
     with storage.access(f"{out}/shards"):
         entries = fs.ls(path, detail=True) if fs.exists(path) else []
     matches = [(_NAME.search(entry["name"]), entry) for entry in entries]
-    return [(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m]
+    return sorted(File(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m)

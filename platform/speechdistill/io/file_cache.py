@@ -6,11 +6,14 @@ that its file is unchanged, which costs no request more than opening the file th
 processes that share one read each other's half-written files.)
 """
 
+import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +24,10 @@ import fsspec
 from speechdistill.io import audio_files, storage, tar_files
 from speechdistill.io.errors import AudioError, UserError
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
+_UNUSED_S = 86_400.0
 _FILES = 16  # at least, in a full folder: 16 MiB each; of a larger file sections are read instead
 _LOCAL = re.compile("(file|local)://")
 _MARKS = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "modified", "updated", "created")
@@ -62,6 +67,73 @@ def _copy(uri: str) -> Path | None:
         return None
 
 
+def made(uri: str, suffix: str, make: Callable[[Path], None]) -> Path | None:
+    """The file that `make` writes on this node's disk for what is at `uri` now, by one process for all.
+
+    None where there is to be no cache, its disk cannot have the file, or the storage tells no version. These files are
+    not in the bound; one that nobody has opened for a day goes when another is made.
+    """
+    if not bound_bytes():
+        return None
+    try:
+        size, mark = _version(uri)
+    except Exception:  # of the storage, which the caller meets again at `uri`
+        return None
+    name = hashlib.sha256(f"{storage.absolute(uri)}\0{size}\0{mark}".encode("utf-8", "surrogateescape")).hexdigest()
+    path = _root() / "made" / (name + suffix)
+    if not mark or not (_is_used(path) or is_made(path, make)):
+        return None
+    _forget(path.parent)
+    return path
+
+
+def is_made(path: Path, make: Callable[[Path], None]) -> bool:
+    """Whether `make_once` could do it; where the disk cannot have the file, a warning says so."""
+    try:
+        make_once(path, make)
+    except UserError:  # of what `make` has read
+        raise
+    except Exception as error:
+        _LOG.warning("%s cannot be kept there, so processes do without what they could share: %s", path, error)
+        return False
+    return True
+
+
+def make_once(path: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` write a local file unless it is there: whole or not at all, one process of many, the others wait.
+
+    The lock ends with its process. What a killed one has left is under another name, and the next one writes over it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = (path.with_name(f".{path.name}.{name}") for name in ("part", "lock"))
+    with lock.open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        try:
+            make(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        lock.unlink()  # who still waits for it finds the file
+
+
+def fetch(uri: str, path: Path) -> None:
+    """Copy a file to this node's disk."""
+    fs, there = storage.file_system(uri)
+    fs.get_file(there, str(path))
+
+
+def _forget(folder: Path) -> None:
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _UNUSED_S:
+                path.unlink()
+
+
 def bound_bytes() -> int:
     """`SPEECHDISTILL_CACHE_GIB` in bytes; raises `UserError` if it is not a number."""
     given = os.environ.get("SPEECHDISTILL_CACHE_GIB", "4")
@@ -88,10 +160,17 @@ def _root() -> Path:
 
 def _is_there(path: Path, size: int) -> bool:
     try:
-        os.utime(path)  # used just now
-        return path.stat().st_size == size
+        return _is_used(path) and path.stat().st_size == size
     except FileNotFoundError:
         return False
+
+
+def _is_used(path: Path) -> bool:
+    """Whether it is there; then it was used just now."""
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False
 
 
 def _store(uri: str, size: int, path: Path) -> None:

@@ -6,7 +6,7 @@ never edited: a change is a new version. Files appear whole or not at all, on a 
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -93,16 +93,44 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
 
 def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """Read and validate a Parquet file of schema `name`; `columns` reads only some of them."""
+    with _opened(uri, name) as file:
+        table = pq.read_table(file, columns=columns)
+    return table if columns else validate(table, name, uri)
+
+
+@contextmanager
+def streamed(uri: str, name: str, columns: list[str]) -> Iterator[Callable[[list[str]], Iterable[pa.RecordBatch]]]:
+    """A function that gives some of the `columns` of a Parquet file in small batches, each time that it is called."""
+    with _opened(uri, name) as file:
+        parquet = pq.ParquetFile(file)
+        if missing := [column for column in columns if column not in parquet.schema_arrow.names]:
+            raise pa.ArrowInvalid(f"columns {missing} are missing")
+        yield lambda some: parquet.iter_batches(columns=some, use_threads=False)
+
+
+@contextmanager
+def _opened(uri: str, name: str) -> Iterator[IO[bytes]]:
     try:
         with open_parquet(uri) as file:
-            table = pq.read_table(file, columns=columns)
+            yield file
     except FileNotFoundError as error:
         raise TableError(
             f"{uri}: no such file", f"run the job before this one, which makes the {name} table"
         ) from error
     except pa.ArrowInvalid as error:
         raise TableError(f"{uri}: not a Parquet file ({error})", f"give a whole file of schema {name}") from error
-    return table if columns else validate(table, name, uri)
+
+
+def column_names(uri: str) -> list[str]:
+    """The names of the columns of a Parquet file; raises `TableError` for a file that is missing or is none."""
+    try:
+        with open_parquet(uri) as file:
+            names: list[str] = pq.read_schema(file).names
+    except FileNotFoundError as error:
+        raise TableError(f"{uri}: no such file", "check the path") from error
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{uri}: not a Parquet file ({error})", "give a whole file") from error
+    return names
 
 
 @contextmanager

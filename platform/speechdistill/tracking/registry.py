@@ -119,6 +119,7 @@ class Registry:
         """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
         from mlflow.entities import LoggedModelOutput
 
+        provenance = checkpoint.brief(provenance)
         known = {f"provenance.{key}": _text(value) for key, value in provenance.items() if value}
         tags = {"weights_sha256": weights_hash, **known}
         with self._asked(f"run {run_id}"), _patience():
@@ -126,7 +127,7 @@ class Registry:
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
             try:
                 with tempfile.TemporaryDirectory(prefix="speechdistill-") as local:
-                    about = {"provenance": dict(provenance), "weights_sha256": weights_hash}
+                    about = {"provenance": provenance, "weights_sha256": weights_hash}
                     save_model(folder, f"{local}/model", run_id=run_id, model_id=model.model_id, metadata=about)
                     self._client.log_model_artifacts(model.model_id, f"{local}/model")
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])

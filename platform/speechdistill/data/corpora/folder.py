@@ -1,6 +1,7 @@
 """A folder of audio files, local or behind an fsspec URL: nothing is known but where the files are."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,22 @@ def rows(root: str, kind: str, ignored: Counter[str]) -> Iterator[dict[str, Any]
             yield {"uri": uri, "kind": kind, "corpus": corpus}
         else:
             ignored[extension or "(none)"] += 1
+
+
+def speaker(uri: str, rule: str | None) -> str | None:
+    """Who speaks in a file: by the `rule` "parent" its folder's name, else the group or whole match of a regular
+    expression. None if that does not match, or without a rule. Raises `UserError` for an expression that is none.
+    """
+    if rule is None:
+        return None
+    if rule == "parent":
+        return PurePosixPath(uri).parent.name or None
+    try:
+        match = re.search(rule, uri)
+    except re.error as error:
+        reason = f"--speaker-from {rule!r} is neither parent nor a regular expression ({error})"
+        raise UserError(reason, "give parent, or an expression such as '/(p[0-9]+)_'") from None
+    return ((match[1] if match.re.groups else match[0]) or None) if match else None
 
 
 def _files(root: str, ignored: Counter[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from speechdistill.data import corpus
+from speechdistill.data import corpus, listed
 from speechdistill.io import audio_files, tar_files
 from speechdistill.io.audio import EXTENSIONS
 from speechdistill.io.errors import AudioError, TableError
@@ -167,6 +167,8 @@ class _Tar:
         for text in texts:
             try:
                 line = line | self._given(text)
+            except TableError as error:
+                wrong = f"its .json member: {error.reason}"
             except ValueError as error:
                 wrong = f"its .json member is not a JSON object of at most 1 MiB ({audio_files.one_line(error)})"
         for info in audio:
@@ -182,7 +184,7 @@ class _Tar:
         if not isinstance(values, dict):
             raise ValueError(type(values).__name__)
         self._unknown |= {key for key in values if key not in corpus.columns() and not key.startswith("__")}
-        return corpus.given(values)
+        return listed.normalised(corpus.given(values))
 
 
 def _batches(tars: Iterator[_Tar], threads: ThreadPoolExecutor) -> Generator[_Batch]:
