@@ -33,6 +33,7 @@ from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
 from speechdistill import cli
+from speechdistill.commands import ingest
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
@@ -304,6 +305,24 @@ def test_an_object_that_changed_since_it_was_ingested_is_rejected_without_a_requ
     one, changed, two = heads()[0]
     assert "1.wav': changed since it was ingested" in str(changed) and isinstance(changed, AudioError)
     assert isinstance(one, dict) and isinstance(two, dict)
+
+
+def test_known_objects_are_checked_by_a_listing(
+    store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"connect": lambda: None, "in_order": map}.items():
+        monkeypatch.setattr(ingest.cluster, name, value)
+    config = ingest.Ingest(out=f"{recordings}/manifest", speech=(recordings,))
+    assert ingest.run(config)["clips"] == {"speech": 3}
+    store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
+    monkeypatch.setattr(ingest, "_LISTED_ROWS", 3)
+    asked = set()
+    proxy.fault = lambda method, path: asked.add(path) if ".wav" in path else None
+    assert ingest.run(config)["changes"] == {"updated": 1, "content": 1}
+    assert {path.rpartition("/")[2] for path in asked} == {"1.wav"}
+    monkeypatch.setattr(ingest, "_LISTED_ROWS", 4)
+    assert ingest.run(config)["changes"] == {}
+    assert {path.rpartition("/")[2] for path in asked} == {"0.wav", "1.wav", "2.wav"}
 
 
 @pytest.mark.slow  # waits for all tries of each request

@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from typing import Annotated, Any, NamedTuple
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -156,6 +157,7 @@ def ingest_rows(
     """
     number = 1 + max((n for what in ("clips", "rejects") for n, _ in _parts(out, what)), default=-1)
     changes: Counter[str] = Counter()
+    _listing.cache_clear()
     with tqdm(unit="file", dynamic_ncols=True, desc="headers") as bar:
         for probed in cluster.in_order(partial(_probed, probe=probe or _clip), _chunks(rows, out)):
             changes += probed.changes
@@ -311,12 +313,20 @@ def _note_versions(rows: list[Row]) -> None:
         if len(inside) < _LISTED_ROWS:
             continue
         with suppress(Exception):  # of the storage, which the workers meet again
-            fs, path = storage.file_system(folder_uri)
-            found = {info["name"].rpartition("/")[2]: info for info in fs.ls(path, detail=True)}
+            listing = _listing(folder_uri)
             for row in inside:
-                info = found.get(row["uri"].rpartition("/")[2], {})
-                if (etag := info.get("ETag") or info.get("etag")) and info.get("size"):
-                    row.update(size_bytes=info["size"], etag=str(etag).strip('"'))
+                row.update(listing.get(row["uri"].rpartition("/")[2], {}))
+
+
+@lru_cache(maxsize=1)  # rows of a folder mostly follow each other
+def _listing(folder_uri: str) -> dict[str, Row]:
+    """The versions of a folder's objects, by name; of those that have an etag."""
+    fs, path = fsspec.url_to_fs(folder_uri, use_listings_cache=False)
+    return {
+        info["name"].rpartition("/")[2]: {"size_bytes": info["size"], "etag": str(etag).strip('"')}
+        for info in fs.ls(path, detail=True)
+        if (etag := info.get("ETag") or info.get("etag"))
+    }
 
 
 class _Probed(NamedTuple):
