@@ -3,6 +3,7 @@
 import ast
 import base64
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -247,9 +248,12 @@ def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, check
     [
         (
             "models:/nobody@champion",
-            "nobody@champion: no version has this alias .* `speechdistill promote` sets",
+            "no model 'nobody' is registered at sqlite.*; choose from quality, or set MLFLOW_TRACKING_URI",
         ),
-        ("models:/quality@second", "no version has this alias"),
+        (
+            "models:/quality@second",
+            "model 'quality' at sqlite.* has no version with the alias 'second'; its aliases: champion; give models:/",
+        ),
         ("models:/quality/9", "models:/quality/9: .*not found"),
         ("models:/m-00", "models:/m-00: .*not found"),
         ("runs:/00/student", "run 00: .*not found"),
@@ -259,6 +263,18 @@ def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, check
 def test_an_address_that_leads_nowhere_is_named(logged: Logged, address: str, message: str) -> None:
     with pytest.raises(RegistryError, match=message), student_folder(address):
         pass
+
+
+def test_a_moved_folder_of_runs_has_its_models(store: Store, logged: Logged, checkpoint: str, tmp_path: Path) -> None:
+    moved = shutil.copytree(Path(store.uri.removeprefix("sqlite:///")).parent, tmp_path / "moved")
+    there = Registry(f"sqlite:///{moved}/mlflow.db")
+    version = there.by_alias("quality", "champion")
+    assert version and version.source.startswith((moved / "mlartifacts").as_uri())
+    assert there.logged(logged.run_id)[0].location == version.source
+    with student_folder("models:/quality@champion", there.uri) as folder:
+        assert fingerprint.of_file(f"{folder}/model.safetensors") == fingerprint.of_file(
+            f"{checkpoint}/model.safetensors"
+        )
 
 
 def test_without_an_mlflow_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -299,7 +315,7 @@ def test_the_command_scores_with_the_champion(logged: Logged, checkpoint: str, t
 def test_the_command_names_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "a.wav", voice(1.0), audio.SAMPLE_RATE)
     for model, reason in (
-        ("models:/nobody@champion", "models:/nobody@champion: no version has this alias"),
+        ("models:/nobody@champion", "error: no model 'nobody' is registered at sqlite"),
         (f"{tmp_path}/nothing", f"{tmp_path}/nothing holds no checkpoint"),
         ("dnsmos9", "teacher 'dnsmos9' is unknown; choose from ['distillmos', 'dnsmos_p808', 'dnsmos_p835', "),
     ):

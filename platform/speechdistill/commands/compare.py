@@ -17,7 +17,7 @@ from speechdistill.engine import cluster
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, checked_uri
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def run(config: Compare) -> Comparison:
     cluster.be_patient()
     out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
-    tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    checked_uri(out)  # an output without a place for its tracking is refused before any work
     found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))

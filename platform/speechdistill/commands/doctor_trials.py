@@ -34,6 +34,7 @@ from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError, UserError
 from speechdistill.labelling.samples import check_step, make_sample
 from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.tracking import database
 from speechdistill.tracking.run import tracking_uri
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
@@ -263,10 +264,12 @@ def _clips(_: str, places: Places) -> str:
 
 def _tracking(_: str, places: Places) -> str:
     uri = tracking_uri(places.out or ".")
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    file = database.file_of(uri)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (places.out and file and file.exists()):
         return "mlflow.db in each run's folder, since MLFLOW_TRACKING_URI is not set"
-    if uri.startswith("sqlite:///"):
-        return _sqlite(Path(uri.removeprefix("sqlite:///")))
+    if file:
+        database.check(uri)
+        return _sqlite(file)
     if not uri.startswith(("http://", "https://")):
         raise Missing(f"not tried: {uri} is neither http(s) nor sqlite", "look for the run there after a small job")
     try:
@@ -280,9 +283,9 @@ def _tracking(_: str, places: Places) -> str:
 
 def _sqlite(path: Path) -> str:
     is_new = not path.exists()
-    with closing(sqlite3.connect(path, timeout=5)) as database:
-        database.execute("BEGIN IMMEDIATE")
-        database.rollback()
+    with closing(sqlite3.connect(path, timeout=5)) as opened:
+        opened.execute("BEGIN IMMEDIATE")
+        opened.rollback()
     if is_new:
         path.unlink(missing_ok=True)
     return f"{path} can be written"

@@ -15,7 +15,7 @@ from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import RunError, UserError
-from speechdistill.tracking.run import Tracking, run_id, tracking_uri
+from speechdistill.tracking.run import Tracking, checked_uri, run_id, tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.models.windowed import Windowed
@@ -104,7 +104,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
 
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    checked_uri(config.out)
     recipe, identity = _recipe(config)
     made = recipe.make()
     network = made.network()

@@ -25,7 +25,7 @@ from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
-from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
+from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, checked_uri
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 _CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
@@ -178,7 +178,7 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
         reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
         raise RunError(reason, f"give 1 to {len(plans)}" if recipe.whole_files else "give at least 1")
-    tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
+    checked_uri(config.out)  # an output without a place for its tracking is refused before any work
     identity = _identity(config, recipe)
     if identity["teacher"].get("intrusive"):
         _check_has_clean(config, recipe)

@@ -12,7 +12,7 @@ from speechdistill.engine import cluster
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, checked_uri
 from speechdistill.training.batches import Mix
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -93,7 +93,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    checked_uri(config.out)
     recipes = _recipes(config)
     cluster.connect()
     stop_on_sigterm()

@@ -11,7 +11,7 @@ from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking, checked_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.ray_train import Job
@@ -94,7 +94,7 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    checked_uri(config.out)
     clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
     sha256 = speech_encoder.load(str(config.encoder), config.layer).digest
     cluster.connect()

@@ -51,7 +51,10 @@ class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 def _decoded(data: Any) -> np.ndarray:
     if isinstance(data, str):
-        data = base64.b64decode(data)
+        try:
+            data = base64.b64decode(data)
+        except ValueError as error:  # binascii's, and the one for characters beyond ASCII
+            raise ValueError(f"audio is no base64 ({error}); encode the bytes of a file with base64") from None
     with tempfile.NamedTemporaryFile(prefix="speechdistill-") as file:
         file.write(data)
         file.flush()
