@@ -199,12 +199,17 @@ def test_a_served_model_answers_with_our_own_scores(
     assert abs(expected[0] - expected[1]) > 1e-3
     files = [{"audio": base64.b64encode(wav(wave)).decode()} for wave in (short, long)]
     with serving("models:/quality@champion", store.uri, tmp_path) as url:
-        answers = ask(url, [*files, {"audio": base64.b64encode(b"no audio at all").decode()}])
+        no_audio = [
+            {"audio": text} for text in (base64.b64encode(b"no audio at all").decode(), "no base64!", "abcde", "é")
+        ]
+        waves = [{"waveform": wave.tolist(), "sample_rate": RATE} for wave in (short, long, np.zeros(RATE))]
+        answers = ask(url, [*files, *no_audio, waves[0]])
         assert [row["mos"] for row in answers[:2]] == expected
         assert answers[0]["error"] is None
-        assert answers[2]["mos"] is None and "not audio" in answers[2]["error"]
+        assert "not audio" in answers[2]["error"] and [row["mos"] for row in answers[2:6]] == [None] * 4
+        assert all("audio is no base64" in row["error"] for row in answers[3:6])
+        assert answers[6]["mos"] == pytest.approx(expected[0], abs=1e-5)
 
-        waves = [{"waveform": wave.tolist(), "sample_rate": RATE} for wave in (short, long, np.zeros(RATE))]
         answers = ask(url, waves)
         assert [row["mos"] for row in answers[:2]] == pytest.approx(expected, abs=1e-5)
         assert (answers[2]["mos"], answers[2]["error"]) == (None, "silent (peak below -80 dBFS)")
@@ -220,6 +225,9 @@ def test_a_served_model_answers_with_our_own_scores(
         ({"waveform": [0.1, -0.1] * 100, "sample_rate": 16_000}, "shorter than 0.1 s"),
         ({"waveform": [0.1, -0.1] * 8000}, "without sample_rate"),
         ({"waveform": [0.1, -0.1] * 8000, "sample_rate": 1}, "sample rate 1 Hz; choose 1000"),
+        ({"waveform": [0.1, -0.1] * 8000, "sample_rate": "fast"}, "sample_rate 'fast' is no number"),
+        ({"waveform": ["loud"], "sample_rate": 16_000}, "waveform is no list of numbers"),
+        ({"audio": "no base64!"}, "audio is no base64"),
         ({"sample_rate": 16_000}, "give either audio"),
         ({"audio": wav(voice(1.0)), "waveform": [0.1, -0.1] * 8000, "sample_rate": 16_000}, "give either audio"),
     ],

@@ -1,3 +1,4 @@
+# tracking/: MLflow: the event log beside a run, the thread that sends it, registered models and their stored code.
 """The sqlite database of runs: whether MLflow can use it, told before the work, and the paths in one that was moved."""
 
 import re

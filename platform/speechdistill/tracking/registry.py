@@ -269,13 +269,10 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     import pandas as pd
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    inputs = [
-        ColSpec(DataType.binary, "audio", required=False),
-        ColSpec(Array(DataType.double), "waveform", required=False),
-        ColSpec(DataType.long, "sample_rate", required=False),
-    ]
+    # `served.py` judges each record: MLflow would refuse a whole batch for one of another type or without a column.
+    inputs = [ColSpec(AnyType(), name, required=False) for name in ("audio", "waveform", "sample_rate")]
     outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
