@@ -25,7 +25,7 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill.data import components, degradation, plan
+from speechdistill.data import components, degradation, manifest_path, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_assets
 from speechdistill.io import audio, storage, table
@@ -249,6 +249,7 @@ def _clips(_: str, places: Places) -> str:
     """A second of the first, the last and some random recordings of each kind."""
     if not places.clips:
         raise Missing("not tried", "give --clips MANIFEST, the clips.parquet that `speechdistill ingest` wrote")
+    manifest_path.check(places.clips)
     clips = Clips.read(places.clips)
     pools = {"speech": clips.speech, "noise": clips.noise, "rir": clips.rir}
     rng, tried = np.random.default_rng(), 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill.data import scored_clips
+from speechdistill.data import manifest_path, scored_clips
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import TableError
@@ -51,6 +51,7 @@ def clips(source: str) -> Judged:
     if source.lower().endswith(_LISTS):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
+        manifest_path.check(source)
         reason = f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
