@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill.data import heard, scored_clips
+from speechdistill.data import heard, manifest_path, scored_clips
 from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, audio_files, storage, table, user_table
@@ -65,6 +65,7 @@ def clips(source: str) -> Judged:
     if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
+        manifest_path.check(source)
         reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
