@@ -25,7 +25,7 @@ from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
-from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, checked_uri
+from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking
 
 _LOG = logging.getLogger(__name__)
 _FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet", "manifest.parquet", "summary.json")
@@ -198,7 +198,6 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
         reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
         raise RunError(reason, f"give 1 to {len(plans)}" if recipe.whole_files else "give at least 1")
-    checked_uri(config.out)  # an output without a place for its tracking is refused before any work
     identity = _identity(config, recipe)
     if identity["teacher"].get("intrusive"):
         _check_has_clean(config, recipe)
