@@ -71,7 +71,10 @@ def test_every_spelling_of_a_table_is_read_alike(tmp_path: Path, data: bytes | s
         (CSV.encode("utf-16")[:-1], "cannot be read as a table .*truncated data"),
         (CSV.encode("utf-32"), "line 1: a NUL character"),
         ("path,mos\na,4\nb\0,2\n", "line 3: a NUL character"),
-        ("file,mos\na,4\n", r"columns \['path or uri'\] are missing; it has \['file', 'mos'\]; its first line names"),
+        (
+            "file,mos\na,4\n",
+            r"columns \['path or uri'\] are missing; it has \['file', 'mos'\]; rename or add them in the",
+        ),
         ("a.wav,4.0\n", r"columns \['path or uri'\] are missing; it has \['a.wav', '4.0'\]"),
         ("", r"it has \[\]"),
         ("path,mos,MOS\na,4,5\n", r"columns \['mos'\] occur twice in \['path', 'mos', 'MOS'\]; rename or delete"),

@@ -31,6 +31,7 @@ _UNQUOTED = "\t|"
 _SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # a spreadsheet's line about the next one, which says as much
 _LONGEST_FIELD = 1 << 24  # characters: some transcripts have more than Python's limit of 2^17
 _END = "\n"  # behind the last line: still within quotes there, a row has a quote that never closes
+_HEADER_FIX = "rename or add them in the first line, which names the columns, with , ; tab or | between"
 _QUOTE_FIX = "close it, double quotation marks within a text, or save the list with tabs between fields"
 
 
@@ -69,7 +70,7 @@ def _delimited(file: str, needed: Sequence[str], names: Sequence[str] | None) ->
         columns, most = list(names or ()), None
         if names is None:
             _, header = next(records, (1, []))
-            columns = _columns(file, header, needed, "its first line names the columns, separated by , ; tab or |")
+            columns = _columns(file, header, needed, _HEADER_FIX)
             most = len(header)
         fewest = max((number for number, name in enumerate(columns, 1) if name), default=0)
         for number, fields in records:
