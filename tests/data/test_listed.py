@@ -258,7 +258,8 @@ def test_a_stored_manifest_with_nan_and_capital_splits_does_not_block(tmp_path: 
     mos = [4.0, float("nan"), 3.0, 2.0, None]
     source = stored(tmp_path / "clips.parquet", mos, ["TRAIN", "Train", "TEST", "dev", None])
     assert scored_clips.held_out(source)["mos"].to_pylist() == [3.0]
-    assert "clips.parquet: 5 rows; 2 left out, without a score; 1 left out, of split train; 1 left out" in caplog.text
+    told = "5 rows = 5 files (3 with a score); 2 left out, without a score; 1 left out, of split train"
+    assert f"clips.parquet: {told}" in caplog.text
     clips = scored_clips.manifest(source)
     assert clips["split"].to_pylist() == ["train", "test", "validation"] and clips["mos"].to_pylist() == [4, 3, 2]
     assert clips.schema.equals(table.schema("clip.v1"))
@@ -268,6 +269,22 @@ def test_a_stored_manifest_with_nan_and_capital_splits_does_not_block(tmp_path: 
         scored_clips.manifest(stored(tmp_path / "clips.parquet", [3.0], ["fold1"]))
     with pytest.raises(TableError, match=r"/0\.wav has mos inf"):
         scored_clips.held_out(stored(tmp_path / "clips.parquet", [float("inf")], [None]))
+
+
+def test_a_manifest_that_has_a_clip_twice_has_it_once(tmp_path: Path, caplog: Any) -> None:
+    tables = [
+        table.read(stored(tmp_path / f"{i}.parquet", [4.0, 2.0], [None, s]), "clip.v1") for i, s in enumerate("ab")
+    ]
+    column = pa.array([None, "train", None, "Train"])
+    both = pa.concat_tables(tables).set_column(5, "split", column)
+    storage.publish(table.parquet_bytes(both), f"{tmp_path}/clips.parquet")
+    assert scored_clips.held_out(f"{tmp_path}/clips.parquet")["mos"].to_pylist() == [4.0]
+    assert "4 rows = 2 files (2 with a score) + 2 further rows of the same files; 1 left out, of split" in caplog.text
+    storage.publish(
+        table.parquet_bytes(both.set_column(6, "speaker", pa.array(["x", "y", "z", None]))), f"{tmp_path}/clips.parquet"
+    )
+    with pytest.raises(TableError, match=r"1 of 4 rows cannot be used; .*its rows disagree: speaker is 'x'"):
+        scored_clips.manifest(f"{tmp_path}/clips.parquet")
 
 
 def test_every_row_of_a_list_is_accounted_for_in_one_line(clips: Path, caplog: Any) -> None:

@@ -1,5 +1,6 @@
 """Tables that users wrote: every spelling is read alike, and what cannot be read is refused with its line."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def test_every_spelling_of_a_table_is_read_alike(tmp_path: Path, data: bytes | s
         (CSV.encode("utf-16")[:-1], "cannot be read as a table .*truncated data"),
         (CSV.encode("utf-32"), "line 1: a NUL character"),
         ("path,mos\na,4\nb\0,2\n", "line 3: a NUL character"),
-        ("file,mos\na,4\n", r"columns \['path or uri'\] are missing; it has \['file', 'mos'\]; its first line names"),
+        (
+            "file,mos\na,4\n",
+            r"columns \['path or uri'\] are missing; it has \['file', 'mos'\]; rename or add them in the",
+        ),
         ("a.wav,4.0\n", r"columns \['path or uri'\] are missing; it has \['a.wav', '4.0'\]"),
         ("", r"it has \[\]"),
         ("path,mos,MOS\na,4,5\n", r"columns \['mos'\] occur twice in \['path', 'mos', 'MOS'\]; rename or delete"),
@@ -86,6 +90,29 @@ def test_a_text_may_hold_line_breaks_quotes_and_delimiters(tmp_path: Path) -> No
     quoted = text.replace('"', '""')
     lines = read(tmp_path / "l.csv", f'path,text,mos\na.wav,"{quoted}",4.0\nb.wav,plain,2.5\n')
     assert [line.values["text"] for line in lines] == [text, "plain"] and [line.number for line in lines] == [2, 6]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)])
+def test_a_text_with_line_breaks_may_stand_in_any_column(tmp_path: Path, order: tuple[int, ...]) -> None:
+    rows = [("a.wav", "4.0", "one\ntwo, three\nfour"), ("b.wav", "2.5", "\n"), ("c.wav", "", 'x\n"y", z')]
+    with (tmp_path / "l.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row[i] for i in order] for row in [("path", "mos", "text"), *rows])
+    lines = user_table.rows(str(tmp_path / "l.csv"), ["path/uri"])
+    assert [tuple(line.values[name] for name in ("path", "mos", "text")) for line in lines] == rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'text,path,mos\n"plain,c1.wav,2.5\nhe said, so",c2.wav,2.5\n',
+        'path,mos,text\nc0.wav,1,"end ""q""\nc1.wav,4.25,he said, so"\n',
+        'path,text,mos\nc0.wav,"he said, so,1\nc1.wav,he said, so",4.25\n',
+        'text,path,mos\n",c0.wav,1\n",c1.wav,2.5\n',
+    ],
+)
+def test_a_quote_that_swallows_a_row_and_closes_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(TableError, match=r"l\.csv, line 2: a quote opens"):
+        read(tmp_path / "l.csv", text)
 
 
 def test_quotation_marks_between_tabs_are_texts(tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") ->
     if any(problems):
         reason = f"{name} in {root}: {'; '.join(filter(None, problems))}"
         raise TableError(reason, "give the folder of the whole corpus, or correct its lists")
-    if told["scored"] < told["rows"]:
-        _LOG.warning("%s in %s: %s", name, root, listed.summary(told))
+    level = logging.WARNING if told["scored"] < told["rows"] else logging.INFO
+    _LOG.log(level, "%s in %s: %s", name, root, listed.summary(told))
     if reader.challenge:
         rows = held_out_rows(name, rows, held_out, reader.paper)
     _compare(name, rows, reader.paper)

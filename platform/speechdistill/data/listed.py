@@ -47,8 +47,8 @@ def is_empty(value: Any) -> bool:
 
 def split_name(value: Any) -> str | None:
     """The split that a name means; raises `TableError` for a name that means none."""
-    if value in SPLITS or is_empty(value):
-        return None if is_empty(value) else str(value)
+    if is_empty(value):
+        return None
     if (name := SPLIT_NAMES.get(str(value).strip().lower())) is None:
         raise TableError(f"split {str(value)!r} is unknown", f"choose from {', '.join(SPLITS)}")
     return name
@@ -136,7 +136,7 @@ def _one(rows: list[Row]) -> Row:
     known: Row = {"uri": rows[0]["uri"]}
     for row in rows:
         for key in row.keys() - {"uri", "mos", "votes", PLACE}:
-            if known.setdefault(key, row[key]) != row[key]:
+            if row[key] is not None and known.setdefault(key, row[key]) != row[key]:
                 return {**rows[0], "error": _disagreement(rows, key)}
     scored = [(row["mos"], row.get("votes") or 1) for row in rows if row.get("mos") is not None]
     if scored:
@@ -146,8 +146,8 @@ def _one(rows: list[Row]) -> Row:
 
 
 def _disagreement(rows: list[Row], key: str) -> AudioError:
-    first = next(row for row in rows if key in row)
-    other = next(row for row in rows if row.get(key, first[key]) != first[key])
+    said = [row for row in rows if row.get(key) is not None]
+    first, other = said[0], next(row for row in said if row[key] != said[0][key])
     places = " and ".join(f"{row[key]!r} ({row.get(PLACE, 'its list')})" for row in (first, other))
     return AudioError(first["uri"], f"its rows disagree: {key} is {places}", "keep one of them")
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -155,8 +155,7 @@ def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
 def _scored(source: str, headers: bool) -> tuple[pa.Table, str]:
     """Speech clips with scores, and what became of the rows of `source`."""
     if source.lower().endswith(".parquet") and not {"clip_id", "duration_s"} - set(table.column_names(source)):
-        rows = _normalised(table.read(source, "clip.v1"), source)
-        about = f"{source}: {len(rows):,} rows"
+        rows, about = _stored(source)
     else:
         rows, about = _listed(source, headers)
     speech = rows.filter(pc.equal(rows["kind"], "speech"))
@@ -179,8 +178,18 @@ def _tell(about: str, used: int, left: Mapping[str, int]) -> None:
     _LOG.log(level, "%s%s; %s clips are used", about, told, f"{used:,}")
 
 
+def _stored(source: str) -> tuple[pa.Table, str]:
+    """A manifest, which an earlier version or somebody else may have stored: several ones as one, for example."""
+    rows = _normalised(table.read(source, "clip.v1"), source)
+    told = Counter(rows=len(rows), files=len(rows), scored=len(rows) - rows["mos"].null_count)
+    if len(rows["clip_id"].unique()) < len(rows):
+        told = Counter()
+        rows = table.from_rows(_merged(source, rows.to_pylist, told), "clip.v1")
+    return rows, f"{source}: {listed.summary(told)}"
+
+
 def _normalised(rows: pa.Table, source: str) -> pa.Table:
-    """A manifest that an earlier version stored: scores that are NaN are none, splits are spelled as they are now."""
+    """Scores that are NaN are none, splits are spelled as they are now."""
     try:
         names = {name: listed.split_name(name) for name in rows["split"].unique().to_pylist()}
     except TableError as error:
@@ -196,13 +205,19 @@ def _normalised(rows: pa.Table, source: str) -> pa.Table:
 
 def _listed(source: str, headers: bool) -> tuple[pa.Table, str]:
     told: Counter[str] = Counter()
-    rows = list(listed.merged(lambda: listing.rows(source), told))
-    if faults := [row["error"] for row in rows if "error" in row]:
-        reason = f"{len(faults):,} of {told['rows']:,} rows cannot be used; the first is {faults[0].path}"
-        raise TableError(f"{source}: {reason}: {faults[0].reason}", faults[0].fix)
+    rows = _merged(source, lambda: listing.rows(source), told)
     with ThreadPoolExecutor(_THREADS) as threads:
         clips = table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
     return clips, f"{source}: {listed.summary(told)}"
+
+
+def _merged(source: str, read: Callable[[], Iterable[dict[str, Any]]], told: Counter[str]) -> list[dict[str, Any]]:
+    """`listed.merged`, where a single row with a fault refuses the list: without it the figures are others."""
+    rows = list(listed.merged(read, told))
+    if faults := [row["error"] for row in rows if "error" in row]:
+        reason = f"{len(faults):,} of {told['rows']:,} rows cannot be used; the first is {faults[0].path}"
+        raise TableError(f"{source}: {reason}: {faults[0].reason}", faults[0].fix)
+    return rows
 
 
 def _with_header(is_read: bool, row: dict[str, Any]) -> dict[str, Any]:

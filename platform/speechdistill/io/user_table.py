@@ -31,6 +31,7 @@ _UNQUOTED = "\t|"
 _SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # a spreadsheet's line about the next one, which says as much
 _LONGEST_FIELD = 1 << 24  # characters: some transcripts have more than Python's limit of 2^17
 _END = "\n"  # behind the last line: still within quotes there, a row has a quote that never closes
+_HEADER_FIX = "rename or add them in the first line, which names the columns, with , ; tab or | between"
 _QUOTE_FIX = "close it, double quotation marks within a text, or save the list with tabs between fields"
 
 
@@ -69,7 +70,7 @@ def _delimited(file: str, needed: Sequence[str], names: Sequence[str] | None) ->
         columns, most = list(names or ()), None
         if names is None:
             _, header = next(records, (1, []))
-            columns = _columns(file, header, needed, "its first line names the columns, separated by , ; tab or |")
+            columns = _columns(file, header, needed, _HEADER_FIX)
             most = len(header)
         fewest = max((number for number, name in enumerate(columns, 1) if name), default=0)
         for number, fields in records:
@@ -139,20 +140,31 @@ def _check_quotes(file: str, start: int, raw: list[str], fields: list[str], widt
         closes = False
     if not closes:
         raise TableError(f"{file}, line {start}: a quote opens, and the next, in line {end}, does not fit", _QUOTE_FIX)
-    of_one_line = [(column, text) for column, text in enumerate(fields) if len(text.splitlines()) <= 1]
-    for number, line in enumerate(raw[1:], start + 1):
+    if (number := _like_a_row(raw, fields, form)) is not None:
+        line = start + number
+        reason = f"{file}, line {start}: a quote opens and closes in line {end}, but line {line} reads like a row"
+        raise TableError(reason, f"{_QUOTE_FIX}, or take the line breaks out of its text")
+
+
+def _like_a_row(raw: list[str], fields: list[str], form: dict[str, Any]) -> int | None:
+    """Which line of a row of several lines may be a row of its own, if any, by the columns around those with breaks."""
+    width = len(fields)
+    broken = [column for column, text in enumerate(fields) if {*text} & {*"\r\n"}]
+    left = [(column, fields[column]) for column in range(broken[0])]
+    right = [(column - width, fields[column]) for column in range(broken[-1] + 1, width)]
+    for number, line in enumerate(raw):
         others = next(csv.reader([line], **form | {"quoting": csv.QUOTE_NONE}))
-        if len(others) == width and all(_alike(others[column], text) for column, text in of_one_line):
-            reason = f"{file}, line {start}: a quote opens and closes in line {end}, but line {number} reads like a row"
-            raise TableError(reason, f"{_QUOTE_FIX}, or take the line breaks out of its text")
-
-
-def _alike(field: str, other: str) -> bool:
-    """Whether two fields may be of one column: both numbers, both texts or names of files of one type, or one blank."""
-    return not field.strip() or not other.strip() or _shape(field) == _shape(other)
+        # The first line has the row's own fields on the left, the last line those on the right: they say nothing.
+        around = (left if number else []) + (right if number < len(raw) - 1 else [])
+        pairs = [(others[column], text) for column, text in around] if len(others) >= width else []
+        pairs = [pair for pair in pairs if all(map(str.strip, pair))]
+        if pairs and all(_shape(field) == _shape(other) for field, other in pairs):
+            return number
+    return None
 
 
 def _shape(field: str) -> str:
+    """What fields of one column have in common: they are numbers, names of files of one type, or other texts."""
     try:
         return str(type(float(field)))
     except ValueError:
