@@ -40,7 +40,7 @@ def ingested(source: str) -> tuple[list[dict[str, Any]], list[str], str]:
     """Clips, reasons of the rejected ones, and the line that accounts for the rows: `ingest` without Ray."""
     told: Counter[str] = Counter()
     rows = list(listed.merged(lambda: listing.rows(source), told))
-    good, rejects = ingest._probed(rows, ingest._clip)
+    good, rejects, _ = ingest._probed(rows, ingest._clip)
     return good.to_pylist(), rejects["message"].to_pylist(), listed.summary(told)
 
 
