@@ -115,7 +115,8 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{students.resolve()}/mlflow.db")
     unseen = _held_out(run, students)
     promote = ["promote", "--run", f"best-of:{run_id(str(students))}", "--model-name", "speech-quality-v0"]
-    if (code := _step([*promote, "--eval", unseen])) not in (0, NOT_PROMOTED):  # on a second call it is the champion
+    # Forced: so few steps make no good student. On a second call it is the champion.
+    if (code := _step([*promote, "--eval", unseen, "--force"])) not in (0, NOT_PROMOTED):
         return code
     champion = ["--model", "models:/speech-quality-v0@champion", "--out", f"{students}/scores.json"]
     if code := _step(["score", f"{run.parent}/clean.wav", f"{run.parent}/degraded.wav", *champion]):

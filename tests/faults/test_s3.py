@@ -39,7 +39,9 @@ from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
-from speechdistill.io.errors import AudioError, UnreadableError, UserError
+from speechdistill.io.errors import AudioError, StorageError, UnreadableError, UserError
+from speechdistill.io.outputs import try_outputs
+from speechdistill.io.places import Skipped
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
@@ -443,7 +445,7 @@ def delete_summary(url: str) -> bool:
 
 
 def list_folder(url: str) -> bool:
-    return [row["uri"] for row in folder.rows(url, "speech", Counter())] == [f"{url}/voice.wav"]
+    return [row["uri"] for row in folder.rows(url, "speech", Skipped())] == [f"{url}/voice.wav"]
 
 
 def load_audio(url: str) -> bool:
@@ -468,7 +470,15 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "list-folder": list_folder,
     "load-audio": load_audio,
     "hold-lease": hold,
+    "try-output": lambda url: try_outputs(f"{url}/labels/x.csv", f"{url}/run.json") is None,
 }
+
+
+def test_an_output_in_a_bucket_that_is_not_there_is_refused(store: Store, proxy: Proxy) -> None:
+    with pytest.raises(StorageError, match=r"s3://nowhere/x\.csv: .*bucket does not exist"):
+        try_outputs("s3://nowhere/x.csv")
+    try_outputs(f"s3://{BUCKET}/tried/x.csv")
+    assert store.fs.find(f"{BUCKET}/tried") == []
 
 
 @pytest.fixture(scope="module")
@@ -522,8 +532,13 @@ def test_a_store_that_is_away_is_named_and_not_taken_for_an_empty_one(
 
 @pytest.mark.parametrize("command", [["pseudolabel", "--clips"], ["ingest", "--list"]], ids=["pseudolabel", "ingest"])
 def test_a_driver_tries_its_first_request_as_often_as_its_workers(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     for name in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"):
         monkeypatch.delenv(name)
     assert cli.main([*command, f"s3://{BUCKET}/none.parquet", "--out", f"s3://{BUCKET}/none"]) == 1
@@ -534,8 +549,14 @@ def test_a_driver_tries_its_first_request_as_often_as_its_workers(
 
 @pytest.mark.parametrize("keys", ["wrong", "none"])
 def test_credentials_that_do_not_fit_are_told_before_the_work(
-    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: str
+    store: Store,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: str,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
     if keys == "none":
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -549,7 +570,7 @@ def test_credentials_that_do_not_fit_are_told_before_the_work(
     finally:
         store.check_credentials(False)
     assert code == 1
-    assert re.search(r"error: s3://bucket/clips\.parquet: .*check .* the credentials", capsys.readouterr().err)
+    assert re.search(r"error: s3://bucket/labels/run\.json: .*check .* the credentials", capsys.readouterr().err)
 
 
 def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work(

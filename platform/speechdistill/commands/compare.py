@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from speechdistill.commands import outputs
 from speechdistill.commands.guarded import guarded
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
@@ -17,7 +18,12 @@ from speechdistill.engine import cluster
 from speechdistill.io import audio, fingerprint, lease, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
+
+_FILES = (
+    *("scores.parquet", "table.md", "table.csv", "metrics.csv", "paper.csv", "report.html", "summary.json"),
+    *("plots/plot", "scores/run"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def run(config: Compare) -> Comparison:
     cluster.be_patient()
     out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
-    tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    outputs.try_job(out, *_FILES)
     with lease.held(out, "compare"):
         return _compared(config, wanted, out)
 

@@ -8,6 +8,7 @@ all parts as one file, is replaced at the end.
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +33,9 @@ from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
 from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
-from speechdistill.io import audio, audio_files, lease, storage, table, tar_files
+from speechdistill.io import audio, audio_files, lease, outputs, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
+from speechdistill.io.places import Seen, Skipped
 from speechdistill.models.label import MIN_DURATION_S
 
 _CHUNK_ROWS = 2_000
@@ -93,8 +95,6 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
         print(f"--speaker-from {config.speaker_from} names no speaker of {summary['without_speaker']:,} files")
     if config.list:
         print(f"lists: {listed.summary(Counter(summary['lists']))}")
-    if summary["ignored_extensions"]:
-        print(f"ignored by extension: {report.counts(summary['ignored_extensions'])}")
     return 0
 
 
@@ -106,24 +106,29 @@ def run(config: Ingest) -> dict[str, Any]:
             "give --speech DIR, --noise DIR, --rir DIR, --list FILE, or --corpus NAME with --root DIR",
         )
     cluster.be_patient()
-    files = webdataset.files(config.list)  # missing ones are told before the work
+    out = storage.absolute(config.out)
+    outputs.try_outputs(
+        *(f"{out}/{name}" for name in ("clips.parquet", "rejects.parquet", "ingest.json", "parts/clips"))
+    )
+    skipped = Skipped()
+    files = webdataset.files(config.list, skipped)  # missing ones are told before the work
     folder.speaker("", config.speaker_from)
     told: Counter[str] = Counter()
     lines = listed.merged(lambda: chain.from_iterable(map(_lines, files)), told)
     labeled = scored_rows(config)
-    config = replace(config, out=storage.absolute(config.out), list=tuple(files))
+    config = replace(config, out=out, list=tuple(files))
     with lease.held(config.out, "ingest") as held:
         cluster.connect()
-        ignored: Counter[str] = Counter()
         whole: set[tuple[str, str]] = set()
         nameless: Counter[str] = Counter()
-        rows = chain(labeled, _rows(config, lines, ignored, whole, nameless))
+        rows = chain(labeled, _rows(config, lines, skipped, whole, nameless))
         changes = ingest_rows(rows, config.out, before_commit=held.check)
         _forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
-        counts: dict[str, Any] = {"changes": dict(changes), "ignored_extensions": dict(ignored), "lists": dict(told)}
+        counts: dict[str, Any] = {"changes": dict(changes), "ignored_extensions": dict(skipped), "lists": dict(told)}
         if config.speaker_from:
             counts["without_speaker"] = nameless.total()
         summary = {**merge(config.out), **counts}
+        print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
         storage.publish_json(summary, f"{config.out}/ingest.json")
     if not sum(summary["clips"].values()):
         raise RunError("no usable audio file was found", f"the reasons are in {config.out}/rejects.parquet")
@@ -190,16 +195,17 @@ def merge(out: str) -> dict[str, Any]:
 
 
 def _rows(
-    config: Ingest, lines: Iterator[Row], ignored: Counter[str], whole: set[tuple[str, str]], nameless: Counter[str]
+    config: Ingest, lines: Iterator[Row], skipped: Skipped, whole: set[tuple[str, str]], nameless: Counter[str]
 ) -> Iterator[Row]:
     for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
+        seen = Seen()
         for root in roots:
-            for row in folder.rows(root, kind, ignored):
+            for row in folder.rows(root, kind, skipped, seen):
                 if speaker := folder.speaker(row["uri"], config.speaker_from) if kind == "speech" else None:
                     row["speaker"] = speaker
                 nameless[kind] += kind == "speech" and speaker is None
                 yield row
-    yield from webdataset.rows(lines, ignored, whole)
+    yield from webdataset.rows(lines, skipped, whole)
 
 
 def _lines(file: str) -> Iterator[Row]:

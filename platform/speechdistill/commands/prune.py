@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
@@ -101,7 +101,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     """
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    outputs.try_job(config.out, f"{NAME}/run.json")
     with lease.held(config.out, "prune"):
         return _pruned(config)
 

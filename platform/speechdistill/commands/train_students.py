@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import checkpoint, lease, storage
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
@@ -90,7 +90,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     """
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    outputs.try_job(config.out, "labeled")
     with lease.held(config.out, "train-students"):
         return _trained(config)
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import lease, storage
 from speechdistill.io.errors import RunError
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.ray_train import Job
@@ -89,7 +89,8 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     """
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    features_files = [f"{config.features}/{name}" for name in ("run.json", "shards/part", "manifest.parquet")]
+    outputs.try_job(config.out, f"{NAME}/run.json", *features_files)
     with lease.held(config.out, "train-teacher"), lease.held(str(config.features), "train-teacher"):
         return _trained(config)
 

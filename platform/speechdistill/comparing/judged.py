@@ -1,6 +1,7 @@
 """The clips that models are judged on, and reading them: what listeners scored, or samples of a label run."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill.data import heard, scored_clips
+from speechdistill.data import heard, manifest_path, scored_clips
 from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, fingerprint, storage, table, user_table
-from speechdistill.io.errors import TableError
+from speechdistill.io import audio, audio_files, storage, table, user_table
+from speechdistill.io.errors import AudioError, TableError
 
 _THREADS = 16
-_SAMPLE = ".parquet#"  # in the address of a sample: the shard, then the row group and the row in it
+_SAMPLE = re.compile(r"(.+\.parquet)#(\d+)\.(\d+)", re.DOTALL)  # a sample: its shard, row group and row in it
 
 
 class Clip(NamedTuple):
@@ -64,6 +65,7 @@ def clips(source: str) -> Judged:
     if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
+        manifest_path.check(source)
         reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
@@ -71,10 +73,10 @@ def clips(source: str) -> Judged:
 
 def read(uri: str) -> np.ndarray:
     """The wave of a clip, float32 at 16 kHz; raises `AudioError` or the storage's errors."""
-    if _SAMPLE not in uri:
+    sample = _SAMPLE.fullmatch(uri)
+    if not sample:
         return audio.load(uri)
-    place, group, row = _of_sample(uri)
-    rows = _group(place, group)
+    rows, row = _group(sample[1], int(sample[2])), int(sample[3])
     return audio.decode(rows[0][row], rows[1][row])
 
 
@@ -107,12 +109,6 @@ def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[Clip]:
         yield Clip(str(row["sample_id"]), uri, digest, dataset, None, row["score"], row["plan"])
 
 
-def _of_sample(uri: str) -> tuple[str, int, int]:
-    place, _, numbers = uri.rpartition("#")
-    group, row = map(int, numbers.split("."))
-    return place, group, row
-
-
 @lru_cache(maxsize=2)  # samples are read in their order
 def _group(place: str, group: int) -> tuple[list[bytes], list[str]]:
     import pyarrow.parquet as pq
@@ -123,7 +119,12 @@ def _group(place: str, group: int) -> tuple[list[bytes], list[str]]:
 
 
 def _sha256(uri: str) -> str:
+    digest = hashlib.sha256()
     try:
-        return fingerprint.of_file(uri)
-    except OSError:  # told with its reason when it is to be decoded
+        with audio_files.source(uri) as file:  # a member of a tar, too
+            while block := file.read(1 << 22):
+                digest.update(block)
+            file.raise_error()
+    except (OSError, AudioError):  # told with its reason when it is to be decoded
         return ""
+    return digest.hexdigest()

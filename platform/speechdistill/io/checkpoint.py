@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import fsspec
-
 from speechdistill.io import storage
 from speechdistill.io.errors import StorageError, TableError
 
@@ -97,7 +95,7 @@ def copy(folder: str, target: str) -> None:
 
 
 def _read(uri: str) -> bytes:
-    with storage.access(uri), fsspec.open(uri, "rb") as file:
+    with storage.access(uri), storage.opened(uri) as file:
         return bytes(file.read())
 
 

@@ -13,7 +13,6 @@ from importlib import resources
 from io import BytesIO
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -140,7 +139,7 @@ def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]
     Of a URL `ahead_bytes` are read beyond what is asked for (s3fs: 50 MB).
     """
     options = {} if ahead_bytes is None or "://" not in uri else {"block_size": ahead_bytes}
-    with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb", **options) as file:
+    with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), storage.opened(uri, **options) as file:
         try:
             yield file
         except OSError as error:
