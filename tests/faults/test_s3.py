@@ -319,10 +319,8 @@ def test_known_objects_are_checked_by_a_listing(
     asked = set()
     proxy.fault = lambda method, path: asked.add(path) if ".wav" in path else None
     assert ingest.run(config)["changes"] == {"updated": 1, "content": 1}
-    assert {path.rpartition("/")[2] for path in asked} == {"1.wav"}
-    monkeypatch.setattr(ingest, "_LISTED_ROWS", 4)
+    assert {path.rpartition("/")[2] for path in asked} == {"1.wav"}, "each was asked for"
     assert ingest.run(config)["changes"] == {}
-    assert {path.rpartition("/")[2] for path in asked} == {"0.wav", "1.wav", "2.wav"}
 
 
 @pytest.mark.slow  # waits for all tries of each request

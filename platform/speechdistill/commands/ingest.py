@@ -33,6 +33,7 @@ from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
 from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
+from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, audio_files, lease, outputs, storage, table, tar_files
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
 from speechdistill.io.places import Seen, Skipped
@@ -119,6 +120,7 @@ def run(config: Ingest) -> dict[str, Any]:
     config = replace(config, out=out, list=tuple(files))
     with lease.held(config.out, "ingest") as held:
         cluster.connect()
+        stop_on_sigterm()
         whole: set[tuple[str, str]] = set()
         nameless: Counter[str] = Counter()
         rows = chain(labeled, _rows(config, lines, skipped, whole, nameless))

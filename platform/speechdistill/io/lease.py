@@ -203,7 +203,7 @@ class Lease:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(Exception):  # some may write and not delete: what is left is dead after a while
             self._fs.rm_file(f"{self._folder}/{name}")
 
 
