@@ -65,11 +65,12 @@ def _check_version(uri: str, database: sqlite3.Connection) -> None:
         found, before = _version(database), found
     if found in (None, newest) or newest is None:
         return
-    older = f"run `mlflow db upgrade {uri}` on a copy of it, then on itself"
-    raise TrackingError(
-        f"the tracking database {file_of(uri)} has the schema {found} of another MLflow; this one's is {newest}",
-        older if found in known else "use the version of MLflow that wrote it, or a newer one",
-    )
+    file = file_of(uri)
+    if found in known:
+        reason = f"the tracking database {file} has an out-of-date database schema ({found}; this MLflow's is {newest})"
+        raise TrackingError(reason, f"run `mlflow db upgrade {uri}` on a copy of it, then on itself")
+    reason = f"the tracking database {file} has the schema of another MLflow ({found}; this one's is {newest})"
+    raise TrackingError(reason, "use the version of MLflow that wrote it, or a newer one")
 
 
 def _version(database: sqlite3.Connection) -> str | None:
