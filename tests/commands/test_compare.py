@@ -282,7 +282,7 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
     Path(run, "summary.json").unlink()
     for place, message in (
         (run, "not a complete label run"),
-        (str(tmp_path), "nor the folder of a label run"),
+        (str(tmp_path), "is a folder; "),
         (f"{tmp_path}/none.csv", "none.csv: no such list"),
     ):
         with pytest.raises(TableError, match=message):

@@ -134,7 +134,7 @@ def test_a_path_that_is_no_manifest_is_told_from_one_that_is_missing(
             (ingested, f"is a folder; give {ingested}/clips.parquet"),
         ):
             assert cli.main([command, "--clips", str(source), *more, "--out", f"{tmp_path}/out"]) == 1
-            assert f"error: --clips {source}" in (told := capsys.readouterr().err) and reason in told
+            assert f"error: {source}" in (told := capsys.readouterr().err) and reason in told
 
 
 def test_a_grown_run_tells_which_samples_are_made_again(

@@ -71,7 +71,10 @@ def test_an_address_where_nobody_answers_is_told_at_once(
     (tmp_path / "clip.wav").touch()
     assert cli.main(["ingest", "--speech", str(tmp_path), "--out", f"{tmp_path}/out"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: no Ray cluster answers at RAY_ADDRESS={address} (") and ABSENT[address] in line
+    assert (
+        line.startswith(f"error: RAY_ADDRESS={address}: no Ray cluster can be joined there (")
+        and ABSENT[address] in line
+    )
     assert line.endswith("correct RAY_ADDRESS (and RAY_AUTH_TOKEN), or unset it to use this machine alone")
 
 

@@ -122,7 +122,7 @@ def test_every_command_that_tracks_refuses_it(
     where = {"sync": [out], "promote": ["--run", "7", "--eval", "x.csv", "--tracking", out]}
     assert cli.main([command, *options, *where.get(command, ["--out", out])]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: the tracking database {file} has the schema {OLDER} of another MLflow; ")
+    assert line.startswith(f"error: the tracking database {file} has an out-of-date database schema ({OLDER}; ")
 
 
 def test_the_doctor_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_the_doctor_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = made(tmp_path, OLDER)
     for variable, places in ((f"sqlite:///{file}", Places()), ("", Places(out=str(tmp_path)))):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
-        with pytest.raises(TrackingError, match="has the schema"):
+        with pytest.raises(TrackingError, match="out-of-date database schema"):
             doctor_trials.TRIALS["tracking"]("", places)
 
 

@@ -12,7 +12,7 @@ def check(source: str) -> None:
             return
         is_folder, is_ingested = fs.isdir(path), fs.exists(f"{path}/clips.parquet")
     if not is_folder:
-        reason = f"--clips {source}: no such file"
+        reason = f"{source}: no such file"
         raise TableError(reason, "check the path; `speechdistill ingest` writes the manifest OUT/clips.parquet")
     ingest = f"run `speechdistill ingest --speech {source} --out OUT`, and give OUT/clips.parquet"
-    raise TableError(f"--clips {source} is a folder", f"give {source}/clips.parquet" if is_ingested else ingest)
+    raise TableError(f"{source} is a folder", f"give {source}/clips.parquet" if is_ingested else ingest)

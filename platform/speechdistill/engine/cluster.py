@@ -71,14 +71,14 @@ class _Job(JobConfig):  # type: ignore[misc]
 
 
 def _join(address: str, package: str) -> None:
-    fix = "start that cluster, or correct RAY_ADDRESS (and RAY_AUTH_TOKEN), or unset it to use this machine alone"
+    fix = "start that cluster, correct RAY_ADDRESS (and RAY_AUTH_TOKEN), or unset it to use this machine alone"
     options = {} if "://" in address else {"job_config": _Job()}  # Ray Client has no such folder
     try:
         _reach(address)
         ray.init(runtime_env={"py_modules": [package]}, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason})", fix) from error
+        raise RunError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({reason})", fix) from error
 
 
 def _reach(address: str) -> None:

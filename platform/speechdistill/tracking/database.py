@@ -15,9 +15,10 @@ _SQLITE = "sqlite:///"
 _WAIT_S = 10.0  # for a lock of another job that writes now
 _MIGRATION_S = 2.0  # a database that another job is just making has passing versions
 _AGAIN = "or move it away: `speechdistill sync OUT` writes a run of ours to a new one"
-_FIXES = (  # a part of sqlite's message, what to do
+_FIXES = (  # a part of the message, what to do
     ("locked", "end the program that holds it (`fuser -v` with its path names it), then rerun the command"),
     ("readonly", "give this user the right to write to it and to its folder, or set MLFLOW_TRACKING_URI to another"),
+    ("ermission denied", "give this user the right to read its folder, or set MLFLOW_TRACKING_URI to another"),
     ("unable to open", "check its path, its permissions and the free space, or set MLFLOW_TRACKING_URI to another"),
     ("", f"restore it from a copy, {_AGAIN}"),
 )
@@ -42,16 +43,16 @@ def check(uri: str, writes: bool = True) -> None:
     In one that was moved or copied with its folder, the addresses of files are set to that folder.
     """
     file = file_of(uri)
-    if file is None or not file.exists():
-        return
     try:
+        if file is None or not file.exists():
+            return
         with closing(sqlite3.connect(file, timeout=_WAIT_S, isolation_level=None)) as database:
             _check_version(uri, database)
             if writes:
                 database.execute("BEGIN IMMEDIATE")
                 database.rollback()
             _follow(database, artifact_folder(file))
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         fix = next(fix for part, fix in _FIXES if part in str(error))
         raise TrackingError(f"the tracking database {file} cannot be used ({error})", fix) from error
 
@@ -64,11 +65,12 @@ def _check_version(uri: str, database: sqlite3.Connection) -> None:
         found, before = _version(database), found
     if found in (None, newest) or newest is None:
         return
-    older = f"run `mlflow db upgrade {uri}` on a copy of it, then on itself"
-    raise TrackingError(
-        f"the tracking database {file_of(uri)} has the schema {found} of another MLflow; this one's is {newest}",
-        older if found in known else "use the version of MLflow that wrote it, or a newer one",
-    )
+    file = file_of(uri)
+    if found in known:
+        reason = f"the tracking database {file} has an out-of-date database schema ({found}; this MLflow's is {newest})"
+        raise TrackingError(reason, f"run `mlflow db upgrade {uri}` on a copy of it, then on itself")
+    reason = f"the tracking database {file} has the schema of another MLflow ({found}; this one's is {newest})"
+    raise TrackingError(reason, "use the version of MLflow that wrote it, or a newer one")
 
 
 def _version(database: sqlite3.Connection) -> str | None:

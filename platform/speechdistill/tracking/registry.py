@@ -93,9 +93,9 @@ class Registry:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         if not self.uri:
             raise RegistryError("no MLflow is given", "set MLFLOW_TRACKING_URI, or --tracking to a run's folder")
+        database.check(self.uri, writes=False)
         if (file := database.file_of(self.uri)) and not file.exists():
             raise RegistryError(f"{self.uri}: no such database", "give the folder of a run, or set MLFLOW_TRACKING_URI")
-        database.check(self.uri, writes=False)
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
@@ -216,16 +216,12 @@ class Registry:
         with self._asked(f"model {name}"):
             known = {model.name: model.aliases for model in self._client.search_registered_models()}
         if name not in known:
-            known_here = (
-                f"choose from {', '.join(sorted(known))}" if known else "register one with `speechdistill promote`"
-            )
-            fix = f"{known_here}, or set MLFLOW_TRACKING_URI to another MLflow"
+            other = f"choose from {', '.join(sorted(known))}" if known else "`speechdistill promote` registers one"
+            fix = f"{other}, or set MLFLOW_TRACKING_URI to another MLflow"
             return RegistryError(f"no model {name!r} is registered at {self.place}", fix)
         aliases = ", ".join(sorted(known[name])) or "none"
         reason = f"model {name!r} at {self.place} has no version with the alias {alias!r}; its aliases: {aliases}"
-        return RegistryError(
-            reason, "give a version as models:/NAME/NUMBER, or let `speechdistill promote` set `champion`"
-        )
+        return RegistryError(reason, "give models:/NAME/NUMBER; `speechdistill promote` sets `champion`")
 
     def _location(self, address: str) -> str:
         """The URL of a model's files."""
