@@ -163,8 +163,8 @@ def test_splits_and_datasets_are_filled_in(tmp_path: Path) -> None:
     filled = features.scored_clips(table.validate(without, "clip.v1"))
     assert set(filled["split"].to_pylist()) == {"train", "validation"} and len(filled) == 12
     assert set(filled["dataset"].to_pylist()) == set("abc")
-    named = rows.set_column(rows.schema.get_field_index("split"), "split", [["val"] * 3 + ["train"] * 9])
-    with pytest.raises(TableError, match="split val is unknown; choose from train, validation, test"):
+    named = rows.set_column(rows.schema.get_field_index("split"), "split", [["fold1"] * 3 + ["train"] * 9])
+    with pytest.raises(TableError, match="split 'fold1' is unknown; choose from train, validation, test"):
         features.scored_clips(table.validate(named, "clip.v1"))
     train_only = rows.set_column(rows.schema.get_field_index("split"), "split", [["train"] * 12])
     with pytest.raises(TableError, match=r"none is of split validation \(there are: \['train'\]\)"):
