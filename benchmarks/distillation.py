@@ -27,6 +27,7 @@ import tyro
 from speechdistill import cli
 from speechdistill.data import scored_clips
 from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Label
@@ -92,9 +93,11 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
         return float(known["pcc"])
     mix = Mix((f"{options.out}/train",), ARMS[arm], crop_s=options.crop_s, seed=seed)
     first, last = options.steps * 3 // 4, options.steps // 4
-    _phase(Distill(student("v0"), mix, scored), first, options.learning_rate, out / "first", options.device)
+    all_of_it = (HeldOut(),)  # other runs, of other speakers, validate and judge
+    recipe = Distill(student("v0"), mix, scored, held_out=all_of_it)
+    _phase(recipe, first, options.learning_rate, out / "first", options.device)
     _phase(
-        Distill(student("v0"), replace(mix, seed=seed + 1_000), scored, init=f"{out}/first"),
+        replace(recipe, mix=replace(mix, seed=seed + 1_000), init=f"{out}/first"),
         last,
         options.learning_rate / 5,
         out / "last",

@@ -21,7 +21,7 @@ import tyro
 
 from speechdistill.data.label_scale import Scale
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.models import trained
+from speechdistill.models import parameters, trained
 from speechdistill.models.encoder_scorer import Network, TrainedTeacher
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
@@ -176,7 +176,7 @@ def _speed(repeats: int) -> None:
     per_s = {name: median(taken[1:]) * SAMPLE_RATE / len(wave) for name, taken in times.items()}
     print("\nXLS-R 2B to block 10, one thread; slim: half of the heads and neurons (bars: 0.55 and 0.65)\n")
     print("| model | parameters, M | file, MB | CPU s per audio s |\n|---|---|---|---|")
-    counts = {name: sum(p.numel() for p in model.network.parameters()) for name, model in models.items()}
+    counts = {name: parameters.count(model.network).stored for name, model in models.items()}
     for name in models:
         print(f"| {name} | {counts[name] / 1e6:.1f} | {sizes[name] / 1e6:.0f} | {per_s[name]:.3f} |")
     ratios = [of["slim"] / of["whole"] for of in (counts, sizes, per_s)]

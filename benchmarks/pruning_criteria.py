@@ -16,6 +16,7 @@ from distillation import SAMPLES, SHARED, label_run, samples
 from torch import nn
 
 from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import by_row_groups
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.models.label import Label
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
@@ -109,10 +110,12 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     student = ConvTransformerConfig(options.width, stride_convs=4, dim=options.width, heads=4, layers=2)
     mix = Mix((f"{options.out}/train",), 0, crop_s=options.crop_s, seed=seed)
     pruning = Pruning(share=options.share, every=options.every, until=options.remaining, seed=seed)
+    # The samples of the measured table; other speakers judge, and nothing is chosen by validation.
+    held = (by_row_groups(LabelRun(f"{options.out}/train"), validates=True),)
     if not Path(folder, "student.json").is_file():
-        recipe = Distill(student, mix).make()
+        recipe = Distill(student, mix, held_out=held).make()
         recipe.save(_train(recipe, options.steps, options.learning_rate), folder)
-    config = Distill(student, replace(mix, seed=seed + 1_000), init=folder)
+    config = Distill(student, replace(mix, seed=seed + 1_000), init=folder, held_out=held)
     figures: dict[str, float] = dict(storage.read_json(f"{folder}/mse.json") or {})
     for name in COLUMNS:
         if name in figures:

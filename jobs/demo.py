@@ -19,6 +19,7 @@ from speechdistill import cli
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plan
 from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import held_out
 from speechdistill.io import audio, fingerprint, storage
 from speechdistill.labelling.samples import libraries, make_sample
 from speechdistill.tracking.run import run_id
@@ -114,7 +115,8 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{students.resolve()}/mlflow.db")
     unseen = _held_out(run, students)
     promote = ["promote", "--run", f"best-of:{run_id(str(students))}", "--model-name", "speech-quality-v0"]
-    if (code := _step([*promote, "--eval", unseen])) not in (0, NOT_PROMOTED):  # on a second call it is the champion
+    # Forced: so few steps make no good student. On a second call it is the champion.
+    if (code := _step([*promote, "--eval", unseen, "--force"])) not in (0, NOT_PROMOTED):
         return code
     champion = ["--model", "models:/speech-quality-v0@champion", "--out", f"{students}/scores.json"]
     if code := _step(["score", f"{run.parent}/clean.wav", f"{run.parent}/degraded.wav", *champion]):
@@ -125,10 +127,12 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
 
 
 def _held_out(run: Path, students: Path) -> str:
-    """The samples that no student of these shards is trained on, as files with the teacher's scores in a list."""
+    """The samples that no student of these shards is trained or selected on, as files with the teacher's scores in a
+    list.
+    """
     labels, folder = LabelRun(str(run)), students / "held-out"
     folder.mkdir(exist_ok=True)
-    rows = [row for group in labels.held_out() for row in labels.read_group(int(group)).to_pylist()]
+    rows = [row for _, row in labels.read(held_out([labels])[0].test)]
     with (folder / "scores.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "mos"])

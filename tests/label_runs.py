@@ -1,6 +1,7 @@
 """Label runs and scored clips for tests, and what a run has committed."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,25 @@ from speechdistill.io import storage, table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 
-def label_run(out: Path, num_ids: int, seed: int = 0, rows_per_part: int = 24, fails: tuple[int, ...] = ()) -> str:
-    """A complete label run of the milli flow, made without Ray; parts of 24 ids are of two row groups."""
+def label_run(
+    out: Path,
+    num_ids: int,
+    seed: int = 0,
+    rows_per_part: int = 24,
+    fails: tuple[int, ...] = (),
+    known: Callable[[int], Mapping[str, object]] = lambda number: {},
+) -> str:
+    """A complete label run of the milli flow, made without Ray; parts of 24 ids are of two row groups.
+
+    `known` are columns of a sample, such as its clip_ids.
+    """
     layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, rows_per_part, lambda rows: {})
     shards.claim(layout.out, {"seed": seed})
     for k in range(layout.num_parts):
         ids = [{"id": i} for i in layout.ids(k)]
         rows = [
-            _taught({**known, **_or_reject(result)}) for known, result in zip(ids, Degrade(fails)(ids), strict=True)
+            _taught({**one, **_or_reject(result), **known(one["id"])})
+            for one, result in zip(ids, Degrade(fails)(ids), strict=True)
         ]
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)

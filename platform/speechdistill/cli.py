@@ -4,26 +4,32 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import tyro
-
-from speechdistill.commands import (
-    compare,
-    doctor,
-    ingest,
-    promote,
-    prune,
-    pseudolabel,
-    recipe,
-    score,
-    sync,
-    train_students,
-    train_teacher,
-)
+from speechdistill.io import console, import_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 not promoted, 130 stopped."""
+    console.make_lasting()
+    sys.path[:] = import_path.without_current_folder(sys.path)
+    # Here, since what these import must not be found in the current folder (`python -c`, an empty PYTHONPATH entry).
+    import tyro
+
+    from speechdistill.commands import (
+        compare,
+        doctor,
+        ingest,
+        promote,
+        prune,
+        pseudolabel,
+        recipe,
+        score,
+        sync,
+        train_students,
+        train_teacher,
+    )
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("speechdistill").setLevel(logging.INFO)
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "compare": compare.command,

@@ -28,16 +28,19 @@ from speechdistill import cli
 from speechdistill.commands import compare, prune
 from speechdistill.commands.compare import Compare
 from speechdistill.commands.prune import Prune
-from speechdistill.comparing import candidates, comparison, judged, scoring, tables
+from speechdistill.comparing import candidates, comparison, judged, page, scoring, tables
+from speechdistill.data import heard, scored_clips
 from speechdistill.data.label_scale import Scale
-from speechdistill.engine import flow
-from speechdistill.io import audio, storage, table
+from speechdistill.engine import flow, held_out
+from speechdistill.engine.finished_run import LabelRun
+from speechdistill.io import audio, checkpoint, storage, table
 from speechdistill.io.errors import RunError, TableError
 from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.speech_encoder import load as load_encoder
+from speechdistill.models.student import load_student, save_student
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +56,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def heard(out: Path) -> Counter[tuple[str, str]]:
+def said(out: Path) -> Counter[tuple[str, str]]:
     """How often each model has scored each content, over all that is committed."""
     found: Counter[tuple[str, str]] = Counter()
     for file in out.glob("scores/*/shards/*.parquet"):
@@ -72,9 +75,9 @@ def test_a_stopped_comparison_goes_on_with_the_same_run_on_ray(
         patch.setattr("speechdistill.engine.flow.run", partial(without_ray, stop_after=2))
         compare.run(config)
     kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
-    assert len(heard(out)) == 2 * 2 * 3 and not (out / "summary.json").exists()
+    assert len(said(out)) == 2 * 2 * 3 and not (out / "summary.json").exists()
     found = compare.run(config)
-    assert heard(out) == {(model.key, clip.sha256): 1 for model in found.models for clip in found.clips}
+    assert said(out) == {(model.key, clip.sha256): 1 for model in found.models for clip in found.clips}
     assert len(list(out.glob("scores/*"))) == 1, "it is another run"
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
     rows = table.read(f"{out}/scores.parquet", "score.v1").to_pylist()
@@ -97,7 +100,7 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not psutil.wait_procs(its_workers, timeout=60)[1]
-    before = heard(out)
+    before = said(out)
     assert 0 < len(before) < 320 and not (out / "summary.json").exists()
     kept = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}
 
@@ -105,10 +108,10 @@ def test_a_killed_comparison_resumes_and_a_further_model_is_all_that_would_be_sc
     config = Compare(source, str(out), f"a={students[0]},b={students[1]}")
     found = compare.run(config)
     clips = {clip.sha256 for clip in found.clips}
-    assert before.keys() <= heard(out).keys() and set(heard(out).values()) == {1}, "a clip was scored twice"
+    assert before.keys() <= said(out).keys() and set(said(out).values()) == {1}, "a clip was scored twice"
     wanted = {(model.key, clip) for model in found.models for clip in clips}
     broken = {(model.key, found.clips[0].sha256) for model in found.models}
-    assert wanted - heard(out).keys() == broken, "a clip is missing"
+    assert wanted - said(out).keys() == broken, "a clip is missing"
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in out.glob("scores/*/shards/*")}.items()
     assert found.by_clip.clips == {"pub": 79, "tub": 80}
     ((reason, count),) = found.left_out["pub"].items()
@@ -148,7 +151,7 @@ def test_a_worker_that_outlives_its_driver_scores_nothing_twice(
         scoring.score([a], clips, str(out))
     monkeypatch.setattr("speechdistill.engine.flow.run", late)
     scoring.score([a, b], clips, str(out))
-    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+    assert said(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
 
 
 def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
@@ -162,9 +165,9 @@ def test_a_stopped_run_of_what_is_no_longer_wanted_is_let_be(
         scoring.score([a, b], clips, str(out))
     monkeypatch.setattr("speechdistill.engine.flow.run", without_ray)
     scoring.score([a], clips[:12], str(out))
-    assert set(heard(out).values()) == {1} and len(heard(out)) == 2 * 6 + 6
+    assert set(said(out).values()) == {1} and len(said(out)) == 2 * 6 + 6
     scoring.score([a, b], clips, str(out))
-    assert heard(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
+    assert said(out) == {(model.key, clip.sha256): 1 for model in (a, b) for clip in clips}
 
 
 def test_rejects_are_judged_among_all_files_whenever_they_are_tried_again(
@@ -268,7 +271,7 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
 ) -> None:
     run = label_run(tmp_path, students[0])
     clips = judged.clips(run)
-    assert clips.judge == "the teacher student" and len(clips.clips) == 16
+    assert clips.judge == "the teacher student" and len(clips.clips) == 4  # all that are of one of the six clips
     assert {clip.dataset for clip in clips.clips} == {"weights_free"}
     assert all(json.loads(clip.plan or "")["sample_id"] == int(clip.clip_id) for clip in clips.clips)
     found = compared(run, f"a={students[0]},b={students[1]},c={students[2]}", tmp_path)
@@ -284,6 +287,46 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
     ):
         with pytest.raises(TableError, match=message):
             judged.clips(place)
+
+
+def test_models_that_know_the_clips_from_their_training_are_marked(
+    tmp_path: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "worst", lambda found: [])  # whose spectrograms take seconds
+    source = recordings(tmp_path / "clips", 9, datasets=("pub",))
+    rows = scored_clips.manifest(source)
+    known = {checkpoint.CLIPS: heard.record(rows.slice(0, 5), rows.slice(5, 2))}
+    trained = known_from(tmp_path / "trained", students[0], known)
+    further = known_from(tmp_path / "further", students[1], {"init": known})
+    found = compared(source, f"trained={trained},further={further},new={students[2]}", tmp_path)
+    both = {heard.TRAINED: 5, heard.SELECTED: 2}
+    assert found.heard == {"trained": both, "further": both} and found.best(None) <= {"new"}
+    line = "trained was trained on 5 of the 9 clips: its figures are too good"
+    assert line in tables.markdown(found) and line in page.html(found, {})
+    assert compare._summary(found)["heard"]["further"] == both
+
+
+def test_samples_that_may_have_trained_a_student_are_marked(tmp_path: Path, students: list[str]) -> None:
+    run = LabelRun(label_run(tmp_path, students[0]))
+    clips = judged.clips(run.out)
+    about = held_out.about(run, *held_out.held_out([run]))
+    test = about["held_out"]["test"]
+    fewer = {**about, "held_out": {"test": {**test, "hash_up_to": test["hash_up_to"] - 1}}}
+    for shards, marked in (
+        ([about], 0),
+        ([{"fingerprint": "other"}, {**about, "fingerprint": "another seed"}], 0),
+        ([{"fingerprint": run.fingerprint, "weight": 1.0}], 4),  # by an earlier version
+        ([{**about, "held_out": {"too_few": "3 clips"}}], 4),
+        ([fewer], 4),
+        ({"labels/manifest.parquet": "5e1f"}, 0),
+    ):
+        assert clips.known_to({"shards": []} | {"init": {"shards": shards}})[heard.TRAINED] == marked, shards
+
+
+def known_from(folder: Path, student: str, provenance: dict[str, Any]) -> str:
+    """The student with another provenance."""
+    save_student(load_student(student).network, str(folder), provenance)
+    return str(folder)
 
 
 def test_all_models_that_cannot_be_loaded_are_told_before_the_work(tmp_path: Path) -> None:
@@ -346,6 +389,9 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
     encoders = sum(p.numel() for p in network.encoder.parameters())
     assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
+    rows = prune._rows(str(tmp_path), ["before", "after"])
+    assert rows[0]["parameters"] == teacher.parameters == sum(p.numel() for p in network.parameters())
+    assert [row["nonzero"] for row in rows] == [before.parameters, after.parameters]
     (there,) = load_teacher(after.teacher, device="cpu").teacher.label([voice(1.0)])
     (here,) = load_teacher(folders["after"], device="cpu").teacher.label([voice(1.0)])
     assert there == here, "what workers load is not what was given"

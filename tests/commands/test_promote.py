@@ -14,8 +14,10 @@ import speechdistill
 from manifests import voice
 from mlflow_runs import Store, student, tracking_server
 from speechdistill import cli
-from speechdistill.io import audio
+from speechdistill.data import heard, scored_clips
+from speechdistill.io import audio, checkpoint
 from speechdistill.io.errors import UnreadableError
+from speechdistill.models.student import load_student, save_student
 from speechdistill.tracking import registry
 from speechdistill.tracking.registry import Logged, RegistryError, log_student, student_folder
 
@@ -40,7 +42,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def heard(checkpoints: list[str], clips: list[str]) -> list[float]:
+def said(checkpoints: list[str], clips: list[str]) -> list[float]:
     """Listeners who agree with the second student, but for a little noise."""
     model = speechdistill.load(checkpoints[1])
     scores = np.array([model(audio.load(path), RATE) for path in clips])
@@ -50,10 +52,8 @@ def heard(checkpoints: list[str], clips: list[str]) -> list[float]:
 
 
 @pytest.fixture
-def source(tmp_path: Path, clips: list[str], heard: list[float]) -> str:
-    return listed(
-        tmp_path / "eval.csv", [(*pair, "ab"[i % 2]) for i, pair in enumerate(zip(clips, heard, strict=True))]
-    )
+def source(tmp_path: Path, clips: list[str], said: list[float]) -> str:
+    return listed(tmp_path / "eval.csv", [(*pair, "ab"[i % 2]) for i, pair in enumerate(zip(clips, said, strict=True))])
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,13 @@ def test_a_worse_student_is_registered_and_not_promoted(
 
 
 def test_a_better_student_within_the_margin_or_the_noise_is_not_promoted(
-    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], said: list[float]
 ) -> None:
     weak, strong = models
     promote(weak.run_id)
     code, decision = promote(strong.run_id, "--margin", "1.9")
     assert (code, decision["decision"]) == (3, "kept") and decision["difference"]["low"] > 0
-    few = listed(tmp_path / "few.csv", [(clips[i], heard[i] if i else 1.0, "a") for i in range(4)])
+    few = listed(tmp_path / "few.csv", [(clips[i], said[i] if i else 1.0, "a") for i in range(4)])
     code, decision = promote(strong.run_id, "--margin", "0", clips=few)
     assert decision["difference"]["low"] <= 0 and (code, decision["decision"]) == (3, "kept")
     assert aliases(store, name) == {"champion": "1"}
@@ -223,13 +223,15 @@ def test_the_best_of_a_run_is_its_finished_child_with_the_lowest_error(
 
 
 def test_a_clip_without_a_score_is_reported_and_counts_for_neither(
-    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], said: list[float]
 ) -> None:
     promote(models[0].run_id)
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
-    rows = [(path, mos, "a") for path, mos in zip(clips, heard, strict=True)]
+    rows = [(path, mos, "a") for path, mos in zip(clips, said, strict=True)]
     whole = listed(tmp_path / "whole.csv", rows)
-    more = listed(tmp_path / "more.csv", [*rows, (str(tmp_path / "silent.wav"), 5.0, "a"), (clips[0], 4.0, "alone")])
+    (tmp_path / "alone.wav").write_bytes(Path(clips[0]).read_bytes())
+    alone = [(str(tmp_path / "silent.wav"), 5.0, "a"), (str(tmp_path / "alone.wav"), 4.0, "alone")]
+    more = listed(tmp_path / "more.csv", [*rows, *alone])
     _, expected = promote(models[1].run_id, "--dry-run", clips=whole)
     _, decision = promote(models[1].run_id, "--dry-run", clips=more)
     assert decision["clips"]["scored"] == 41
@@ -241,16 +243,39 @@ def test_a_clip_without_a_score_is_reported_and_counts_for_neither(
 
 
 def test_only_clips_that_trained_no_student_are_used(
-    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], said: list[float]
 ) -> None:
     def used(splits: list[str]) -> Any:
-        rows: Any = [(path, mos, "a", split) for path, mos, split in zip(clips, heard, splits, strict=True)]
+        rows: Any = [(path, mos, "a", split) for path, mos, split in zip(clips, said, splits, strict=True)]
         code, decision = promote(models[0].run_id, "--dry-run", clips=listed(tmp_path / "splits.csv", rows, "split"))
         return decision["clips"]["scored"] if code == 0 else decision
 
     assert used(["train"] * 30 + ["validation"] * 6 + ["test"] * 4) == 4
     assert used(["train"] * 30 + [""] * 10) == 10
     assert "all of split train" in used(["train"] * 40)
+
+
+def test_a_clip_that_trained_a_model_is_left_out_and_one_that_chose_it_is_counted(
+    store: Store, name: str, models: list[Logged], promote: Any, source: str, checkpoints: list[str], tmp_path: Path
+) -> None:
+    promote(models[0].run_id)
+    rows = scored_clips.manifest(source)
+    known = {checkpoint.CLIPS: heard.record(rows.slice(0, 12), rows.slice(12, 6))}
+    save_student(load_student(checkpoints[1]).network, str(tmp_path / "trained"), known)
+    run = log_student(str(tmp_path / "trained"), store.run(), store.uri).run_id
+    code, decision = promote(run, "--dry-run")
+    assert (code, decision["clips"]["scored"], decision["clips"]["selected_on"]) == (
+        0,
+        28,
+        {"candidate": 6, "champion": 0},
+    )
+    assert {row["reason"] for row in decision["clips"]["excluded"]} == {"the candidate was trained on it"}
+    known = {checkpoint.CLIPS: heard.record(rows, None)}
+    save_student(load_student(checkpoints[1]).network, str(tmp_path / "all"), known)
+    code, error = promote(log_student(str(tmp_path / "all"), store.run(), store.uri).run_id, "--dry-run")
+    assert (
+        code == 1 and "0 clips were scored, 40 could not be, the first because the candidate was trained on it" in error
+    )
 
 
 def test_what_cannot_be_decided_is_an_error_that_says_what_to_do(
@@ -270,7 +295,7 @@ def test_what_cannot_be_decided_is_an_error_that_says_what_to_do(
         ((empty,), f"run {empty} has logged no student; log its best checkpoint"),
         (("00",), "run 00: MLflow at sqlite"),
         ((None,), "give --run, the MLflow run of the student, and --eval"),
-        ((None, "--rollback"), f"{name} has no previous champion"),
+        ((None, "--rollback"), f"no model '{name}' is registered at sqlite"),
         ((run, "--rollback"), "give it no --run"),
     ):
         code, error = promote(*arguments)
@@ -323,7 +348,7 @@ def test_a_promotion_through_a_server(
         secret = url.replace("//", "//user:secret@")
         with pytest.raises(RegistryError) as error, student_folder("models:/quality@second", secret):
             pass
-        assert "has this alias at http://127" in str(error.value) and "secret" not in str(error.value)
+        assert "at http://127" in str(error.value) and "secret" not in str(error.value)
         champion = speechdistill.load("models:/quality@champion")
         assert champion(audio.load(clips[0]), RATE) == speechdistill.load(checkpoints[1])(audio.load(clips[0]), RATE)
         assert not [path for path in Path.cwd().iterdir() if path.name.startswith(("mlruns", "mlflow.db"))]

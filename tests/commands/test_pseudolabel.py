@@ -121,6 +121,42 @@ def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path, i
     assert not (Path.cwd() / "mlruns").exists()
 
 
+def test_a_path_that_is_no_manifest_is_told_from_one_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ingested = tmp_path / "ingested"
+    ingested.mkdir()
+    (ingested / "clips.parquet").touch()
+    for command, more in (("pseudolabel", []), ("compare", ["--models", "dnsmos_p808"])):
+        for source, reason in (
+            (tmp_path / "nowhere", "no such file; check the path; `speechdistill ingest` writes the manifest"),
+            (tmp_path, f"is a folder; run `speechdistill ingest --speech {tmp_path} --out OUT`, and give OUT/clips"),
+            (ingested, f"is a folder; give {ingested}/clips.parquet"),
+        ):
+            assert cli.main([command, "--clips", str(source), *more, "--out", f"{tmp_path}/out"]) == 1
+            assert f"error: --clips {source}" in (told := capsys.readouterr().err) and reason in told
+
+
+def test_a_grown_run_tells_which_samples_are_made_again(
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(job: flow.Flow) -> None:
+        raise RunError("no cluster", "here")
+
+    monkeypatch.setattr(flow, "run", fails)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    config = Pseudolabel(clips, str(tmp_path), num_samples=100)
+    with pytest.raises(RunError, match="no cluster"):
+        pseudolabel.run(config)
+    (tmp_path / "shards").mkdir()
+    for name in ("part-00000000-00000064", "part-00000001-00000036"):
+        (tmp_path / "shards" / f"{name}.parquet").touch()
+    with pytest.raises(RunError, match="no cluster"):
+        pseudolabel.run(replace(config, num_samples=200))
+    (told,) = (text for text in caplog.messages if "made again" in text)
+    assert told.startswith("samples 64 to 99 are made again, as before: they share a file of 64 (--rows-per-part)")
+
+
 @pytest.mark.slow  # the engine's part is in test_flow.py
 def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_ends(
     clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

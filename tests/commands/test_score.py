@@ -1,10 +1,14 @@
 """Scoring files: every file has a row, patterns find what they say, results appear whole."""
 
 import csv
+import io
 import json
+import os
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -15,7 +19,8 @@ import soundfile
 
 from speechdistill import cli
 from speechdistill.commands import score
-from speechdistill.io import audio
+from speechdistill.io import audio, storage
+from speechdistill.io.errors import StorageError
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.teachers.distillmos import Teacher
 
@@ -44,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 class Constant:
     """A teacher that says 3 of everything, and None of the first second."""
 
-    name, weights_hash = "constant", "0"
+    name, weights_hash, intrusive = "constant", "0", False
 
     def label(self, waves: Sequence[np.ndarray]) -> list[Label | Unscorable]:
         return [Label(3.0, 0.0, None) for _ in waves]
@@ -220,3 +225,91 @@ def test_a_failure_while_scoring_leaves_the_older_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score.write(rows(), str(out))
     assert [file.read_text() for file in tmp_path.iterdir()] == ["older"]
+
+
+@pytest.fixture
+def constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "load_teacher", lambda *_, **__: SimpleNamespace(teacher=Constant()))
+
+
+def test_without_paths_it_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score"]) == 1
+    assert capsys.readouterr().err == (
+        "error: there is nothing to score; give files, folders, globs or URLs of audio\n"
+    )
+
+
+def test_it_ends_with_what_it_wrote_and_how_many_have_no_score(
+    folder: Path, constant: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(folder / "out" / "scores.csv")
+    assert cli.main(["score", str(folder), "--out", out]) == 1
+    told = capsys.readouterr()
+    assert told.out == f"wrote {out}: 4 files, 1 without a score\n"
+    assert f"skipped (hidden or system) × 1: '{folder}/._a.wav'\n" in told.err
+    assert f"skipped .md × 1: '{folder}/README.md'\n" in told.err
+    assert cli.main(["score", str(folder / "deep"), "--timeline", "--out", out]) == 0
+    assert capsys.readouterr().out == f"wrote {out}: 1 file, 0 without a score\n"
+
+
+@pytest.mark.parametrize("out", ["a.flac/scores.csv", "folder.csv", "/proc/scores.csv", "nothing://x/scores.csv"])
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded in vain")
+
+    (folder / "folder.csv").mkdir()
+    monkeypatch.setattr(score, "load_teacher", load)
+    given = out if "://" in out else str(folder / out)
+    assert cli.main(["score", str(folder), "--out", given]) == 1
+    assert given in capsys.readouterr().err
+
+
+def test_names_are_escaped_for_a_terminal_that_lacks_their_letters(
+    folder: Path, constant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "Björk.flac").write_bytes((folder / "a.flac").read_bytes())
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert cli.main(["score", str(folder / "Björk.flac"), str(folder / "a.flac")]) == 0
+    rows = terminal.buffer.getvalue().decode("ascii")
+    assert rows.splitlines()[1:] == [rf"{folder}/Bj\xf6rk.flac,2.0,3.0,", f"{folder}/a.flac,2.0,3.0,"]
+
+
+def _kept(message: str) -> str:
+    return Path(message.partition("all rows are in ")[2].partition(";")[0]).read_text()
+
+
+def test_rows_that_cannot_be_printed_or_written_are_kept(
+    folder: Path, constant: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    expected = f"path,duration_s,mos,error\n{folder}/a.flac,2.0,3.0,\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
+        patch.setattr("sys.stdout", pipe)
+        assert cli.main(["score", str(folder / "a.flac")]) == 1
+    told = capsys.readouterr().err
+    assert "not all rows could be printed" in told and _kept(told) == expected
+
+    def full(data: bytes, uri: str) -> None:
+        raise StorageError("the disk is full", "free some space")
+
+    monkeypatch.setattr(storage, "publish", full)
+    assert cli.main(["score", str(folder / "a.flac"), "--out", str(folder / "x.parquet")]) == 1
+    told = capsys.readouterr().err
+    assert "the disk is full" in told and _kept(told) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pseudolabel", "--help"], ["recipe", "show", "as_is"]])
+def test_a_reader_that_has_gone_ends_no_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        try:
+            assert cli.main(arguments) == 0
+        except SystemExit as end:
+            assert not end.code

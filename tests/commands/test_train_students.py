@@ -11,10 +11,10 @@ import soundfile
 from label_runs import label_run, some_clips
 from manifests import voice
 from speechdistill import cli
-from speechdistill.commands import train_students
+from speechdistill.commands import report, train_students
 from speechdistill.commands.train_students import TrainStudents
-from speechdistill.data import scored_clips
-from speechdistill.io import storage, table
+from speechdistill.data import heard, scored_clips
+from speechdistill.io import checkpoint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.training import launch
 
@@ -86,6 +86,45 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
     assert scored_clips.manifest(str(recipes["v0-0"].labeled)).equals(scored_clips.manifest(str(config.labeled)))
 
 
+def test_what_is_held_out_and_heard_is_in_the_run_and_in_the_student(labels: str, tmp_path: Path) -> None:
+    rows = some_clips(tmp_path)
+    storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
+    scored = {"labeled": f"{tmp_path}/clips.parquet", "labeled_percent": (0, 20)}
+    config = TrainStudents(str(tmp_path / "out"), (labels,), variants="tiny", **scored)
+    recipes = train_students._recipes(train_students._absolute(config))
+    train, validation = scored_clips.split(rows)
+    for name, trained in (("tiny-0", None), ("tiny-20", train)):
+        recipe = recipes[name]
+        (held,) = recipe.held_out or ()
+        provenance = dict(recipe.provenance or {})
+        assert provenance["shards"][0]["held_out"] == held.about and held.about["test"]["samples"] >= 16
+        (line,) = report.held_out(provenance["shards"])
+        assert re.match(
+            r"held out of the shards, by clip: \d+ samples of \d+ clips to choose the best, \d+ samples", line
+        )
+        assert provenance[checkpoint.CLIPS] == heard.record(trained, validation)
+        data = train_students._job(config, name, recipe, (1, 1), 0.0).identity["data"]
+        assert data["shards"] == provenance["shards"] and checkpoint.CLIPS not in data
+    assert heard.marks(provenance, train["clip_id"].to_pylist()) == [heard.TRAINED] * len(train)
+    assert heard.marks({"init": provenance}, [*validation["clip_id"].to_pylist(), "0" * 16]) == [
+        *[heard.SELECTED] * len(validation),
+        None,
+    ]
+
+
+def test_a_run_that_an_earlier_version_began_keeps_its_rule(
+    labels: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainStudents(str(tmp_path), (labels,), variants="tiny")
+    (new,) = train_students._recipes(train_students._absolute(config)).values()
+    known = {"data": {"shards": [{"fingerprint": "x", "weight": 1.0}]}}
+    storage.publish_json({"fingerprint": "x", "configuration": known}, f"{tmp_path}/tiny/run.json")
+    (old,) = train_students._recipes(train_students._absolute(config)).values()
+    assert "held_out" in (new.provenance or {})["shards"][0] and "held_out" not in (old.provenance or {})["shards"][0]
+    assert old.make().batches.num_held_out == 16 + 8  # two row groups of 40
+    assert "an earlier version began is resumed" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -93,7 +132,7 @@ def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None
         (["--labeled-percent", "20"], "give --labeled"),
         (["--shards", "nowhere"], "nowhere: not a complete label run"),
         (["--label-transform", "none.json"], r"none\.json: no such file"),
-        (["--shards", "small"], "nothing is left to validate on"),
+        (["--shards", "small"], "nothing is left to validate on: 8 samples of 8 clips are too few"),
         (["--init", "nowhere"], "nowhere holds no checkpoint"),
         (["--labeled", "none.csv"], r"none\.csv"),
     ],

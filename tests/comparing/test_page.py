@@ -53,8 +53,8 @@ def written(found: Comparison, file: Path) -> str:
 def test_the_page_holds_all_that_it_shows(labels: Comparison, tmp_path: Path) -> None:
     text = written(labels, tmp_path / "page.html")
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
-    assert text.count("<article") == 16 and text.count("data:audio/flac;base64,") == 16
-    assert text.count("data:image/png;base64,") >= 16
+    assert text.count("<article") == 4 and text.count("data:audio/flac;base64,") == 4
+    assert text.count("data:image/png;base64,") >= 4
     assert "are the teacher’s, not listeners’" in text
     steps = plots.steps_of(labels)
     assert steps and all(f"{step} ({len(of_it)})" in text for step, of_it in steps.items())
@@ -68,9 +68,9 @@ def test_the_page_holds_all_that_it_shows(labels: Comparison, tmp_path: Path) ->
 
 
 def test_the_worst_clips_come_first_with_their_plans(labels: Comparison) -> None:
-    shown = page.worst(labels, 5)
+    shown = page.worst(labels, 3)
     away = [abs(float(clip["difference"].removesuffix(" MOS"))) for clip in shown]
-    assert away == sorted(away, reverse=True) and len(shown) == 5
+    assert away == sorted(away, reverse=True) and len(shown) == 3
     assert max(np.abs(labels.scores["v0"] - [c.mos for c in labels.clips])) == pytest.approx(away[0], abs=0.006)
     assert all(clip["steps"] and clip["audio"] and not clip["problem"] for clip in shown)
 

@@ -50,7 +50,10 @@ class Listed(list):  # type: ignore[type-arg]
         kept = [one for one in rows.to_pylist() if one["kind"] == kind]
         lengths = [int(one["duration_s"] * SAMPLE_RATE + 1e-6) for one in kept]
         known = zip(kept, lengths, strict=True)
-        super().__init__(Clip(one["clip_id"], one["uri"], length, one["speaker"]) for one, length in known)
+        super().__init__(
+            Clip(one["clip_id"], one["uri"], length, one["speaker"], one["size_bytes"], one["etag"])
+            for one, length in known
+        )
         self.num_samples = np.array(lengths, np.int64)
 
 

@@ -11,6 +11,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import IO, ClassVar
 
@@ -25,9 +26,11 @@ from hypothesis import strategies as st
 from manifests import voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
-from speechdistill.data.corpora import listing, webdataset
+from speechdistill.data import listed
+from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError
+from speechdistill.io.places import Skipped
 
 
 def sound(seconds: float = 0.5, seed: int = 0, form: str = "FLAC") -> bytes:
@@ -49,9 +52,9 @@ def columns(**values: object) -> bytes:
     return json.dumps(values).encode()
 
 
-def rows_of(*tars: Path | str, ignored: Counter[str] | None = None, **line: str) -> list[dict]:
+def rows_of(*tars: Path | str, ignored: Skipped | None = None, **line: str) -> list[dict]:
     lines = [{"kind": "speech", **line, "uri": str(tar)} for tar in tars]
-    return list(webdataset.rows(lines, Counter() if ignored is None else ignored, set()))
+    return list(webdataset.rows(lines, Skipped() if ignored is None else ignored, set()))
 
 
 def names_of(rows: list[dict]) -> list[str]:
@@ -95,7 +98,7 @@ def test_a_line_of_a_list_may_be_a_tar(tmp_path: Path, caplog: pytest.LogCapture
     sample = [("a.flac", b""), ("a.json", columns(speaker="anna", text="hello", __key__="a", licence=None))]
     pack(tmp_path / "s.tar", [*sample, ("b.flac", b"")])
     (tmp_path / "list.csv").write_text("path,kind,speaker,licence\nx.wav,rir,,\ns.tar,noise,paul,CC0-1.0\ny.wav,,,\n")
-    rows = list(webdataset.rows(listing.rows(str(tmp_path / "list.csv")), Counter(), set()))
+    rows = list(webdataset.rows(listing.rows(str(tmp_path / "list.csv")), Skipped(), set()))
     said = [tuple(row.get(key) for key in ("kind", "speaker", "licence")) for row in rows]
     paul = ("noise", "paul", "CC0-1.0")
     assert said == [("rir", None, None), ("noise", "anna", "CC0-1.0"), paul, ("speech", None, None)]
@@ -137,7 +140,7 @@ def test_every_name_is_found_and_read(tmp_path: Path, form: int) -> None:
 
 
 def test_what_is_no_clip_is_left_out_and_counted(tmp_path: Path) -> None:
-    tar, ignored = tmp_path / "s.tar", Counter[str]()
+    tar, ignored = tmp_path / "s.tar", Skipped()
     with tarfile.open(tar, "w") as file:
         for name, kind in [("d.wav", tarfile.DIRTYPE), ("l.wav", tarfile.SYMTYPE), ("h.wav", tarfile.LNKTYPE)]:
             info = tarfile.TarInfo(name)
@@ -151,7 +154,7 @@ def test_what_is_no_clip_is_left_out_and_counted(tmp_path: Path) -> None:
     good, bad = rows_of(tar, ignored=ignored)
     assert names_of([good]) == ["a.wav"]
     assert "sparse.wav': a sparse member" in str(bad["error"])
-    assert ignored == {"(link in a tar)": 2, ".cls": 1, "(none)": 1}
+    assert ignored == {"(hidden or system)": 3, "(link in a tar)": 2, ".cls": 1, "(none)": 1}
 
 
 def test_a_sample_is_the_members_with_one_key_beside_each_other(tmp_path: Path) -> None:
@@ -160,11 +163,42 @@ def test_a_sample_is_the_members_with_one_key_beside_each_other(tmp_path: Path) 
 
     members = [("v1.0/a.json", said("1a")), ("v1.0/a.near.wav", b""), ("v1.0/a.far.wav", b""), ("v1.0/b.wav", b"")]
     members += [("v2.0/b.wav", b""), ("v2.0/b.json", said("2b")), ("a.wav", b""), ("a.wav", b""), ("a.json", said("a"))]
-    ignored = Counter[str]()
+    ignored = Skipped()
     rows = rows_of(pack(tmp_path / "s.tar", [*members, ("b.json", said("b"))]), ignored=ignored)
     assert [row.get("speaker") for row in rows] == ["1a", "1a", None, "2b", "a", "a"]
     assert len({row["uri"] for row in rows}) == 6, "members of one name are not two clips"
     assert ignored == {".json without audio beside it": 1}
+
+
+def test_names_with_several_dots_keep_what_is_known_of_each(tmp_path: Path) -> None:
+    names = ["235342 Track 2.0 (Clean)", "S_02.take1", "S_02.take2", "plain"]
+    members = [(f"{name}.{end}", columns(mos=i + 1.0, speaker=f"spk{i}") if end == "json" else b"")
+               for i, name in enumerate(names) for end in ("flac", "json")]  # fmt: skip
+    shared = [
+        ("x.json", columns(mos=2, speaker="all")),
+        ("x.1.flac", b""),
+        ("x.2.flac", b""),
+        ("x.2.json", columns(mos=3)),
+    ]
+    skipped = Skipped()
+    rows = rows_of(pack(tmp_path / "s.tar", [*members, *shared, ("x.meta.json", b"{")]), ignored=skipped)
+    assert [(row["mos"], row["speaker"]) for row in rows[:4]] == [(i + 1.0, f"spk{i}") for i in range(4)]
+    assert [(row["mos"], row["speaker"]) for row in rows[4:]] == [(2, "all"), (3, "all")]
+    assert skipped == {".json without audio beside it": 1}
+    assert skipped.names == {".json without audio beside it": [f"{tmp_path}/s.tar: x.meta.json"]}
+
+
+def test_a_thousand_names_that_begin_alike_keep_what_is_known_of_each(tmp_path: Path) -> None:
+    members = [
+        (f"corpus.{i}.{end}", columns(mos=i) if end == "json" else b"")
+        for i in range(1_001)
+        for end in ("flac", "json")
+    ]
+    rows = rows_of(pack(tmp_path / "s.tar", [("corpus.json", columns(speaker="all")), *members], tarfile.USTAR_FORMAT))
+    assert [row["mos"] for row in rows] == list(range(1_001)) and {row["speaker"] for row in rows} == {"all"}
+    skipped = Skipped()
+    rows = rows_of(pack(tmp_path / "s.tar", [*members, ("corpus.json", b"{}")], tarfile.USTAR_FORMAT), ignored=skipped)
+    assert len(rows) == 1_001 and skipped == {".json of more than 1,000 members before it": 1}
 
 
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b" " * (1 << 20) + b"{}"])
@@ -172,6 +206,17 @@ def test_a_sample_with_a_bad_json_is_rejected_alone(tmp_path: Path, text: bytes)
     bad, good = rows_of(pack(tmp_path / "s.tar", [("a.json", text), ("a.wav", b""), ("b.wav", b"")]))
     assert "a.wav': its .json member is not a JSON object" in str(bad["error"])
     assert "error" not in good
+
+
+def test_what_a_json_says_of_scores_and_splits_follows_the_rules_of_lists(tmp_path: Path) -> None:
+    texts = [b'{"mos": 9}', b'{"mos": NaN, "split": "TRAIN"}', b'{"mos": "3.5", "votes": 4.0, "split": "dev"}']
+    members = [
+        (f"{i}.{what}", text if what == "json" else b"") for i, text in enumerate(texts) for what in ("json", "wav")
+    ]
+    bad, unscored, good = rows_of(pack(tmp_path / "s.tar", members))
+    assert "0.wav': its .json member: mos 9 is not a number from 1 to 5" in str(bad["error"])
+    assert (unscored.get("mos"), unscored["split"]) == (None, "train")
+    assert (good["mos"], good["votes"], good["split"]) == (3.5, 4, "validation")
 
 
 def test_wherever_a_tar_is_cut_the_members_before_are_kept(tmp_path: Path) -> None:
@@ -289,7 +334,7 @@ def test_a_tar_that_was_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> N
 @given(st.lists(st.tuples(st.sampled_from(["read", "seek"]), st.integers(-30, 60), st.integers(0, 2)), max_size=20))
 def test_a_section_is_a_file(calls: list[tuple[str, int, int]]) -> None:
     data = bytes(range(100))
-    section = tar_files.Section(io.BytesIO(data), tar_files.Member("t", 20, 40, "m"))
+    section = tar_files.Section(io.BytesIO(data), 20, 40)
     twin = io.BytesIO(data[20:60])
     for call, number, whence in calls:
         if call == "read":
@@ -363,7 +408,7 @@ def test_memory_does_not_grow_with_the_members(tmp_path: Path, monkeypatch: pyte
     for count in (1_000, 4_000):
         tar = pack(tmp_path / f"{count}.tar", [(f"{i}.wav", b"") for i in range(count)], tarfile.USTAR_FORMAT)
         tracemalloc.start()
-        for number, _ in enumerate(webdataset.rows([{"uri": str(tar), "kind": "speech"}], Counter(), set())):
+        for number, _ in enumerate(webdataset.rows([{"uri": str(tar), "kind": "speech"}], Skipped(), set())):
             if number == count - 450:  # before the last batch is asked for, with which the tar would be closed
                 traces = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
                 held.append(sum(trace.size for trace in traces))
@@ -384,6 +429,10 @@ def test_braces_and_globs_name_many_files(tmp_path: Path) -> None:
     assert found("x.tar", "*.tar") == ["x.tar", "s-08.tar", "s-09.tar", "s-10.tar"]
     assert found("s-{0,1}*.tar") == ["s-08.tar", "s-09.tar", "s-10.tar"]
     assert found("{a,b}.csv", "take[1].csv") == ["{a,b}.csv", "take[1].csv"]
+    (tmp_path / ".x.tar").touch()
+    (tmp_path / "latest.tar").symlink_to("s-10.tar")
+    skipped = Skipped()
+    assert len(webdataset.files([f"{tmp_path}/*.tar"], skipped)) == 4 and sum(skipped.values()) == 2
     assert webdataset.files([f"file://{tmp_path}/x.tar"]) == [f"{tmp_path}/x.tar"]
 
 
@@ -496,8 +545,9 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
         out=str(tmp_path / "m"),
         list=tuple(webdataset.files(["s3://bucket/train/shard-{000000..000000}.tar", "s3://bucket/lists/*.csv"])),
     )
-    rows = list(ingest._rows(config, Counter(), set()))
-    clips, rejects = (part.to_pylist() for part in ingest._probed(rows, ingest._clip))
+    lines = listed.merged(lambda: chain.from_iterable(map(ingest._lines, config.list)))
+    rows = list(ingest._rows(config, lines, Skipped(), set(), Counter()))
+    clips, rejects = (part.to_pylist() for part in ingest._probed(rows, ingest._clip)[:2])
     assert [clip["uri"].replace("=", "/").rpartition("/")[2] for clip in clips] == [
         "a.flac",
         "c.flac",
@@ -515,3 +565,17 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
     s3.pipe("bucket/train/shard-000001.tar", b"changed")
     with pytest.raises(AudioError, match=r"shard-000001\.tar#offset"):
         audio.load(clips[3]["uri"])
+
+
+def test_odd_keys_of_an_object_store_are_read_or_named(s3: AbstractFileSystem) -> None:
+    keys = ["a.wav", "A.wav", "/empty.wav", "x//y.wav", "./f.wav", "../g.wav", "q?1#2%20*[1].wav", " k.wav "]
+    left_out = ["i::j.wav", ".hid/m.wav", "__MACOSX/n.wav"]
+    s3.pipe({f"bucket/c/{key}": key.encode() for key in [*keys, *left_out]})
+    s3.call_s3("put_object", Bucket="bucket", Key="c/marker/")
+    skipped = Skipped()
+    found = [row["uri"] for row in folder.rows("s3://bucket/c", "speech", skipped)]
+    assert sorted(found) == sorted(f"s3://bucket/c/{key}" for key in keys)
+    assert skipped == {"(hidden or system)": 2, "(key with ::, which no URL can name)": 1}
+    for uri in found:
+        with audio_files.source(uri) as source:
+            assert source.read().decode() == uri.removeprefix("s3://bucket/c/")

@@ -1,10 +1,14 @@
 """Work in a child process, asked from several threads."""
 
+import colorsys
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +70,15 @@ def test_what_cannot_be_made_is_told() -> None:
 
     with pytest.raises(CannotWork, match="OSError: no weights here"):
         Isolated(fails)
+
+
+def test_a_child_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def imports() -> Callable[[list[Row]], list[Row | Exception]]:
+        import colorsys
+
+        return lambda rows: [{"file": colorsys.__file__} for _ in rows]
+
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    assert Isolated(imports)([{}]) == [{"file": colorsys.__file__}]

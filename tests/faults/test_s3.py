@@ -28,17 +28,21 @@ import soundfile
 
 from comparisons import without_ray
 from faults.s3 import BUCKET, CREDENTIALS, KINDS, Proxy, Store, at_random
+from leases import claimed_by, dead, of_another_machine
 from manifests import corpus, manifest, voice
 from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
 from speechdistill import cli
+from speechdistill.commands import ingest
 from speechdistill.data.clips import Clips, share
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import CannotWork
-from speechdistill.io import audio, fingerprint, storage, table
-from speechdistill.io.errors import AudioError, UnreadableError, UserError
+from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
+from speechdistill.io.errors import AudioError, StorageError, UnreadableError, UserError
+from speechdistill.io.outputs import try_outputs
+from speechdistill.io.places import Skipped
 from speechdistill.labelling import samples
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
@@ -250,7 +254,7 @@ def recordings(store: Store, tmp_path: Path) -> str:
     folder = f"s3://{BUCKET}/{tmp_path.name}"
     rows = []
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", voice(3.0), 16000)
+        soundfile.write(tmp_path / f"{i}.wav", voice(3.0, seed=i), 16000)
         store.fs.put(str(tmp_path / f"{i}.wav"), f"{folder}/{i}.wav")
         known = {"kind": "speech", "duration_s": 3.0, "sample_rate": 16000, "channels": 1}
         rows.append({"clip_id": f"{i:016x}", "uri": f"{folder}/{i}.wav", **known})
@@ -281,6 +285,46 @@ def test_a_file_that_cannot_be_read_is_rejected_alone_and_an_outage_rejects_none
         store.check_credentials(False)
     store.fs.rm([f"{recordings}/0.wav", f"{recordings}/1.wav", f"{recordings}/2.wav"])
     assert [type(result) for result in work(rows)] == [AudioError] * 3
+
+
+def test_an_object_that_changed_since_it_was_ingested_is_rejected_without_a_request_more(
+    store: Store, proxy: Proxy, recordings: str
+) -> None:
+    def heads() -> tuple[list[Any], int]:
+        work = samples.Degrade(f"{recordings}/clips.parquet", as_is(), 0, "flac", False, samples.libraries(as_is()))
+        requests: list[str] = []
+        proxy.fault = lambda method, path: requests.append(path) if ".wav" in path else None
+        return work([{"id": i} for i in range(3)]), len(requests)
+
+    unversioned, before = heads()
+    rows = table.read(f"{recordings}/clips.parquet", "clip.v1").to_pylist()
+    versions = [dict(zip(("size_bytes", "etag"), audio_files.version(row["uri"]), strict=True)) for row in rows]
+    rows = [row | version for row, version in zip(rows, versions, strict=True)]
+    store.fs.pipe_file(f"{recordings}/clips.parquet", table.parquet_bytes(table.from_rows(rows, "clip.v1")))
+    good, after = heads()
+    assert all(isinstance(row, dict) for row in [*unversioned, *good]) and after == before
+    store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
+    one, changed, two = heads()[0]
+    assert "1.wav': changed since it was ingested" in str(changed) and isinstance(changed, AudioError)
+    assert isinstance(one, dict) and isinstance(two, dict)
+
+
+def test_known_objects_are_checked_by_a_listing(
+    store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"connect": lambda: None, "in_order": map}.items():
+        monkeypatch.setattr(ingest.cluster, name, value)
+    config = ingest.Ingest(out=f"{recordings}/manifest", speech=(recordings,))
+    assert ingest.run(config)["clips"] == {"speech": 3}
+    store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
+    monkeypatch.setattr(ingest, "_LISTED_ROWS", 3)
+    asked = set()
+    proxy.fault = lambda method, path: asked.add(path) if ".wav" in path else None
+    assert ingest.run(config)["changes"] == {"updated": 1, "content": 1}
+    assert {path.rpartition("/")[2] for path in asked} == {"1.wav"}
+    monkeypatch.setattr(ingest, "_LISTED_ROWS", 4)
+    assert ingest.run(config)["changes"] == {}
+    assert {path.rpartition("/")[2] for path in asked} == {"0.wav", "1.wav", "2.wav"}
 
 
 @pytest.mark.slow  # waits for all tries of each request
@@ -368,6 +412,31 @@ def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(
     assert not parts(store, layout.out) and not store.fs.exists(f"{layout.out}/manifest.parquet")
 
 
+# Leases.
+
+
+def test_of_claimants_at_once_on_s3_exactly_one_holds(store: Store, proxy: Proxy) -> None:
+    urls = [f"s3://{BUCKET}/claims-{i}" for i in range(4)]
+    for url in urls[::2]:
+        store.fs.pipe_file(f"{url}/.lease-000001", dead())
+    assert claimed_by(2, urls) == [1] * len(urls)
+    assert not [url for url in urls if store.fs.exists(url)], "a lease is left"
+
+
+def test_on_s3_a_renewed_lease_is_respected_and_another_is_taken_over(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "_DEAD_S", 2.0)
+    url = f"s3://{BUCKET}/lease"
+    store.fs.pipe_file(f"{url}/.lease-000001", of_another_machine())
+    with lease.held(url, "prune"):
+        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        with pytest.raises(lease.LeaseError, match="`speechdistill prune`"), lease.held(url, "ingest"):
+            pass
+    assert not store.fs.exists(url)
+
+
 # One operation at a time, in this process.
 
 
@@ -380,7 +449,7 @@ def delete_summary(url: str) -> bool:
 
 
 def list_folder(url: str) -> bool:
-    return [row["uri"] for row in folder.rows(url, "speech", Counter())] == [f"{url}/voice.wav"]
+    return [row["uri"] for row in folder.rows(url, "speech", Skipped())] == [f"{url}/voice.wav"]
 
 
 def load_audio(url: str) -> bool:
@@ -390,6 +459,12 @@ def load_audio(url: str) -> bool:
 def share_clips(url: str) -> bool:
     copy = share(f"{url}/clips.parquet", url, "0" * 64)
     return copy.endswith(".arrow") and Clips.read(copy).speech[49] == Clips(manifest()).speech[49]
+
+
+def hold(url: str) -> bool:
+    with lease.held(url, "ingest") as held:
+        held._renew()
+        return not held.lost.is_set()
 
 
 WAVE = audio.quantise(voice(2.0))
@@ -404,7 +479,16 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "list-folder": list_folder,
     "load-audio": load_audio,
     "share-clips": share_clips,
+    "hold-lease": hold,
+    "try-output": lambda url: try_outputs(f"{url}/labels/x.csv", f"{url}/run.json") is None,
 }
+
+
+def test_an_output_in_a_bucket_that_is_not_there_is_refused(store: Store, proxy: Proxy) -> None:
+    with pytest.raises(StorageError, match=r"s3://nowhere/x\.csv: .*bucket does not exist"):
+        try_outputs("s3://nowhere/x.csv")
+    try_outputs(f"s3://{BUCKET}/tried/x.csv")
+    assert store.fs.find(f"{BUCKET}/tried") == []
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +543,13 @@ def test_a_store_that_is_away_is_named_and_not_taken_for_an_empty_one(
 
 @pytest.mark.parametrize("command", [["pseudolabel", "--clips"], ["ingest", "--list"]], ids=["pseudolabel", "ingest"])
 def test_a_driver_tries_its_first_request_as_often_as_its_workers(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     for name in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"):
         monkeypatch.delenv(name)
     assert cli.main([*command, f"s3://{BUCKET}/none.parquet", "--out", f"s3://{BUCKET}/none"]) == 1
@@ -471,8 +560,14 @@ def test_a_driver_tries_its_first_request_as_often_as_its_workers(
 
 @pytest.mark.parametrize("keys", ["wrong", "none"])
 def test_credentials_that_do_not_fit_are_told_before_the_work(
-    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: str
+    store: Store,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: str,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     monkeypatch.setattr(flow, "run", lambda job: pytest.fail("work has begun"))
     if keys == "none":
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -486,7 +581,7 @@ def test_credentials_that_do_not_fit_are_told_before_the_work(
     finally:
         store.check_credentials(False)
     assert code == 1
-    assert re.search(r"error: s3://bucket/clips\.parquet: .*check .* the credentials", capsys.readouterr().err)
+    assert re.search(r"error: s3://bucket/labels/run\.json: .*check .* the credentials", capsys.readouterr().err)
 
 
 def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work(
@@ -507,4 +602,4 @@ def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work
     assert not store.fs.exists(f"{BUCKET}/untracked")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     assert cli.main([*job, "s3://no-such-bucket/labels"]) == 1
-    assert re.search(r"error: s3://no-such-bucket/labels/run\.json: .*bucket does not exist", capsys.readouterr().err)
+    assert re.search(r"error: s3://no-such-bucket/labels: .*bucket does not exist", capsys.readouterr().err)

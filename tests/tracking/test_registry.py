@@ -3,6 +3,7 @@
 import ast
 import base64
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -198,12 +199,17 @@ def test_a_served_model_answers_with_our_own_scores(
     assert abs(expected[0] - expected[1]) > 1e-3
     files = [{"audio": base64.b64encode(wav(wave)).decode()} for wave in (short, long)]
     with serving("models:/quality@champion", store.uri, tmp_path) as url:
-        answers = ask(url, [*files, {"audio": base64.b64encode(b"no audio at all").decode()}])
+        no_audio = [
+            {"audio": text} for text in (base64.b64encode(b"no audio at all").decode(), "no base64!", "abcde", "é")
+        ]
+        waves = [{"waveform": wave.tolist(), "sample_rate": RATE} for wave in (short, long, np.zeros(RATE))]
+        answers = ask(url, [*files, *no_audio, waves[0]])
         assert [row["mos"] for row in answers[:2]] == expected
         assert answers[0]["error"] is None
-        assert answers[2]["mos"] is None and "not audio" in answers[2]["error"]
+        assert "not audio" in answers[2]["error"] and [row["mos"] for row in answers[2:6]] == [None] * 4
+        assert all("audio is no base64" in row["error"] for row in answers[3:6])
+        assert answers[6]["mos"] == pytest.approx(expected[0], abs=1e-5)
 
-        waves = [{"waveform": wave.tolist(), "sample_rate": RATE} for wave in (short, long, np.zeros(RATE))]
         answers = ask(url, waves)
         assert [row["mos"] for row in answers[:2]] == pytest.approx(expected, abs=1e-5)
         assert (answers[2]["mos"], answers[2]["error"]) == (None, "silent (peak below -80 dBFS)")
@@ -219,6 +225,9 @@ def test_a_served_model_answers_with_our_own_scores(
         ({"waveform": [0.1, -0.1] * 100, "sample_rate": 16_000}, "shorter than 0.1 s"),
         ({"waveform": [0.1, -0.1] * 8000}, "without sample_rate"),
         ({"waveform": [0.1, -0.1] * 8000, "sample_rate": 1}, "sample rate 1 Hz; choose 1000"),
+        ({"waveform": [0.1, -0.1] * 8000, "sample_rate": "fast"}, "sample_rate 'fast' is no number"),
+        ({"waveform": ["loud"], "sample_rate": 16_000}, "waveform is no list of numbers"),
+        ({"audio": "no base64!"}, "audio is no base64"),
         ({"sample_rate": 16_000}, "give either audio"),
         ({"audio": wav(voice(1.0)), "waveform": [0.1, -0.1] * 8000, "sample_rate": 16_000}, "give either audio"),
     ],
@@ -247,9 +256,12 @@ def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, check
     [
         (
             "models:/nobody@champion",
-            "nobody@champion: no version has this alias .* `speechdistill promote` sets",
+            "no model 'nobody' is registered at sqlite.*; choose from quality, or set MLFLOW_TRACKING_URI",
         ),
-        ("models:/quality@second", "no version has this alias"),
+        (
+            "models:/quality@second",
+            "model 'quality' at sqlite.* has no version with the alias 'second'; its aliases: champion; give models:/",
+        ),
         ("models:/quality/9", "models:/quality/9: .*not found"),
         ("models:/m-00", "models:/m-00: .*not found"),
         ("runs:/00/student", "run 00: .*not found"),
@@ -259,6 +271,18 @@ def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, check
 def test_an_address_that_leads_nowhere_is_named(logged: Logged, address: str, message: str) -> None:
     with pytest.raises(RegistryError, match=message), student_folder(address):
         pass
+
+
+def test_a_moved_folder_of_runs_has_its_models(store: Store, logged: Logged, checkpoint: str, tmp_path: Path) -> None:
+    moved = shutil.copytree(Path(store.uri.removeprefix("sqlite:///")).parent, tmp_path / "moved")
+    there = Registry(f"sqlite:///{moved}/mlflow.db")
+    version = there.by_alias("quality", "champion")
+    assert version and version.source.startswith((moved / "mlartifacts").as_uri())
+    assert there.logged(logged.run_id)[0].location == version.source
+    with student_folder("models:/quality@champion", there.uri) as folder:
+        assert fingerprint.of_file(f"{folder}/model.safetensors") == fingerprint.of_file(
+            f"{checkpoint}/model.safetensors"
+        )
 
 
 def test_without_an_mlflow_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -299,7 +323,7 @@ def test_the_command_scores_with_the_champion(logged: Logged, checkpoint: str, t
 def test_the_command_names_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "a.wav", voice(1.0), audio.SAMPLE_RATE)
     for model, reason in (
-        ("models:/nobody@champion", "models:/nobody@champion: no version has this alias"),
+        ("models:/nobody@champion", "error: no model 'nobody' is registered at sqlite"),
         (f"{tmp_path}/nothing", f"{tmp_path}/nothing holds no checkpoint"),
         ("dnsmos9", "teacher 'dnsmos9' is unknown; choose from ['distillmos', 'dnsmos_p808', 'dnsmos_p835', "),
     ):

@@ -14,6 +14,7 @@ from label_runs import label_run
 from small_training import Stopped
 from speechdistill.io import storage
 from speechdistill.io.errors import RunError
+from speechdistill.models import parameters
 from speechdistill.models.student import load_student
 from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
@@ -118,7 +119,7 @@ def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, lo
         out = tmp_path / f"tiny{number}"
         make = Dies() if number == 1 else config(labels).make
         tracking = Tracking(str(out), "train-students", out.name, {}, parent)
-        runs.append(Run(out.name, 3_000, job(out, make, cpus=0.5, starts=1), tracking))
+        runs.append(Run(out.name, parameters.of_student(tiny()), job(out, make, cpus=0.5, starts=1), tracking))
     train(runs, at_once=2)
     parent.end("FAILED")
     assert [run.state for run in runs] == ["failed" if number == 1 else "done" for number in range(count)]

@@ -10,14 +10,20 @@ from typing import Annotated, Any
 
 import tyro
 
+from speechdistill.commands import outputs
 from speechdistill.commands.guarded import guarded
 from speechdistill.comparing import candidates, comparison, judged, page, plots, scoring, tables
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.engine import cluster
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, lease, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.io.version import __version__
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
+
+_FILES = (
+    *("scores.parquet", "table.md", "table.csv", "metrics.csv", "paper.csv", "report.html", "summary.json"),
+    *("plots/plot", "scores/run"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Compare:
     clips: str
     """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path and
     mos, and where known dataset and system. Those of split test where there are some, else all but those of split
-    train. Or the folder of a label run: its samples that no student of it is trained on, with the teacher's scores."""
+    train. Or the folder of a label run: its held-out samples, with the teacher's scores. A model that was trained or
+    selected on some of the clips is marked."""
     out: str
     """Folder of the comparison, a local path or URL."""
     models: str = "distillmos"
@@ -58,6 +65,8 @@ class Compare:
 def command(config: Annotated[tyro.conf.UseAppendAction[Compare], tyro.conf.arg(name="")]) -> int:
     found = run(config)
     print(tables.as_text(tables.table_one(found)))
+    for line in tables.heard(found):
+        print(f"note: {line}")
     for line in tables.gaps(found):
         print(f"no figure of {line}")
     for line in tables.left_out(found):
@@ -80,7 +89,12 @@ def run(config: Compare) -> Comparison:
     cluster.be_patient()
     out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
-    tracking_uri(out)  # an output without a place for its tracking is refused before any work
+    outputs.try_job(out, *_FILES)
+    with lease.held(out, "compare"):
+        return _compared(config, wanted, out)
+
+
+def _compared(config: Compare, wanted: dict[str, str], out: str) -> Comparison:
     found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
     tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
@@ -149,6 +163,7 @@ def _summary(found: Comparison) -> dict[str, Any]:
         "judge": found.judged.judge,
         "clips": len(found.clips),
         "clips_that_count": found.by_clip.clips,
+        "heard": {name: dict(counts) for name, counts in found.heard.items()},
         "left_out": {dataset: dict(reasons) for dataset, reasons in found.left_out.items()},
         "differences": [
             {"model": one, "less": other, **by._asdict()} for (one, other), by in found.differences.items()

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from speechdistill.data import components, degradation, plan
+from speechdistill.data import components, degradation, manifest_path, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_assets
 from speechdistill.io import audio, storage, table
@@ -34,6 +34,7 @@ from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError, UserError
 from speechdistill.labelling.samples import check_step, make_sample
 from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.tracking import database
 from speechdistill.tracking.run import tracking_uri
 
 # Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
@@ -248,6 +249,7 @@ def _clips(_: str, places: Places) -> str:
     """A second of the first, the last and some random recordings of each kind."""
     if not places.clips:
         raise Missing("not tried", "give --clips MANIFEST, the clips.parquet that `speechdistill ingest` wrote")
+    manifest_path.check(places.clips)
     clips = Clips.read(places.clips)
     pools = {"speech": clips.speech, "noise": clips.noise, "rir": clips.rir}
     rng, tried = np.random.default_rng(), 0
@@ -263,10 +265,12 @@ def _clips(_: str, places: Places) -> str:
 
 def _tracking(_: str, places: Places) -> str:
     uri = tracking_uri(places.out or ".")
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    file = database.file_of(uri)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (places.out and file and file.exists()):
         return "mlflow.db in each run's folder, since MLFLOW_TRACKING_URI is not set"
-    if uri.startswith("sqlite:///"):
-        return _sqlite(Path(uri.removeprefix("sqlite:///")))
+    if file:
+        database.check(uri)
+        return _sqlite(file)
     if not uri.startswith(("http://", "https://")):
         raise Missing(f"not tried: {uri} is neither http(s) nor sqlite", "look for the run there after a small job")
     try:
@@ -280,9 +284,9 @@ def _tracking(_: str, places: Places) -> str:
 
 def _sqlite(path: Path) -> str:
     is_new = not path.exists()
-    with closing(sqlite3.connect(path, timeout=5)) as database:
-        database.execute("BEGIN IMMEDIATE")
-        database.rollback()
+    with closing(sqlite3.connect(path, timeout=5)) as opened:
+        opened.execute("BEGIN IMMEDIATE")
+        opened.rollback()
     if is_new:
         path.unlink(missing_ok=True)
     return f"{path} can be written"

@@ -2,7 +2,7 @@
 
 The rule: on the same clips, the mean over datasets of the PCC, weighted by clips, must be higher than the champion's by
 at least `margin`, and the lower bound of the difference's 95% bootstrap interval must be above 0
-(`metrics/correlation.py`). Where there is no champion, the student becomes it.
+(`metrics/correlation.py`). Where there is no champion, the student becomes it if its own mean is at least 0.3.
 
 In MLflow, the alias `champion` of a model name is the version in use and `previous` the one before it. Every step may
 be repeated: a killed promotion is finished by the same command.
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from speechdistill.commands import score
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import scored_clips
+from speechdistill.data import heard, scored_clips
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
-from speechdistill.tracking.run import tracking_uri
+from speechdistill.tracking.run import checked_uri
 
 if TYPE_CHECKING:
     from speechdistill.tracking.registry import Logged, Registry, Version
@@ -36,6 +36,7 @@ METRIC = "best_val_mse"
 """Of the child runs of a run, the one with the lowest is its best."""
 
 _BEST_OF = "best-of:"
+_FIRST_PCC = 0.3  # below it, a first champion follows listeners hardly better than chance on a few clips
 _TAG = 5_000  # characters that MLflow keeps of a tag everywhere
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Promote:
     the lowest best_val_mse."""
     eval: str | None = None
     """Clips with listeners' scores: a manifest of the ingest job, or a list (CSV, JSONL, Parquet) with columns path,
-    mos and dataset or corpus. Those of split test where there are some, else all but those of split train."""
+    mos and dataset or corpus. Those of split test where there are some, else all but those of split train. Clips that
+    trained one of the two models are left out."""
     margin: float = 0.005
     """How much higher the mean PCC over datasets, weighted by clips, must be. The lower bound of the difference's 95%
     bootstrap interval must be above 0, too."""
@@ -67,6 +69,8 @@ class Promote:
     """Where the speech encoder of trained teachers is, if not where it was in training."""
     tracking: str | None = None
     """Output folder whose mlflow.db is used where MLFLOW_TRACKING_URI is not set."""
+    force: bool = False
+    """Where there is no champion yet, promote a student whose mean PCC is below 0.3, too."""
     dry_run: bool = False
     """Decide and print, and change nothing."""
     rollback: bool = False
@@ -78,13 +82,16 @@ class PromotionError(UserError):
 
 
 class Scored(NamedTuple):
-    """The clips that both models could score; arrays of shape (clips,). `excluded` has uri and reason of the others."""
+    """The clips that both models could score; arrays of shape (clips,). `excluded` has uri and reason of the others,
+    `selected_on` how many of the clips chose a model's best checkpoint.
+    """
 
     datasets: list[str]
     mos: np.ndarray
     candidate: np.ndarray
     champion: np.ndarray | None
     excluded: list[dict[str, str]]
+    selected_on: dict[str, int]
 
 
 @guarded("the same command goes on; the champion is moved last")
@@ -97,13 +104,13 @@ def command(config: Annotated[Promote, tyro.conf.arg(name="")]) -> int:
 def run(config: Promote) -> dict[str, Any]:
     """Decide, and without `dry_run` do it; returns the decision as JSON values.
 
-    `decision` is `promoted`, `kept` (the old champion stays), `unchanged` (the student is the champion already) or
-    `rolled_back`. Raises `UserError` with the cause and the fix.
+    `decision` is `promoted`, `kept` (the old champion stays, or there is still none), `unchanged` (the student is the
+    champion already) or `rolled_back`. Raises `UserError` with the cause and the fix.
     """
     from speechdistill.tracking.registry import Registry
 
     _validate(config)
-    registry = Registry(tracking_uri(config.tracking) if config.tracking else None)
+    registry = Registry(checked_uri(config.tracking) if config.tracking else None)
     champion = registry.by_alias(config.model_name, CHAMPION)
     if config.rollback:
         return _rolled_back(config, registry, champion)
@@ -153,23 +160,27 @@ def _candidate(config: Promote, registry: "Registry") -> "Logged":
 
 
 def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion: "Version | None") -> Scored:
-    """Both models over all clips; a clip that has no score of both is left out for both."""
+    """Both models over all clips; a clip that has no score of both, or trained one, is left out for both."""
+    from speechdistill.io import checkpoint
     from speechdistill.tracking.registry import student_folder
 
     clips = scored_clips.held_out(str(config.eval))
     uris = clips["uri"].to_pylist()
     datasets = scored_clips.dataset_names(clips)
-    models = []
+    models, marks = [], {}
     with ExitStack() as folders:
-        for address in [candidate.uri, *([champion.uri] if champion else [])]:
+        for name, address in {"candidate": candidate.uri, **({"champion": champion.uri} if champion else {})}.items():
             folder = folders.enter_context(student_folder(address, registry.uri))
             models.append(load_teacher(folder, config.encoder).teacher)
+            marks[name] = heard.marks(checkpoint.provenance(folder), clips["clip_id"].to_pylist())
     kept: list[int] = []
     rows: list[list[float]] = []
     excluded = []
     progress = tqdm(score.decoded(uris), total=len(uris), unit="clip", dynamic_ncols=True)
     for number, (uri, wave) in enumerate(progress):
         try:
+            if by := [name for name, of_model in marks.items() if of_model[number] == heard.TRAINED]:
+                raise _Unusable(f"the {' and the '.join(by)} {'was' if len(by) == 1 else 'were'} trained on it")
             rows.append([_mos(model, wave) for model in models])
             kept.append(number)
         except _Unusable as error:
@@ -178,7 +189,11 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     scores = np.array(rows, float).reshape(len(rows), len(models))
     mos = clips["mos"].to_numpy()[kept]
     of_champion = scores[:, 1] if champion else None
-    return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded)
+    chosen = {name: sum(of_model[i] == heard.SELECTED for i in kept) for name, of_model in marks.items()}
+    for name, count in chosen.items():
+        if count:
+            _LOG.warning("the %s's best checkpoint was chosen by %d of the %d clips", name, count, len(kept))
+    return Scored([datasets[i] for i in kept], mos, scores[:, 0], of_champion, excluded, chosen)
 
 
 class _Unusable(ValueError):
@@ -213,7 +228,7 @@ def _decided(config: Promote, scored: Scored) -> dict[str, Any]:
             f"({len(scored.datasets)} clips were scored, {len(scored.excluded)} could not be{first})",
             "give more clips",
         )
-    answer: dict[str, Any] = {"decision": "promoted", "reason": "there is no champion yet", "difference": None}
+    answer: dict[str, Any] = {**_first(means["candidate"], config.force), "difference": None}
     if scored.champion is not None:
         versus = (scored.datasets, scored.mos, scored.candidate, scored.champion, config.resamples, config.seed)
         difference = correlation.compare(*versus)
@@ -223,6 +238,14 @@ def _decided(config: Promote, scored: Scored) -> dict[str, Any]:
     rule |= {"resamples": config.resamples, "seed": config.seed}
     tables = correlation.by_dataset(scored.datasets, scored.mos, models)
     return {**answer, "rule": rule, "mean_pcc": means, "datasets": tables}
+
+
+def _first(pcc: float, force: bool) -> dict[str, str]:
+    """decision and reason where there is no champion."""
+    if pcc >= _FIRST_PCC or force:
+        return {"decision": "promoted", "reason": "there is no champion yet"}
+    reason = f"there is no champion yet, but its mean PCC is {pcc:.4f}, below {_FIRST_PCC}; give --force to promote it"
+    return {"decision": "kept", "reason": reason}
 
 
 def _verdict(difference: correlation.Difference, margin: float) -> dict[str, str]:
@@ -237,7 +260,8 @@ def _verdict(difference: correlation.Difference, margin: float) -> dict[str, str
 
 
 def _clips(config: Promote, scored: Scored) -> dict[str, Any]:
-    return {"source": config.eval, "scored": len(scored.datasets), "excluded": scored.excluded}
+    about = {"source": config.eval, "scored": len(scored.datasets), "excluded": scored.excluded}
+    return {**about, "selected_on": scored.selected_on}
 
 
 def _carried_out(
@@ -272,7 +296,9 @@ def _tags(decision: dict[str, Any]) -> dict[str, str]:
 
 def _rolled_back(config: Promote, registry: "Registry", champion: "Version | None") -> dict[str, Any]:
     previous = registry.by_alias(config.model_name, PREVIOUS)
-    if champion is None or previous is None or previous == champion:
+    if champion is None:
+        raise registry.lacks(config.model_name, CHAMPION)
+    if previous is None or previous == champion:
         reason = f"{config.model_name} has no {PREVIOUS} champion at {registry.place}"
         raise PromotionError(reason, "nothing was changed: a second promotion makes one")
     if not config.dry_run:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import audio, storage
+from speechdistill.io import audio, lease, storage
 from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 
@@ -99,17 +99,25 @@ def run(config: Prune) -> list[dict[str, Any]]:
 
     Raises `UserError` with the cause and the fix; progress so far is kept.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    outputs.try_job(config.out, f"{NAME}/run.json")
+    with lease.held(config.out, "prune"):
+        return _pruned(config)
+
+
+def _pruned(config: Prune) -> list[dict[str, Any]]:
+    from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     recipe, identity = _recipe(config)
+    for line in report.held_out(identity["shards"]):
+        print(line, flush=True)
     made = recipe.make()
     network = made.network()
     made.pruner(network)  # what cannot be pruned is told before the work
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    size = parameters.count(network)
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -119,7 +127,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "prune", NAME, about)
     tracking = Tracking(job.out, "prune", config.criterion, about, parent)
-    (trained,) = launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+    (trained,) = launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
     if trained["state"] != "done":
         raise RunError(str(trained["error"]), f"progress so far is saved in {job.out}")
     rows = _rows(job.out, [name for _, name in job.training.milestones])
@@ -134,7 +142,6 @@ def _absolute(config: Prune) -> Prune:
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
-    from speechdistill.engine.finished_run import LabelRun
     from speechdistill.io import checkpoint
     from speechdistill.tracking import registry
     from speechdistill.training import launch
@@ -142,7 +149,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     from speechdistill.training.pruning import Pruning
     from speechdistill.training.recipes.pruned import Pruned
 
-    labels = [LabelRun(place) for place in config.shards]
+    labels, held, shards = launch.label_runs(config.shards, [f"{config.out}/{NAME}"], validate=False)
     if labels and config.labeled_percent == 100:
         reason = "--shards are not used where 100% of a batch are labeled"
         raise UserError(reason, "give --labeled-percent below 100")
@@ -159,9 +166,11 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     sources: dict[str, Any] = {
         "teacher": files.weights_hash,
         "labeled": fingerprint,
-        "shards": [{"fingerprint": run.fingerprint, "weight": run.weight} for run in labels],
+        "shards": shards,
     }
-    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, {**sources, "git_commit": launch.git_commit()})
+    heard = launch.heard_clips(clips, trains=config.labeled_percent > 0)
+    known = {**sources, **heard, "init": files.provenance, "git_commit": launch.git_commit()}
+    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, known, held)
     identity = {"job": "prune", "mix": {**asdict(mix), "shards": None}, "pruning": asdict(pruning), **sources}
     return recipe, identity
 
@@ -189,7 +198,7 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
     from speechdistill.io import checkpoint
-    from speechdistill.models import trained
+    from speechdistill.models import parameters, trained
     from speechdistill.models.device import torch_device
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
@@ -198,14 +207,16 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     for name in names:
         folder = f"{out}/{name}"
         figures = storage.read_json(f"{folder}/figures.json") or {}
-        files = checkpoint.read(folder)
-        cost = {f"{d}_s": _cost(first[d], trained.scorer(folder, device=d), d) for d in devices}
+        scorers = {device: trained.scorer(folder, device=device) for device in devices}
+        cost = {f"{d}_s": _cost(first[d], scorers[d], d) for d in devices}
+        size = parameters.of_teacher(scorers["cpu"])
+        assert size  # a network of torch
         rows.append(
             {
                 "name": name,
                 "remaining": figures.get("remaining"),
-                "nonzero": checkpoint.nonzero(files),
-                "parameters": sum(tensor.numel() for tensor in files.weights.values()),
+                "nonzero": size.nonzero,
+                "parameters": size.stored,
                 "size_mb": checkpoint.size(folder) / 1e6,
                 **cost,
                 "mse": figures.get("mse"),

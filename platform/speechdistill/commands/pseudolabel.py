@@ -1,32 +1,34 @@
 """The main job: plan -> degrade (CPU actors) -> teach (teacher actors) -> label shards, on the engine."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import fsspec
 import pyarrow as pa
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
-from speechdistill.data import degradation_recipes, plan
+from speechdistill.data import degradation_recipes, manifest_path, plan
 from speechdistill.data.clips import Clips, share
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
 from speechdistill.engine.isolate import Worker
-from speechdistill.io import fingerprint, storage
+from speechdistill.io import fingerprint, lease, storage
 from speechdistill.io.errors import RunError
 from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
-from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking, tracking_uri
+from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking
 
+_LOG = logging.getLogger(__name__)
+_FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet", "manifest.parquet", "summary.json")
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 _CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
 
@@ -120,12 +122,18 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     with the cause and the fix; what was labelled is kept.
     """
     config, recipe, num_samples, identity = _prepared(config)
+    with lease.held(config.out, "pseudolabel"):
+        return _labelled(config, recipe, num_samples, identity)
+
+
+def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any]) -> dict[str, Any]:
     shards.claim(config.out, identity)
     clips = _keep_manifest(config, identity["clips_sha256"])
     config = _keep_teacher(config)
     there = shards.listed(config.out)
     # A smaller number than before keeps what is there.
     num_samples = max([num_samples, *(k * config.rows_per_part + count for k, count in there.items())])
+    _tell_made_again(config, there, num_samples)
     session = figures.Session()
     tracking = Tracking(config.out, "pseudolabel", recipe.name, _parameters(config, identity))
     job = replace(
@@ -154,6 +162,15 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     return {**summary, "complete": complete, "wanted": num_samples}
 
 
+def _tell_made_again(config: Pseudolabel, there: Mapping[int, int], num_samples: int) -> None:
+    """Say which samples are labelled a second time: a part that is to have more is written again as a whole."""
+    for k, count in there.items():
+        first = k * config.rows_per_part
+        if count < min(config.rows_per_part, num_samples - first):
+            text = "samples %d to %d are made again, as before: they share a file of %d (--rows-per-part) with new ones"
+            _LOG.warning(text, first, first + count - 1, config.rows_per_part)
+
+
 def dry_run(config: Pseudolabel) -> cost.Estimate:
     """Label 200 samples of the run, write nothing, and tell what all of it takes; raises what `run` does."""
     config, recipe, num_samples, identity = _prepared(config)
@@ -169,16 +186,18 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     cluster.be_patient()
     weights, head = (path and storage.absolute(path) for path in (config.weights, config.head))
     clips, out = storage.absolute(config.clips), storage.absolute(config.out)
+    if not config.dry_run:
+        outputs.try_job(out, *_FILES)
     config = replace(config, clips=clips, out=out, weights=weights, head=head)
     recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
     recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
     recipe = degradation_recipes.with_assets(recipe)  # one that is missing is told before any work
+    manifest_path.check(config.clips)
     plans = Plans(recipe, Clips.read(config.clips), config.seed)
     num_samples = len(plans) if config.num_samples is None else config.num_samples
     if num_samples < 1 or (recipe.whole_files and num_samples > len(plans)):
         reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
         raise RunError(reason, f"give 1 to {len(plans)}" if recipe.whole_files else "give at least 1")
-    tracking_uri(config.out)  # an output without a place for its tracking is refused before any work
     identity = _identity(config, recipe)
     if identity["teacher"].get("intrusive"):
         _check_has_clean(config, recipe)
@@ -249,7 +268,7 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
     with storage.access(copy):
         is_there = fs.exists(path)
     if not is_there:
-        with storage.access(config.clips), fsspec.open(config.clips, "rb") as file:
+        with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(f"{config.clips} changed just now", "rerun the command when its ingest has ended")

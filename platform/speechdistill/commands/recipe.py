@@ -9,6 +9,7 @@ import tyro
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes
 from speechdistill.data.degradation_recipes import RecipeName
+from speechdistill.io import outputs
 from speechdistill.labelling import preview
 
 
@@ -61,6 +62,7 @@ def command(
     if isinstance(config, Show):
         print(preview.show(recipe))
         return 0
+    outputs.try_outputs(*preview.files(config.out))
     sample = preview.listen(recipe, config.clips, config.seed, config.index, config.out)
     print(json.dumps(json.loads(sample.to_json()), indent=2, ensure_ascii=False))
     return 0

@@ -1,10 +1,14 @@
 """What jobs ended with, as text for a terminal."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speechdistill.engine.cost import Estimate
+
+
+_PARTS = ("validation", "test")
 
 
 def labels(summary: dict[str, Any], out: str) -> str:
@@ -31,13 +35,28 @@ def labels(summary: dict[str, Any], out: str) -> str:
     return "\n".join([*lines, f"shards, manifest.parquet and summary.json are in {out}"])
 
 
+def held_out(shards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What training leaves out of each label run, from `shards` of a provenance."""
+    lines = []
+    for held in (one["held_out"] for one in shards if one.get("held_out")):
+        if "too_few" in held:
+            lines.append(f"held out of the shards: nothing ({held['too_few']})")
+            continue
+        best, judges = (f"{held[part]['samples']:,} samples of {held[part]['clips']:,} clips" for part in _PARTS)
+        lines.append(
+            f"held out of the shards, by {held['by']}: {best} to choose the best, {judges} for `compare --clips`"
+        )
+    return lines
+
+
 def students(rows: list[dict[str, Any]]) -> str:
-    lines = ["variant    parameters   PCC     MSE     best step  steps     time  state   MLflow run"]
+    lines = ["variant    parameters  trainable   PCC     MSE     best step  steps     time  state   MLflow run"]
     for row in rows:
         pcc, mse = (f"{row[key]:.4f}" if row[key] is not None else "–" for key in ("pcc", "mse"))
         best_step, run = row["best_step"] or "–", row["run_id"] or "–"
+        sizes = f"{row['parameters']:>10,} {row['trainable']:>10,}"
         lines.append(
-            f"{row['variant']:<10} {row['parameters']:>10,}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
+            f"{row['variant']:<10} {sizes}   {pcc:<7} {mse:<7} {best_step:>9} {row['steps']:>6,} "
             f"{row['train_s']:>6.0f} s  {row['state']:<7} {run}"
         )
         lines += [f"  {row['error']}"] if row["error"] else []
@@ -88,3 +107,15 @@ def _bars(histogram: dict[str, list[float]], width: int = 50) -> list[str]:
 
 def counts(values: dict[str, int]) -> str:
     return ", ".join(f"{name} × {count}" for name, count in Counter(values).most_common(5))
+
+
+def changes(of_known: dict[str, int]) -> list[str]:
+    """What an ingest has found of clips that were in the manifest before."""
+    columns = {name: n for name, n in of_known.items() if name not in ("updated", "rejected", "unreadable")}
+    lines = {
+        "updated": f"updated: {counts(columns)}",
+        "rejected": "in the manifest and cannot be used any more",
+        "unreadable": "in the manifest and could not be read now, and stay as they were",
+    }
+    numbers = ((of_known.get(name, 0), text) for name, text in lines.items())
+    return [f"{n:,} {'clip was' if n == 1 else 'clips were'} {text}" for n, text in numbers if n]

@@ -1,10 +1,10 @@
 """Score audio files with a teacher: patterns to paths, paths to rows, rows to a file."""
 
 import csv
-import glob
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +18,9 @@ import tyro
 from tqdm import tqdm
 
 from speechdistill.commands.guarded import guarded
-from speechdistill.io import audio, storage, table
-from speechdistill.io.errors import AudioError, UserError
+from speechdistill.io import audio, console, outputs, places, storage, table
+from speechdistill.io.errors import AudioError, StorageError, UserError
+from speechdistill.io.places import Skipped
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
 
@@ -68,8 +69,12 @@ class Score:
 
 @guarded("nothing was written")
 def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    paths = expand(config.paths)
     writer(config.out)  # a wrong extension is told before the work
+    if config.out:
+        outputs.try_outputs(config.out)
+    skipped = Skipped()
+    paths = expand(config.paths, skipped)
+    print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
     with _local(config.model, config.tracking) as model:
         teacher = load_teacher(
             model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
@@ -79,6 +84,9 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
         raise UserError(reason, "give another --model")
     scored = _Scored(len(paths))
     write(scored.watch(score_files(paths, teacher, config.timeline)), config.out)
+    if config.out:
+        plural = "s" * (scored.files != 1)
+        print(f"wrote {config.out}: {scored.files:,} file{plural}, {scored.failed:,} without a score")
     if scored.stopped:
         print(f"\nstopped after {scored.files} of {len(paths)} files; their rows are written", file=sys.stderr)
         return 130
@@ -110,33 +118,46 @@ def decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]
             yield ahead[0], ahead[1].result()
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Files, folders, globs and fsspec URLs to paths, each once, in the order of the patterns.
+def expand(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]:
+    """Files, folders, globs and fsspec URLs to paths, each file once, in the order of the patterns (`io/places.py`).
 
-    A folder gives its audio files at any depth, sorted; so does a glob (`**` too), which keeps files of other
-    suffixes only where it names the suffix (`*.raw`). A URL is passed on, and one with `*` is a glob.
-    Raises `UserError` with the pattern that matches nothing.
+    `skipped` counts what folders and globs leave out. Raises `UserError` with the pattern that matches nothing.
     """
+    skipped = Skipped() if skipped is None else skipped
+    fix = "give files, folders, globs or URLs of audio"
+    if not patterns:
+        raise UserError("there is nothing to score", fix)
     found: dict[str, None] = {}
+    files: set[str] = set()
     for pattern in patterns:
-        paths = _matches(pattern)
+        try:
+            paths = places.matches(pattern, places.is_audio, skipped)
+        except NotADirectoryError:
+            paths = []
         if not paths:
-            raise UserError(f"{pattern!r} matches no audio file", "give files, folders, globs or URLs of audio")
-        found |= dict.fromkeys(paths)
+            raise UserError(f"{pattern!r} matches no audio file", "; ".join([fix, *skipped.lines()]))
+        new = list(places.once(paths, files))
+        found |= dict.fromkeys(paths if paths == [pattern] else new)  # a path that is given is always taken
     return list(found)
 
 
 def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
     """Write rows, whole or not at all, as .csv, .parquet or .json; without `out`, print them as CSV.
 
-    Raises `UserError` for another extension before the first row is taken.
+    Raises `UserError` for another extension before the first row is taken, and for rows that could be neither written
+    nor printed, naming the file of the system's temporary folder that has them.
     """
     encode = writer(out)
-    data = encode([_printable(row) for row in rows])
-    if out is None:
-        sys.stdout.write(data.decode())
-    else:
-        storage.publish(data, out)
+    printable = [_printable(row) for row in rows]
+    try:
+        if out is not None:
+            storage.publish(encode(printable), out)
+        elif not console.printed(encode(printable).decode()):
+            raise StorageError("not all rows could be printed", "give --out FILE")
+    except StorageError as error:  # hours of work
+        kept = Path(tempfile.mkdtemp(prefix="speechdistill-scores-"), "scores.csv")
+        kept.write_bytes(_csv(printable))
+        raise StorageError(f"{error.reason}; all rows are in {kept}", error.fix) from error
 
 
 def writer(out: str | None) -> Callable[[list[Row]], bytes]:
@@ -164,19 +185,20 @@ class _Scored:
     """Passes rows on with a progress bar, and remembers whether any failed or the user stopped."""
 
     def __init__(self, total: int) -> None:
-        self._total, self.files, self.failed, self.stopped = total, 0, False, False
+        self._total, self.files, self.failed, self.stopped = total, 0, 0, False
 
     def watch(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        path = None
+        path, failed = None, False
         with tqdm(total=self._total, unit="file", dynamic_ncols=True) as bar:
             try:
                 for row in rows:
                     if row["path"] != path:
-                        path = row["path"]
+                        path, failed = row["path"], False
                         self.files += 1
                         bar.update()
-                    silent_second = row.get("start_s") is not None
-                    self.failed |= row["error"] is not None and not silent_second
+                    if row["error"] is not None and row.get("start_s") is None and not failed:  # no silent second
+                        failed = True
+                        self.failed += 1
                     yield row
             except KeyboardInterrupt:  # what is scored is not lost
                 self.stopped = True
@@ -221,41 +243,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, AudioError):  # its path is in the row
         return f"{error.reason}; {error.fix}"
     return str(error) if isinstance(error, Unscorable) else f"{type(error).__name__}: {error}"
-
-
-def _matches(pattern: str) -> list[str]:
-    if "://" in pattern:
-        return _of_url(pattern)
-    path = Path(pattern)
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if _is_audio(file) and file.is_file())
-    if path.exists():  # before globs: a file may be called `take[1].wav`
-        return [pattern]
-    # Path.glob takes no absolute pattern.
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    files = [match for match in found if Path(match).is_file()]
-    return [file for file in files if _named(pattern) or _is_audio(Path(file))]
-
-
-def _of_url(pattern: str) -> list[str]:
-    if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
-        return [pattern]
-    fs, path = storage.file_system(pattern)
-    with storage.access(pattern):
-        found = sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
-    kept = [name for name in found if _named(pattern) or _is_audio(PurePosixPath(name))]
-    archive = pattern[pattern.index("::") :] if "::" in pattern else ""  # zip://*.wav::s3://bucket/a.zip
-    return [fs.unstrip_protocol(name) + archive for name in kept]
-
-
-def _named(pattern: str) -> bool:
-    """Whether a glob ends in a suffix written out."""
-    suffix = PurePosixPath(pattern).suffix
-    return bool(suffix) and not glob.has_magic(suffix)
-
-
-def _is_audio(path: PurePosixPath | Path) -> bool:
-    return path.suffix.lower() in audio.EXTENSIONS and not path.name.startswith(".")
 
 
 def _printable(row: Mapping[str, Any]) -> Row:

@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
-from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import storage
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.io import checkpoint, lease, storage
+from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+    from speechdistill.engine.finished_run import LabelRun
+    from speechdistill.models.networks.conv_transformer import ConvTransformerConfig
     from speechdistill.models.student import Student
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.distill import Distill
@@ -87,14 +88,21 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
 
     One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
-    from speechdistill.training import launch
-    from speechdistill.training.recipes import distill
-    from speechdistill.training.side_by_side import Run
-
     cluster.be_patient()
     config = _absolute(config)
-    tracking_uri(config.out)
+    outputs.try_job(config.out, "labeled")
+    with lease.held(config.out, "train-students"):
+        return _trained(config)
+
+
+def _trained(config: TrainStudents) -> list[dict[str, Any]]:
+    from speechdistill.models import parameters
+    from speechdistill.training import launch
+    from speechdistill.training.side_by_side import Run
+
     recipes = _recipes(config)
+    for line in report.held_out((next(iter(recipes.values())).provenance or {})["shards"]):
+        print(line, flush=True)
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -104,7 +112,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     runs = [
         Run(
             name,
-            distill.parameters(recipe.student),
+            parameters.of_student(recipe.student),
             _job(config, name, recipe, workers, gpus),
             Tracking(f"{config.out}/{name}", "train-students", name, {**_plain(config), **_size(recipe)}, parent),
         )
@@ -126,45 +134,50 @@ def _absolute(config: TrainStudents) -> TrainStudents:
 
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     """By name, checked: whatever is wrong with a source is told before the work."""
-    from speechdistill.models.networks.conv_transformer import VARIANTS
     from speechdistill.training import launch
-    from speechdistill.training.recipes import distill
+    from speechdistill.training.recipes.distill import Distill
 
-    runs = [LabelRun(place) for place in config.shards]
-    places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders
-    mixes = [Mix(places, p, config.batch_size, config.crop_s, config.seed) for p in config.labeled_percent]
     transform = LabelTransform.read(config.label_transform)
-    provenance: dict[str, Any] = {
-        "shards": [_about(run) for run in runs],
-        "label_transform": transform.to_json(),
-        "git_commit": launch.git_commit(),
-    }
+    provenance: dict[str, Any] = {"label_transform": transform.to_json(), "git_commit": launch.git_commit()}
     scored = None
     if config.labeled:
         scored, provenance["labeled"] = launch.scored(config.labeled, config.out)
-    init = None
-    if config.init:
-        init, student = _initial(config.init, config.out)
-        provenance["init"] = {"weights_sha256": student.weights_hash, **student.provenance}
-        names = {"finetuned": student.network.config}
-    else:
-        wanted = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
-        names = {name.strip(): distill.student(name.strip()) for name in wanted}
-    recipes = {
-        name if len(mixes) == 1 else f"{name}-{mix.labeled_percent:g}": distill.Distill(
-            size, mix, scored, config.label_transform, init, {**provenance, **_used(mix, provenance), "variant": name}
-        )
-        for name, size in names.items()
-        for mix in mixes
-    }
-    for recipe in list(recipes.values())[: len(mixes)]:
+    init, sizes = _sizes(config, provenance)
+    percents = config.labeled_percent
+    names = {(size, p): size if len(percents) == 1 else f"{size}-{p:g}" for size in sizes for p in percents}
+    outs = [f"{config.out}/{name}" for name in names.values()]
+    runs, held, shards = launch.label_runs(config.shards, outs, validate=not scored or not launch.validates(scored))
+    places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders
+    known = [{**about, **_labelled_by(run)} for run, about in zip(runs, shards, strict=True)]
+    recipes = {}
+    for (size, percent), name in names.items():
+        mix = Mix(places, percent, config.batch_size, config.crop_s, config.seed)
+        used = {**provenance, **_used(percent, known, scored), "variant": size}
+        recipes[name] = Distill(sizes[size], mix, scored, config.label_transform, init, used, held)
+    for recipe in list(recipes.values())[: len(percents)]:
         recipe.make()
     return recipes
 
 
-def _used(mix: Mix, provenance: dict[str, Any]) -> dict[str, Any]:
-    """A student of listeners' scores alone has heard none of the shards."""
-    return {"labeled_percent": mix.labeled_percent, "shards": provenance["shards"] if mix.labeled_percent < 100 else []}
+def _sizes(config: TrainStudents, provenance: dict[str, Any]) -> "tuple[str | None, dict[str, ConvTransformerConfig]]":
+    """The folder of the student to begin with, and students by name."""
+    from speechdistill.models.networks.conv_transformer import VARIANTS
+    from speechdistill.training.recipes import distill
+
+    if config.init:
+        init, student = _initial(config.init, config.out)
+        provenance["init"] = {"weights_sha256": student.weights_hash, **student.provenance}
+        return init, {"finetuned": student.network.config}
+    wanted = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
+    return None, {name.strip(): distill.student(name.strip()) for name in wanted}
+
+
+def _used(percent: float, shards: list[dict[str, Any]], scored: str | None) -> dict[str, Any]:
+    """What a student of so many labeled clips has heard: one of listeners' scores alone none of the shards."""
+    from speechdistill.training import launch
+
+    clips = launch.heard_clips(scored, trains=percent > 0) if scored else {}
+    return {"labeled_percent": percent, "shards": shards if percent < 100 else [], **clips}
 
 
 def _initial(address: str, out: str) -> "tuple[str, Student]":
@@ -179,9 +192,8 @@ def _initial(address: str, out: str) -> "tuple[str, Student]":
     return copy, student
 
 
-def _about(run: LabelRun) -> dict[str, Any]:
-    known = {key: run.configuration.get(key) for key in ("recipe", "teacher")}
-    return {"fingerprint": run.fingerprint, "weight": run.weight, **known}
+def _labelled_by(run: "LabelRun") -> dict[str, Any]:
+    return {key: run.configuration.get(key) for key in ("recipe", "teacher")}
 
 
 def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int, int], gpus: float) -> "Job":
@@ -202,7 +214,9 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         "student": asdict(recipe.student),
         "mix": {**asdict(recipe.mix), "shards": None},
         "data": {
-            key: value for key, value in (recipe.provenance or {}).items() if key not in ("git_commit", "variant")
+            key: value
+            for key, value in checkpoint.brief(recipe.provenance or {}).items()
+            if key not in ("git_commit", "variant")
         },
         "training": training.identity(),
     }

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from speechdistill.commands import report
+from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster, cost
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import storage
+from speechdistill.io import lease, storage
 from speechdistill.io.errors import RunError
-from speechdistill.tracking.run import Tracking, tracking_uri
+from speechdistill.tracking.run import Tracking
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.ray_train import Job
@@ -87,16 +87,25 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
 
     Raises `UserError` if nothing can be trained; what was computed is kept.
     """
+    cluster.be_patient()
+    config = _absolute(config)
+    features_files = [f"{config.features}/{name}" for name in ("run.json", "shards/part", "manifest.parquet")]
+    outputs.try_job(config.out, f"{NAME}/run.json", *features_files)
+    with lease.held(config.out, "train-teacher"), lease.held(str(config.features), "train-teacher"):
+        return _trained(config)
+
+
+def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     from speechdistill.labelling import features
+    from speechdistill.models import parameters
     from speechdistill.models.networks import speech_encoder
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    cluster.be_patient()
-    config = _absolute(config)
-    tracking_uri(config.out)
     clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
-    sha256 = speech_encoder.load(str(config.encoder), config.layer).digest
+    encoder, sha256 = speech_encoder.load(str(config.encoder), config.layer)
+    frozen = parameters.count(encoder)
+    del encoder  # gigabytes
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
@@ -105,14 +114,15 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
         raise RunError("the features are not complete", "rerun the command")
-    recipe = _recipe(config, sha256, fingerprint)
+    recipe = _recipe(config, sha256, fingerprint, clips)
     computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
-    parameters = sum(parameter.numel() for parameter in recipe.make().network().parameters())
+    network: Any = recipe.make().network()  # the head and the scales of the datasets, which scoring does not need
+    size = parameters.count(network.head).above(frozen)._replace(trainable=parameters.count(network).trainable)
     job = _job(config, recipe, computed, workers, gpus)
     about = {key: value for key, value in asdict(config).items() if value is not None}
     parent = Tracking(config.out, "train-teacher", NAME, about)
     tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
-    return launch.train(parent, NAME, [Run(NAME, parameters, job, tracking)], at_once=1)
+    return launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
 
 
 def _absolute(config: TrainTeacher) -> TrainTeacher:
@@ -147,11 +157,12 @@ def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
     )
 
 
-def _recipe(config: TrainTeacher, sha256: str, fingerprint: str) -> "Teacher":
+def _recipe(config: TrainTeacher, sha256: str, fingerprint: str, clips: str) -> "Teacher":
     from speechdistill.training import launch
     from speechdistill.training.recipes.teacher import Teacher
 
-    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain}
+    heard = launch.heard_clips(clips, trains=True)
+    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain, **heard}
     encoder = (str(config.encoder), sha256, config.layer)
     sizes = (config.batch_size, config.seed)
     return Teacher(str(config.features), *encoder, not config.plain, *sizes, provenance)

@@ -123,7 +123,7 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
         checkpoint.copy(folder, copy)
     is_student = files.architecture == checkpoint.CONV_TRANSFORMER
     pruned = "pruning" in files.provenance
-    parameters = checkpoint.nonzero(files) if pruned else _parameters(teacher)
+    parameters = _parameters(teacher, pruned)
     series = _series(files.provenance) if is_student or pruned else TEACHER
     return Model(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
 
@@ -140,21 +140,16 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
 
-def _parameters(teacher: Teacher) -> int | None:
-    """Counted where it is torch's; of other networks what the paper prints."""
-    import torch
+def _parameters(teacher: Teacher, pruned: bool = False) -> int | None:
+    """All that a model needs to score, of a pruned one those that are not zero; what the paper prints if it is not
+    torch's.
+    """
+    from speechdistill.models import parameters
 
-    from speechdistill.models.networks.conv_transformer import ConvTransformer
-
-    parts = [*vars(teacher).values(), *vars(getattr(teacher, "scorer", teacher)).values()]
-    networks = [value for value in parts if isinstance(value, torch.nn.Module)]
-    if not networks:
-        row = paper.row_of(teacher.name)
-        return round(paper.rows()[row].params_m * 1e6) if row else None
-    if isinstance(networks[0], ConvTransformer):  # a scorer has replaced its convolutions
-        with torch.device("meta"):
-            networks = [ConvTransformer(networks[0].config)]
-    return sum(parameter.numel() for network in networks[:1] for parameter in network.parameters())
+    if found := parameters.of_teacher(teacher):
+        return found.nonzero if pruned else found.stored
+    row = paper.row_of(teacher.name)
+    return round(paper.rows()[row].params_m * 1e6) if row else None
 
 
 def _series(provenance: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from speechdistill.comparing.candidates import TEACHER, Model
 from speechdistill.comparing.judged import Clip, Judged
 from speechdistill.comparing.scoring import Score, Scores
+from speechdistill.data.heard import TRAINED
 from speechdistill.metrics import correlation, figures
 from speechdistill.metrics.figures import Figures, Value
 
@@ -50,16 +51,25 @@ class Comparison:
         """The models that have a PCC on each dataset where any has one; a mean over fewer is another quantity."""
         return _whole(self.by_clip)
 
+    @property
+    def heard(self) -> dict[str, Counter[str]]:
+        """The models that were trained or selected on some of the clips, and on how many."""
+        known = {model.name: self.judged.known_to(model.provenance) for model in self.models}
+        return {name: counts for name, counts in known.items() if counts}
+
     def pcc(self, model: str, dataset: str) -> Value:
         return self.by_clip.values[model][dataset]["pcc"]
 
     def best(self, dataset: str | None, plain: bool = False) -> set[str]:
         """The models that no other's PCC exceeds, to two digits, on a dataset or in a mean over all of them.
 
-        A teacher that is the judge itself is none of them.
+        A teacher that is the judge itself is none of them, nor is a model that was trained on some of the clips.
         """
         found = {}
-        for model in (model.name for model in self.models if model.sha256 != self.judged.teacher):
+        trained = {name for name, counts in self.heard.items() if counts[TRAINED]} | {
+            model.name for model in self.models if model.sha256 == self.judged.teacher
+        }
+        for model in (model.name for model in self.models if model.name not in trained):
             mean = self.by_clip.means[model]["pcc"]
             value = self.pcc(model, dataset) if dataset else mean.plain if plain else mean.weighted
             if value.value is not None and (dataset or model in self.whole):

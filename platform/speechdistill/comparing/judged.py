@@ -1,22 +1,24 @@
 """The clips that models are judged on, and reading them: what listeners scored, or samples of a label run."""
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from speechdistill.data import scored_clips
+from speechdistill.data import heard, manifest_path, scored_clips
+from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import audio, fingerprint, storage, table
-from speechdistill.io.errors import TableError
+from speechdistill.io import audio, audio_files, storage, table, user_table
+from speechdistill.io.errors import AudioError, TableError
 
-_LISTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _THREADS = 16
-_SAMPLE = ".parquet#"  # in the address of a sample: the shard, then the row group and the row in it
+_SAMPLE = re.compile(r"(.+\.parquet)#(\d+)\.(\d+)", re.DOTALL)  # a sample: its shard, row group and row in it
 
 
 class Clip(NamedTuple):
@@ -33,35 +35,48 @@ class Clip(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """`judge` says whose scores `mos` are: listeners', or those of a teacher, whose weights' sha256 is `teacher`."""
+    """`judge` says whose scores `mos` are: listeners', or those of a teacher, whose weights' sha256 is `teacher`.
+
+    `run` is the label run that the clips are samples of, as `held_out.about` has it.
+    """
 
     source: str
     clips: list[Clip]
     judge: str
     teacher: str | None = None
+    run: dict[str, Any] | None = None
+
+    def known_to(self, provenance: Mapping[str, Any]) -> Counter[str]:
+        """How many of the clips a model was trained or selected on (`heard.TRAINED`, `heard.SELECTED`)."""
+        if self.run:
+            mark = heard.mark_of_samples(provenance, self.run)
+            return Counter({mark: len(self.clips)} if mark else {})
+        marks = heard.marks(provenance, [clip.clip_id for clip in self.clips])
+        return Counter(mark for mark in marks if mark)
 
 
 def clips(source: str) -> Judged:
     """A manifest or list of scored clips (`scored_clips.held_out`), or the folder of a label run.
 
-    Of a label run those samples that no student of it is trained on, with the teacher's scores. Raises `TableError`
-    for what is neither.
+    Of a label run its held-out samples that no student of it is trained or selected on, with the teacher's scores.
+    Raises `TableError` for what is neither, and for a run of too few clips to hold some out.
     """
     source = storage.absolute(source)
-    if source.lower().endswith(_LISTS):
+    if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
-        reason = f"{source}: no list of scored clips ({', '.join(_LISTS)}), nor the folder of a label run"
+        manifest_path.check(source)
+        reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
         raise TableError(reason, "give one of these with --clips")
     return _labelled(source)
 
 
 def read(uri: str) -> np.ndarray:
     """The wave of a clip, float32 at 16 kHz; raises `AudioError` or the storage's errors."""
-    if _SAMPLE not in uri:
+    sample = _SAMPLE.fullmatch(uri)
+    if not sample:
         return audio.load(uri)
-    place, group, row = _of_sample(uri)
-    rows = _group(place, group)
+    rows, row = _group(sample[1], int(sample[2])), int(sample[3])
     return audio.decode(rows[0][row], rows[1][row])
 
 
@@ -79,22 +94,19 @@ def _scored(source: str) -> Judged:
 def _labelled(source: str) -> Judged:
     run = LabelRun(source)
     teacher = run.configuration["teacher"]
-    found = list(_samples(run, run.configuration["recipe"]["name"]))
-    return Judged(source, found, f"the teacher {teacher['name']}", teacher["sha256"])
+    (held,) = held_out.held_out([run])
+    if held.about and (few := held.about.get("too_few")):
+        raise TableError(f"{source}: {few}", "label clips of more speakers, or give a list of scored clips")
+    found = list(_samples(run, held.test, run.configuration["recipe"]["name"]))
+    about = held_out.about(run, held)
+    return Judged(source, found, f"the teacher {teacher['name']}", teacher["sha256"], about)
 
 
-def _samples(run: LabelRun, dataset: str) -> Iterator[Clip]:
-    for group in run.held_out().tolist():
-        place = f"{run.out}/{run.paths[run.file[group]]}#{run.in_file[group]}"
-        for number, row in enumerate(run.read_group(group, "plan").to_pylist()):
-            digest = hashlib.sha256(row["audio"]).hexdigest()
-            yield Clip(str(row["sample_id"]), f"{place}.{number}", digest, dataset, None, row["score"], row["plan"])
-
-
-def _of_sample(uri: str) -> tuple[str, int, int]:
-    place, _, numbers = uri.rpartition("#")
-    group, row = map(int, numbers.split("."))
-    return place, group, row
+def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[Clip]:
+    for group, row in run.read(places, "plan"):
+        uri = f"{run.out}/{run.paths[run.file[group]]}#{run.in_file[group]}.{row['row']}"
+        digest = hashlib.sha256(row["audio"]).hexdigest()
+        yield Clip(str(row["sample_id"]), uri, digest, dataset, None, row["score"], row["plan"])
 
 
 @lru_cache(maxsize=2)  # samples are read in their order
@@ -107,7 +119,12 @@ def _group(place: str, group: int) -> tuple[list[bytes], list[str]]:
 
 
 def _sha256(uri: str) -> str:
+    digest = hashlib.sha256()
     try:
-        return fingerprint.of_file(uri)
-    except OSError:  # told with its reason when it is to be decoded
+        with audio_files.source(uri) as file:  # a member of a tar, too
+            while block := file.read(1 << 22):
+                digest.update(block)
+            file.raise_error()
+    except (OSError, AudioError):  # told with its reason when it is to be decoded
         return ""
+    return digest.hexdigest()

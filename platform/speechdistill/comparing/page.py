@@ -48,6 +48,7 @@ def html(found: Comparison, figures: Mapping[str, Any]) -> str:
         is_teacher=found.judged.teacher is not None,
         columns=list(found.by_clip.clips.items()),
         table=[_row(found, model) for model in found.models],
+        heard=tables.heard(found),
         left_out=tables.left_out(found),
         beside=tables.beside_paper(found) if found.about.get("configuration", {}).get("paper") else [],
         all_figures=_all_figures(found),

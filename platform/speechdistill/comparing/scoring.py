@@ -8,6 +8,7 @@ A call that was killed may have workers that outlive it and commit one more part
 run, where such a part is replaced by an equal one; in a run of its own it would score those clips a second time.
 """
 
+import glob
 import json
 import math
 import time
@@ -146,8 +147,8 @@ def _files(out: str, pattern: str) -> list[str]:
     fs, path = storage.file_system(f"{out}/scores")
     fs.invalidate_cache()
     with storage.access(out):
-        found = sorted(fs.glob(f"{path}/{pattern}")) if fs.exists(path) else []
-    return [str(fs.unstrip_protocol(file)) for file in found]
+        found = sorted(fs.glob(f"{glob.escape(path)}/{pattern}")) if fs.exists(path) else []
+    return [str(fs.unstrip_protocol(file)).removeprefix("file://") for file in found]  # a local path is never parsed
 
 
 def _flow(models: Sequence[Model], tasks: list[Task], out: str, report: Report) -> flow.Flow:

@@ -32,6 +32,7 @@ def markdown(found: Comparison) -> str:
     lines += _markdown(table_one(found))
     missing = gaps(found)
     lines += ["", f"{_NONE} stands for:", *(f"- {line}" for line in missing)] if missing else []
+    lines += ["", *(f"- {line}" for line in heard(found))] if heard(found) else []
     absent = left_out(found)
     lines += ["", "Clips in no figure:", *(f"- {line}" for line in absent)] if absent else []
     if found.differences:
@@ -59,6 +60,15 @@ def left_out(found: Comparison) -> list[str]:
         if len(reasons) > _REASONS:
             lines.append(f"{dataset}: {len(reasons) - _REASONS} further reasons, which are in scores.parquet")
     return lines
+
+
+def heard(found: Comparison) -> list[str]:
+    """Which models know how many of the clips from their training, so that their figures are too good."""
+    return [
+        f"{name} was {how} {count} of the {len(found.clips)} clips: its figures are too good"
+        for name, counts in found.heard.items()
+        for how, count in counts.items()
+    ]
 
 
 def pairs(found: Comparison) -> list[list[str]]:

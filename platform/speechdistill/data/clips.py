@@ -7,7 +7,7 @@ They are an Arrow file, mapped and not read, so that ten million clips take no m
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,18 @@ _LAYOUT = pa.schema(
         ("clip_id", pa.large_string()),
         ("uri", pa.large_string()),
         ("speaker", pa.large_string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.large_string()),
         ("num_samples", pa.int64()),
         ("by_speaker", pa.int64()),  # positions in the order of speakers, unknown ones last
     ]
 )
 _SUFFIX = ".v1.arrow"  # of the layout
-_COLUMNS = {**dict.fromkeys(("uri", "clip_id", "speaker"), pa.large_string()), "duration_s": pa.float64()}
+_COLUMNS = {
+    **dict.fromkeys(("uri", "clip_id", "speaker", "etag"), pa.large_string()),
+    "size_bytes": pa.int64(),
+    "duration_s": pa.float64(),
+}
 _SAMPLED = 1000  # clips of a pool that are looked at for other files of a storage
 
 
@@ -42,19 +48,21 @@ def clip_id(kind: str, uri: str) -> str:
 
 
 class Clip(NamedTuple):
-    """One file; `num_samples` is its length at 16 kHz."""
+    """One file; `num_samples` is its length at 16 kHz, `size_bytes` and `etag` its version when it was ingested."""
 
     clip_id: str
     uri: str
     num_samples: int
     speaker: str | None
+    size_bytes: int | None
+    etag: str | None
 
 
 class Pool:
     """The clips of one kind, in manifest order; rows stay in Arrow memory, or in the mapped file, until asked for."""
 
     def __init__(self, rows: pa.RecordBatch) -> None:
-        self._clip_ids, self._uris, self._speakers, num_samples, by_speaker = rows.columns
+        self._clip_ids, self._uris, self._speakers, self._sizes, self._etags, num_samples, by_speaker = rows.columns
         self.num_samples: np.ndarray = num_samples.to_numpy()
         self._by_speaker: np.ndarray = by_speaker.to_numpy()
 
@@ -67,7 +75,20 @@ class Pool:
             self._uris[index].as_py(),
             int(self.num_samples[index]),
             self._speakers[index].as_py(),
+            self._sizes[index].as_py(),
+            self._etags[index].as_py(),
         )
+
+    def find(self, clip_id: str) -> Clip | None:
+        """The clip of that id, if it is here; the first call sorts the ids of all."""
+        ids, order = self._by_id
+        place = int(np.searchsorted(ids, wanted := np.uint64(int(clip_id, 16)), sorter=order))
+        return self[int(order[place])] if place < len(ids) and ids[order[place]] == wanted else None
+
+    @cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.array([int(clip_id, 16) for clip_id in self._clip_ids.to_pylist()], np.uint64)
+        return ids, np.argsort(ids)
 
     def of_speaker(self, speaker: str) -> np.ndarray:
         """The indices of a speaker's clips, ascending; found by bisection."""

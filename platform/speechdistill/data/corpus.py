@@ -5,20 +5,18 @@
 Corpora that listeners scored give `READERS`: a reader for each of their datasets, by its name on the command line.
 """
 
-import csv
 import hashlib
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import fsspec
-
-from speechdistill.io import storage, table
+from speechdistill.data import listed
+from speechdistill.io import storage, table, user_table
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
@@ -26,7 +24,6 @@ _FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes"
 _NUMBERS = {"mos", "votes"}
 _SHOWN = 10  # of everything that is wrong
 _THREADS = 32  # to ask a storage whether files exist
-SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
 HeldOut = Literal["both", "either"]
 
@@ -50,29 +47,45 @@ def columns() -> frozenset[str]:
 
 def given(values: Mapping[str, Any]) -> Row:
     """The known ones of `values` that are not empty, numbers as they were given and the others as text."""
-    known = {key: value for key, value in values.items() if key in columns() and value not in ("", None)}
-    return {key: value if key in _NUMBERS else str(value) for key, value in known.items()}
+    known = columns()
+    return {
+        key: value if key in _NUMBERS else str(value).strip()
+        for key, value in values.items()
+        if key in known and not listed.is_empty(value)
+    }
+
+
+def read(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -> Iterator[user_table.Line]:
+    """The rows of a table that lies in the folder of a corpus (`user_table.rows`); `TableError` if it is missing."""
+    try:
+        yield from user_table.rows(file, needed, names)
+    except FileNotFoundError as error:
+        raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked") from error
 
 
 def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[str, str]]:
     """The lines of a CSV with at least the columns `needed`, or of one without a header that has just these.
 
-    Raises `TableError` for a file that is missing or lacks a column, and for lines that are too short.
+    Names of columns are in lower case. Raises `TableError` for a file that is missing or lacks a column, and for lines
+    that are too short or too long.
     """
-    if not all(exist([file])):
-        raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked")
-    wrong = (UnicodeDecodeError, csv.Error)
-    try:
-        with storage.access(file, *wrong), fsspec.open(file, "rt", newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text, None if header else needed)
-            names, found = list(reader.fieldnames or ()), list(reader)
-    except wrong as error:
-        raise TableError(f"{file} is no CSV in UTF-8 ({error})", "save it as CSV in UTF-8") from error
-    if absent := [name for name in needed if name not in names]:
-        raise TableError(f"{file}: columns {absent} are missing; it has {names}", "add or rename the columns")
-    if short := [str(number + 1) for number, line in enumerate(found) if None in map(line.get, needed)]:
-        raise TableError(f"{file}: {some(short, 'rows lack fields')}", "complete or delete these rows")
-    return found
+    found = list(read(file, needed, None if header else needed))
+    if wrong := [f"line {line.number} {line.fault}" for line in found if line.fault]:
+        raise TableError(f"{file}: {some(wrong, 'rows do not fit')}", "complete or delete these rows")
+    return [line.values for line in found]
+
+
+def path_of(file: str, line: user_table.Line, *names: str) -> str:
+    """The path of a row, in the first of some columns that is not empty, which it loses; `TableError` if none."""
+    for name in names:
+        if not listed.is_empty(path := line.values.pop(name, None)):
+            return str(path)
+    raise TableError(f"{file}, line {line.number} has no path", f"fill in {' or '.join(names)}, or delete the row")
+
+
+def described(file: str, line: user_table.Line, uri: str, values: Mapping[str, Any]) -> Row:
+    """The row of the clip at `uri` by the known `values` of a line, of kind speech unless they say another."""
+    return listed.described(uri, f"{file}, line {line.number}", given(values), line.fault)
 
 
 def under(root: str, path: str) -> str:
@@ -107,33 +120,39 @@ def some(found: Sequence[str], what: str) -> str:
 def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") -> list[Row]:
     """The rows of a scored dataset below `root`, of kind speech, with splits and `mos` as numbers.
 
-    Raises `TableError` with counts and the first ten for missing files, scores that are not from 1 to 5, files named
-    twice and unknown splits. Other clip counts than the paper's are a warning.
+    Several rows of one file are one (`data/listed.py`), and clips without a score are counted in a warning. Raises
+    `TableError` with counts and the first ten for missing files, scores that are not from 1 to 5, unknown splits, and
+    rows of one file that disagree. Other clip counts than the paper's are a warning, too.
     """
-    rows = [{"kind": "speech", "dataset": name, **row} for row in reader.rows(storage.absolute(root))]
+    told: Counter[str] = Counter()
+    found = [_row(name, root, row) for row in reader.rows(storage.absolute(root))]
+    rows = list(listed.merged(lambda: found, told))
     uris = [row["uri"] for row in rows]
-    files = Counter(uris)
     problems = [
-        some([uri for uri, there in zip(files, exist(list(files)), strict=True) if not there], "files are missing"),
-        some([uri for uri, count in files.items() if count > 1], "files are named more than once"),
-        some([f"{row['uri']}: {row['mos']!r}" for row in rows if _score(row["mos"]) is None], "scores are not 1 to 5"),
+        some([uri for uri, there in zip(uris, exist(uris), strict=True) if not there], "files are missing"),
+        some([f"{row['uri']}: {row['error'].reason}" for row in rows if "error" in row], "rows cannot be used"),
         some(
-            [f"{row['uri']}: {row['split']!r}" for row in rows if row.get("split", "train") not in SPLITS],
-            f"splits are none of {', '.join(SPLITS)}",
-        ),
-        some(
-            [row["uri"] for row in rows if reader.challenge and not (row["system"] and row["input_id"])],
+            [row["uri"] for row in rows if reader.challenge and not (row.get("system") and row.get("input_id"))],
             "clips have no system_id or input_id",
         ),
+        "" if any(row.get("mos") is not None for row in rows) else "it has no clips with a score",
     ]
-    if any(problems) or not rows:
-        reason = f"{name} in {root}: {'; '.join(filter(None, problems)) or 'it has no clips'}"
+    if any(problems):
+        reason = f"{name} in {root}: {'; '.join(filter(None, problems))}"
         raise TableError(reason, "give the folder of the whole corpus, or correct its lists")
-    rows = [{**row, "mos": _score(row["mos"])} for row in rows]
+    if told["scored"] < told["rows"]:
+        _LOG.warning("%s in %s: %s", name, root, listed.summary(told))
     if reader.challenge:
         rows = held_out_rows(name, rows, held_out, reader.paper)
     _compare(name, rows, reader.paper)
     return rows
+
+
+def _row(name: str, root: str, row: Row) -> Row:
+    if "error" in row:
+        return {"dataset": name, **row}
+    place = row.get(listed.PLACE, f"the lists in {root}")
+    return {"dataset": name, **listed.described(row["uri"], place, row)}
 
 
 def held_out_rows(
@@ -177,16 +196,9 @@ def _hash(words: Sequence[str]) -> str:
     return hashlib.sha256("/".join(words).encode()).hexdigest()
 
 
-def _score(text: Any) -> float | None:
-    try:
-        return float(text) if 1 <= float(text) <= 5 else None  # not a number compares with nothing
-    except (ValueError, TypeError):
-        return None
-
-
 def _compare(name: str, rows: Sequence[Row], paper: tuple[int, int, int] | None) -> None:
     counts = Counter(row.get("split", "train") for row in rows)
-    found = tuple(counts[split] for split in SPLITS)
+    found = tuple(counts[split] for split in listed.SPLITS)
     if paper and found != paper:
         _LOG.warning(
             "%s has %d, %d and %d clips to train, validate and test on; the paper has %d, %d and %d",

@@ -129,6 +129,13 @@ class Plans:
             return self._covered(sample_id)
         return self._drawn(sample_id)
 
+    def clip(self, sample_id: int) -> Clip:
+        """The speech clip of a sample."""
+        if self._recipe.whole_files:
+            return self._clips.speech[int(np.searchsorted(self._ends, sample_id, side="right"))]
+        epoch, position = divmod(sample_id, len(self._clips.speech))
+        return self._clips.speech[int(_permutation(self._seed, epoch, len(self._clips.speech))[position])]
+
     @cached_property
     def _ends(self) -> np.ndarray:
         """Number of segments up to and including each clip."""
@@ -145,8 +152,7 @@ class Plans:
         return self._plan(sample_id, clip, start, length, ())
 
     def _drawn(self, sample_id: int) -> Plan:
-        epoch, position = divmod(sample_id, len(self._clips.speech))
-        clip = self._clips.speech[int(_permutation(self._seed, epoch, len(self._clips.speech))[position])]
+        clip = self.clip(sample_id)
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, sample_id)))
         length = min(self._recipe.segment_samples, clip.num_samples)
         start = int(rng.integers(0, clip.num_samples - length, endpoint=True))

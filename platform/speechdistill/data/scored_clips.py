@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from speechdistill.data import listed
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import listing
 from speechdistill.data.label_scale import LabelTransform
@@ -18,7 +20,6 @@ from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 
 _LOG = logging.getLogger(__name__)
-_SPLITS = ("train", "validation", "test")
 _CAP = 7_000  # a dataset counts as at most so many clips (Distill-MOS caps above 7,000; the form is ours)
 _VALIDATION_SHARE = 20  # one clip of so many, where the clips name no split
 _TRIES = 20  # clips tried in place of one that cannot be used
@@ -102,35 +103,30 @@ class Labeled:
 
 
 def manifest(source: str, headers: bool = True) -> pa.Table:
-    """Scored clips as a `clip.v1` table: a manifest of the ingest job, or a list (CSV with path and mos, ...).
+    """Scored clips to train with as a `clip.v1` table: a manifest of the ingest job, or a list with path and mos.
 
     The headers of a list's files are read here, or with `headers` false not at all: then durations and rates are 0.
-    Raises `TableError` for a source without scores, or with one that is no MOS, and `AudioError` for a list's file
-    that cannot be used.
+    Raises `TableError` for a source without scores, or with a row that has a fault (`data/listed.py`), and `AudioError`
+    for a list's file that cannot be used.
     """
-    rows = table.read(source, "clip.v1") if source.endswith(".parquet") else _listed(source, headers)
-    rows = rows.filter(pc.equal(rows["kind"], "speech"))
-    scored = rows.filter(pc.is_valid(rows["mos"]))
-    if not len(scored):
-        raise TableError(f"{source}: none of its {len(rows)} speech clips has a score", "give a column mos, 1 to 5")
-    wrong = scored.filter(pc.invert(pc.and_(pc.less_equal(1, scored["mos"]), pc.less_equal(scored["mos"], 5))))
-    if len(wrong):
-        raise TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}", "give scores from 1 to 5")
-    if unscored := len(rows) - len(scored):
-        _LOG.warning("%s: %d of %d speech clips have no mos and are left out", source, unscored, len(rows))
-    return scored
+    clips, about = _scored(source, headers)
+    splits = Counter(clips["split"].to_pylist())
+    _tell(about, len(clips) - splits["test"], {"of split test": splits["test"]})
+    return clips
 
 
 def held_out(source: str, headers: bool = True) -> pa.Table:
-    """Of `manifest(source, headers)`, the clips of split `test` where there are some, else all but those of `train`.
+    """Scored clips to judge by: of those that `manifest` gives, the ones of split `test` if there are any, else all but
+    those of `train`.
 
     Raises `TableError` where there is none, too.
     """
-    clips = manifest(source, headers)
+    clips, about = _scored(source, headers)
     splits = np.array(clips["split"].to_pylist(), object)
     wanted = splits == "test" if (splits == "test").any() else splits != "train"
     if not wanted.any():
         raise TableError(f"{source}: its clips are all of split train", "give some that trained no student")
+    _tell(about, wanted.sum(), Counter(f"of split {name}" for name in splits[~wanted]))
     return clips.filter(pa.array(wanted))
 
 
@@ -142,9 +138,7 @@ def dataset_names(clips: pa.Table) -> list[str]:
 
 def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Clips to train and to validate on: by their column `split`, else one of twenty speakers (or clips) validates."""
-    named = clips["split"].to_pylist()
-    if unknown := set(named) - {None, *_SPLITS}:
-        raise TableError(f"split {', '.join(sorted(unknown))} is unknown", f"choose from {', '.join(_SPLITS)}")
+    named = [listed.split_name(name) for name in clips["split"].to_pylist()]
     if any(named):
         is_validation = np.array([name == "validation" for name in named])
         is_train = np.array([name in (None, "train") for name in named])
@@ -158,15 +152,57 @@ def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
     return clips.filter(pa.array(is_train)), clips.filter(pa.array(is_validation))
 
 
-def _listed(source: str, headers: bool) -> pa.Table:
-    rows = list(listing.rows(source))
-    for number, row in enumerate(rows):
-        try:
-            row["mos"] = float(row["mos"]) if row.get("mos") is not None else None
-        except ValueError:
-            raise TableError(f"{source}: row {number + 1} has mos {row['mos']!r}", "give a number") from None
+def _scored(source: str, headers: bool) -> tuple[pa.Table, str]:
+    """Speech clips with scores, and what became of the rows of `source`."""
+    if source.lower().endswith(".parquet") and not {"clip_id", "duration_s"} - set(table.column_names(source)):
+        rows = _normalised(table.read(source, "clip.v1"), source)
+        about = f"{source}: {len(rows):,} rows"
+    else:
+        rows, about = _listed(source, headers)
+    speech = rows.filter(pc.equal(rows["kind"], "speech"))
+    scored = speech.filter(pc.is_valid(speech["mos"]))
+    if not len(scored):
+        raise TableError(f"{source}: none of its {len(speech)} speech clips has a score", "give a column mos, 1 to 5")
+    wrong = scored.filter(pc.invert(pc.and_(pc.less_equal(1, scored["mos"]), pc.less_equal(scored["mos"], 5))))
+    if len(wrong):
+        raise TableError(f"{source}: {wrong['uri'][0]} has mos {wrong['mos'][0]}", "give scores from 1 to 5")
+    other, unscored = len(rows) - len(speech), len(speech) - len(scored)
+    return scored, about + "".join(
+        f"; {count:,} left out, {why}" for count, why in ((other, "no speech"), (unscored, "without a score")) if count
+    )
+
+
+def _tell(about: str, used: int, left: Mapping[str, int]) -> None:
+    """One line that accounts for every row, a warning if some are left out."""
+    told = "".join(f"; {count:,} left out, {why}" for why, count in left.items() if count)
+    level = logging.WARNING if "left out" in about + told or " + " in about else logging.INFO
+    _LOG.log(level, "%s%s; %s clips are used", about, told, f"{used:,}")
+
+
+def _normalised(rows: pa.Table, source: str) -> pa.Table:
+    """A manifest that an earlier version stored: scores that are NaN are none, splits are spelled as they are now."""
+    try:
+        names = {name: listed.split_name(name) for name in rows["split"].unique().to_pylist()}
+    except TableError as error:
+        raise TableError(f"{source}: {error.reason}", error.fix) from None
+    columns = {
+        "split": pa.array([names[name] for name in rows["split"].to_pylist()], pa.string()),
+        "mos": pc.if_else(pc.is_nan(rows["mos"]), None, rows["mos"]),
+    }
+    for name, column in columns.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), column)
+    return rows
+
+
+def _listed(source: str, headers: bool) -> tuple[pa.Table, str]:
+    told: Counter[str] = Counter()
+    rows = list(listed.merged(lambda: listing.rows(source), told))
+    if faults := [row["error"] for row in rows if "error" in row]:
+        reason = f"{len(faults):,} of {told['rows']:,} rows cannot be used; the first is {faults[0].path}"
+        raise TableError(f"{source}: {reason}: {faults[0].reason}", faults[0].fix)
     with ThreadPoolExecutor(_THREADS) as threads:
-        return table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
+        clips = table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
+    return clips, f"{source}: {listed.summary(told)}"
 
 
 def _with_header(is_read: bool, row: dict[str, Any]) -> dict[str, Any]:

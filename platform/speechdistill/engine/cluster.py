@@ -4,7 +4,9 @@
 import logging
 import os
 import secrets
+import socket
 import subprocess
+import tempfile
 import uuid
 import warnings
 from collections import deque
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from speechdistill.io import import_path
 from speechdistill.io.errors import RunError, UserError
 
 A = TypeVar("A")
@@ -25,6 +29,7 @@ Use = tuple[float, list[float]]
 # A store that refuses one request in twenty, or is away for a minute, must not cost a sample: ten tries, 110 s.
 _PATIENCE = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
 _ALONE = "SPEECHDISTILL_LOCAL_RAY"  # in the environment of a local Ray that `connect` started
+_ANSWERS_WITHIN_S = 20.0
 
 
 def connect() -> None:
@@ -36,24 +41,66 @@ def connect() -> None:
         return
     package = Path(__file__).parents[1]
     if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(runtime_env={"py_modules": [str(package)]})
-        except ConnectionError as error:
-            fix = "check RAY_ADDRESS, or unset it to use this machine alone"
-            raise RunError(f"no Ray cluster answers at {address} ({error})", fix) from error
+        _join(address, str(package))
         return
     # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
     # in a variable, since the file it would make in the home folder would be picked up by later clusters.
-    paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(package.parent), *import_path.in_environment()]))
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A process for each run of Ray Train, of no use on one node.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ[_ALONE] = "1"
     cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
-    # Without a runtime_env, with which a worker takes twice as long to start.
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        # Without a runtime_env, with which a worker takes twice as long to start.
+        quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+        ray.init(address="local", num_cpus=cpus, job_config=_Job(), **quiet)
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        reason = f"the path of the temporary folder {tempfile.gettempdir()} is too long for Ray's sockets ({error})"
+        raise RunError(reason, "set TMPDIR to a shorter folder, such as /tmp") from error
+
+
+class _Job(JobConfig):  # type: ignore[misc]
+    """A job whose workers import no file of the driver's current folder: Ray would put it first in their `sys.path`."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
+def _join(address: str, package: str) -> None:
+    fix = "start that cluster, or correct RAY_ADDRESS (and RAY_AUTH_TOKEN), or unset it to use this machine alone"
+    options = {} if "://" in address else {"job_config": _Job()}  # Ray Client has no such folder
+    try:
+        _reach(address)
+        ray.init(runtime_env={"py_modules": [package]}, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason})", fix) from error
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` or `ValueError` where nobody answers as a Ray does: Ray itself would try for 14 minutes."""
+    import grpc
+    from ray._private.services import canonicalize_bootstrap_address
+
+    scheme, _, place = address.rpartition("://")
+    if scheme not in ("", "ray"):
+        raise ValueError(f"{scheme}:// is for `ray job submit`; give HOST:PORT or auto")
+    place = place.partition("/")[0] if scheme else canonicalize_bootstrap_address(address)
+    if not place:  # "local"
+        return
+    host, _, port = place.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(_ANSWERS_WITHIN_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError(f"{place} is open, but is no Ray") from None
 
 
 def is_alone() -> bool:

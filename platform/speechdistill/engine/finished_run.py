@@ -1,17 +1,26 @@
-"""A finished label run as an index of row groups, for training and comparing."""
+"""A finished label run as an index of row groups, for training and comparing.
 
+The place of a sample is its number in the order of the row groups.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from speechdistill.engine.shards import ROW_GROUP
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError, UserError
 
 _AGAIN = "delete the file and rerun pseudolabel, which makes it again"
-_HELD_OUT = 20  # one row group of so many is not trained on where validation needs it
+_THREADS = 32
+_SILENT_S = 5.0  # before a progress line
+_AHEAD_BYTES = 1 << 16  # of storage: the audio beside small columns is not read
 
 
 class LabelRun:
@@ -33,15 +42,11 @@ class LabelRun:
         self.file = np.repeat(np.arange(len(rows)), counts)
         self.in_file = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         self.sizes = np.minimum(ROW_GROUP, rows[self.file] - self.in_file * ROW_GROUP)
+        self.starts = np.cumsum(self.sizes) - self.sizes
         if not len(self.sizes):
             raise TableError(f"{self.out}: no labelled samples", "give a label run that has some")
         # Of the files' hashes, so that equal labels are equal data wherever they lie.
         self.fingerprint = fingerprint.of(files["content_sha256"].to_pylist())
-
-    def held_out(self) -> np.ndarray:
-        """Numbers of the row groups kept for validation, evenly spaced: at least one, and never all."""
-        count = min(max(1, len(self.sizes) // _HELD_OUT), len(self.sizes) - 1)
-        return np.unique(np.linspace(0, len(self.sizes) - 1, count + 2).astype(np.int64)[1:-1])
 
     def read_group(self, group: int, *more: str) -> pa.Table:
         """The rows of a group, with what training reads of them and the columns `more`."""
@@ -51,10 +56,28 @@ class LabelRun:
             with table.open_parquet(path) as file:
                 rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
         except (FileNotFoundError, pa.ArrowException) as error:
-            raise TableError(f"{path} was lost or damaged since it was labelled: {error}", _AGAIN) from error
+            raise _lost(path, error) from error
         if len(rows) != self.sizes[group]:
             raise TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows: it was rewritten", _AGAIN)
         return rows
+
+    def read(self, places: np.ndarray, *more: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The row group and the row (as `read_group` has it, with its number `row`) of each sample at sorted places."""
+        groups = np.searchsorted(self.starts, places, side="right") - 1
+        for group in np.unique(groups).tolist():
+            numbers = places[groups == group] - self.starts[group]
+            rows = self.read_group(group, *more).take(numbers).to_pylist()
+            yield from ((group, {**row, "row": number}) for row, number in zip(rows, numbers.tolist(), strict=True))
+
+    def columns(self, *names: str) -> pa.Table:
+        """Columns of all samples in the order of their places."""
+        paths = [f"{self.out}/{path}" for path in self.paths]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            told = {"total": len(paths), "unit": "file", "desc": "clips of labels", "dynamic_ncols": True}
+            parts = list(tqdm(threads.map(partial(_columns, names), paths), delay=_SILENT_S, **told))
+        if sum(map(len, parts)) != self.sizes.sum():
+            raise TableError(f"{self.out}: its shards have other rows than its manifest", _AGAIN)
+        return pa.concat_tables(parts)
 
 
 def _weighted(place: str) -> tuple[str, float]:
@@ -68,3 +91,15 @@ def _weighted(place: str) -> tuple[str, float]:
     if not 0 < value < float("inf"):
         raise UserError(f"--shards {place}: the weight is {value:g}", "give a number above 0")
     return storage.absolute(out), value
+
+
+def _columns(names: tuple[str, ...], path: str) -> pa.Table:
+    try:
+        with table.open_parquet(path, _AHEAD_BYTES) as file:
+            return pq.read_table(file, columns=list(names))
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise _lost(path, error) from error
+
+
+def _lost(path: str, error: Exception) -> TableError:
+    return TableError(f"{path} was lost or damaged since it was labelled: {error}", _AGAIN)

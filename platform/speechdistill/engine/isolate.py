@@ -22,6 +22,7 @@ from typing import Any
 
 import cloudpickle
 
+from speechdistill.io import import_path
 from speechdistill.io.errors import UserError
 
 Row = dict[str, Any]
@@ -137,8 +138,8 @@ class _Child:
         self._waiting: dict[int, Future[Any]] = {}
         self._connection, theirs = Pipe()
         code = "from speechdistill.engine.isolate import child; child()"
-        command = [sys.executable, "-c", code, *map(str, (theirs.fileno(), memory_bytes, calls))]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", "-c", code, *map(str, (theirs.fileno(), memory_bytes, calls))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path.without_current_folder(sys.path))}
         with theirs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment

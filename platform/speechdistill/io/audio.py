@@ -4,9 +4,11 @@ Everything inside the platform is mono float32 at 16 kHz; what is stored is int1
 `audio_files.py`.
 """
 
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
+from itertools import chain
 from math import gcd
 
 import av
@@ -14,10 +16,11 @@ import numpy as np
 import soundfile
 import soxr
 
-from speechdistill.io.audio_decoders import Reader, opened
+from speechdistill.io.audio_decoders import opened
 from speechdistill.io.audio_files import SAMPLE_RATE, Info
 from speechdistill.io.errors import AudioError, UnreadableError
 
+_LOG = logging.getLogger(__name__)
 __all__ = [
     "EXTENSIONS",
     "SAMPLE_RATE",
@@ -44,41 +47,37 @@ EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _SPOOL_SAMPLES = 10 * 60 * SAMPLE_RATE  # longer waves live in an unlinked file, not in memory
 # Samples of run-up with which a section equals that of the whole file to 1e-7 (measured, soxr HQ).
 _RUN_UP = 256
+_CANCELLED = 1e-2  # of the loudest channel's power: opposite polarities that differ by less than a tenth
 
 
 def probe(uri: str) -> Info:
-    """Read the header of a local file or fsspec URL; raises `AudioError` where it is unusable.
+    """Return length, rate and channels of a local file or fsspec URL; raises `AudioError` if it is unusable.
 
-    `len(load(uri)) == probe(uri).num_samples` for every format.
+    The length is what decoding gives: `len(load(uri)) == probe(uri).num_samples` for every format. Formats whose header
+    can be checked against the size of the file (WAV, FLAC, ...) are not decoded for it.
     """
-    with opened(uri) as reader:
-        return reader.info
+    with opened(uri) as recordings:
+        info = Info(recordings.num_frames(), recordings.sample_rate, recordings.channels)
+        if info.num_samples <= 0:
+            raise _empty(uri)
+        return info
 
 
 def load(uri: str, start: int = 0, num_samples: int | None = None, channel: int | None = None) -> np.ndarray:
     """Decode to mono 16 kHz float32, shape (num_samples,); not clipped to [-1, 1].
 
-    `start` and `num_samples` count samples at 16 kHz. Only that section is decoded where the format can seek,
-    and it equals that section of the whole file (AAC, AC-3, WMA and low-rate Opus decoders add noise of their
-    own, which differs by 1e-2; the same call gives the same bits). Channels are averaged, or one is taken with
-    `channel` (impulse responses must not be averaged). Waves above 10 minutes are a read-only memory map of an
-    unlinked temporary file. Raises `AudioError` for a file that is missing, corrupt, truncated, empty, absurd
-    or not finite, and for a section or channel that it does not have.
+    `start` and `num_samples` count samples at 16 kHz. Only that section is decoded if the format can seek, and it
+    equals that section of the whole file (AAC, AC-3, WMA and low-rate Opus decoders add noise of their own, which
+    differs by 1e-2; the same call gives the same bits). Channels are averaged, or one is taken with `channel` (impulse
+    responses must not be averaged); if they cancel each other, the loudest is taken, with a warning. Waves above
+    10 minutes are a read-only memory map of an unlinked temporary file. Raises `AudioError` for a file that is missing,
+    corrupt, truncated, empty, absurd or not finite, and for a section or channel that it does not have.
     """
-    with opened(uri) as reader:
-        info = reader.info
-        wanted = info.num_samples - start if num_samples is None else num_samples
-        if start < 0 or wanted <= 0 or start + wanted > info.num_samples:
-            raise AudioError(
-                uri,
-                f"samples {start}..{start + wanted} lie outside its {info.num_samples} samples at 16 kHz",
-                "choose a section inside it; if the file has changed, ingest it into a new manifest",
-            )
-        if channel is not None and not 0 <= channel < info.channels:
-            raise AudioError(uri, f"it has no channel {channel}", f"choose one of 0..{info.channels - 1}")
-        begin, first, frames = _with_run_up(info, start, wanted)
-        wave = _gathered(_resampled(uri, reader, first, frames, channel), start - begin + wanted)
-        return fit(wave[start - begin :], wanted)
+    wave, loudest = _decoded(uri, start, num_samples, channel)
+    if loudest is not None:
+        _LOG.warning("%s: its channels cancel each other; channel %d, the loudest, is taken alone", uri, loudest)
+        wave, _ = _decoded(uri, start, num_samples, loudest)
+    return wave
 
 
 def fit(wave: np.ndarray, num_samples: int) -> np.ndarray:
@@ -143,37 +142,98 @@ def codec_versions() -> dict[str, str]:
     }
 
 
-def _with_run_up(info: Info, start: int, wanted: int) -> tuple[int, int, int]:
-    """For a section in samples at 16 kHz: the sample to decode from, its frame, and how many frames."""
-    rate = info.sample_rate
+def _decoded(uri: str, start: int, num_samples: int | None, channel: int | None) -> tuple[np.ndarray, int | None]:
+    """The wave, and the channel to take instead if the average is silent beside it."""
+    with opened(uri) as recordings:
+        rate, channels = recordings.sample_rate, recordings.channels
+        if channel is not None and not 0 <= channel < channels:
+            raise AudioError(uri, f"it has no channel {channel}", f"choose one of 0..{channels - 1}")
+        if start < 0 or (num_samples is not None and num_samples <= 0):
+            raise _outside(uri, start, num_samples, recordings.num_frames() * SAMPLE_RATE // rate)
+        begin, first, frames = _with_run_up(rate, start, num_samples)
+        mixed = _Mixed(uri, recordings.blocks(first, frames), channel)
+        wave = _gathered(_resampled(mixed, rate))
+        end = (first + mixed.frames) * SAMPLE_RATE // rate  # of what was decoded
+        wanted = end - start if num_samples is None else num_samples
+        if start == end == 0:
+            raise _empty(uri)
+        if wanted <= 0 or start + wanted > end:
+            raise _outside(uri, start, num_samples, recordings.num_frames() * SAMPLE_RATE // rate)
+    return fit(wave[start - begin :], wanted), mixed.loudest_if_cancelled()
+
+
+def _empty(uri: str) -> AudioError:
+    return AudioError(uri, "no samples", "leave it out")
+
+
+def _outside(uri: str, start: int, num_samples: int | None, held: int) -> AudioError:
+    end = "the end" if num_samples is None else start + num_samples
+    return AudioError(
+        uri,
+        f"samples {start}..{end} lie outside its {held} samples at 16 kHz",
+        "choose a section inside it; if the file has changed, ingest it into a new manifest",
+    )
+
+
+def _with_run_up(rate: int, start: int, wanted: int | None) -> tuple[int, int, int | None]:
+    """For a section in samples at 16 kHz: the sample to decode from, its frame, and how many frames, None for all."""
     if rate == SAMPLE_RATE:
         return start, start, wanted
     run_up = _RUN_UP * SAMPLE_RATE // min(rate, SAMPLE_RATE)
     whole = SAMPLE_RATE // gcd(rate, SAMPLE_RATE)  # only every so many samples does one start with a frame
     begin = max(0, start - run_up) // whole * whole
     first = begin * rate // SAMPLE_RATE
-    end = -(-(start + wanted + run_up) * rate // SAMPLE_RATE)
-    return begin, first, min(end, info.num_frames) - first
+    return begin, first, None if wanted is None else -(-(start + wanted + run_up) * rate // SAMPLE_RATE) - first
 
 
-def _resampled(uri: str, reader: Reader, first: int, frames: int, channel: int | None) -> Iterator[np.ndarray]:
-    rate = reader.info.sample_rate
+class _Mixed:
+    """Blocks of one channel: that of `channel`, or the average of all; counts frames and the power of each channel."""
+
+    def __init__(self, uri: str, blocks: Iterator[np.ndarray], channel: int | None) -> None:
+        self._uri, self._blocks, self._channel = uri, blocks, channel
+        self.frames = 0
+        self._power, self._powers = 0.0, np.zeros(1)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self._blocks:
+            channels = block.shape[1]
+            # Not `mean`, which along so short an axis takes four times as long.
+            mono = sum(block.T) / np.float32(channels) if self._channel is None else block[:, self._channel]
+            if not np.isfinite(mono).all():
+                raise AudioError(self._uri, "NaN or infinite samples", "repair or leave out the recording")
+            if channels > 1 and self._channel is None:
+                self._power += float(np.dot(mono, mono))
+                self._powers = self._powers + np.einsum("fc,fc->c", block, block)
+            self.frames += len(block)
+            yield mono
+
+    def loudest_if_cancelled(self) -> int | None:
+        """The loudest channel, if the average is 20 dB below it: less than 32 unrelated channels bring it to."""
+        return int(self._powers.argmax()) if self._power < _CANCELLED * self._powers.max() else None
+
+
+def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    for block in reader.blocks(first, frames):
-        # Not `mean`, which along so short an axis takes four times as long.
-        mono = sum(block.T) / np.float32(reader.info.channels) if channel is None else block[:, channel]
-        if not np.isfinite(mono).all():
-            raise AudioError(uri, "NaN or infinite samples", "repair or leave out the recording")
+    for mono in blocks:
         yield mono if stream is None else stream.resample_chunk(np.ascontiguousarray(mono))
     if stream is not None:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _gathered(chunks: Iterator[np.ndarray], expected: int) -> np.ndarray:
-    if expected <= _SPOOL_SAMPLES:
-        return np.concatenate([np.zeros(0, np.float32), *chunks])
+def _gathered(chunks: Iterator[np.ndarray]) -> np.ndarray:
+    held, length = [np.zeros(0, np.float32)], 0
+    for chunk in chunks:
+        held.append(chunk)
+        length += len(chunk)
+        if length > _SPOOL_SAMPLES:
+            return _spooled(held, chunks)
+    return np.concatenate(held)
+
+
+def _spooled(held: list[np.ndarray], chunks: Iterator[np.ndarray]) -> np.ndarray:
     with tempfile.TemporaryFile() as file:
-        for chunk in chunks:
+        for chunk in chain(held, chunks):
             file.write(chunk.tobytes())
+        held.clear()
         file.flush()
         return np.memmap(file, dtype=np.float32, mode="r")

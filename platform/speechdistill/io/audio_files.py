@@ -21,6 +21,7 @@ SAMPLE_RATE = 16_000
 
 CONVERT = "convert it (`ffmpeg -i IN -ar 16000 OUT.flac`) or leave it out"
 COPY = "copy it again from its source"
+REWRITE = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
 # One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
 _BLOCK_BYTES = 1 << 18
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
@@ -45,10 +46,10 @@ class Info:
 
 
 class Source:
-    """A seekable binary file. It keeps its first error, since libsndfile's callbacks cannot raise one."""
+    """A seekable binary file of `size` bytes. It keeps its first error: libsndfile's callbacks cannot raise one."""
 
-    def __init__(self, uri: str, file: IO[bytes] | Section) -> None:
-        self._uri, self._file = uri, file
+    def __init__(self, uri: str, file: IO[bytes] | Section, size: int) -> None:
+        self._uri, self._file, self.size = uri, file, size
         self._error: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
@@ -66,6 +67,23 @@ class Source:
 
     def tell(self) -> int:
         return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def section(self, begin: int, end: int | None = None) -> "Source":
+        """The bytes from `begin` to `end`, or to the file's end, as a source; its errors are this one's."""
+        size = (self.size if end is None else end) - begin
+        return Source(self._uri, Section(self, begin, size), size)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Return to this position afterwards: a decoder that reads the file does not expect to be moved."""
+        here = self.tell()
+        try:
+            yield
+        finally:
+            self.seek(here)
 
     def raise_error(self) -> None:
         """Raise `AudioError` if reading failed: the decoder only saw a file that ended early."""
@@ -87,7 +105,7 @@ def source(uri: str) -> Iterator[Source]:
     with closing(file):
         if size == 0:
             raise AudioError(uri, "empty file (0 bytes)", f"{COPY}, or leave it out")
-        yield Source(uri, file)
+        yield Source(uri, file, size)
 
 
 def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None) -> IO[bytes]:
@@ -150,7 +168,7 @@ def _opened(uri: str) -> IO[bytes] | Section:
     if not member.is_in(file):
         file.close()
         raise AudioError(uri, "its tar has changed since it was ingested", "ingest the tar into a new manifest")
-    return Section(file, member)
+    return Section(file, member.offset, member.size)
 
 
 def one_line(error: BaseException) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import fsspec
-
 from speechdistill.io import storage
 from speechdistill.io.errors import StorageError, TableError
 
@@ -16,6 +14,9 @@ if TYPE_CHECKING:  # safetensors imports it where weights are read or written
 
 WEIGHTS, ABOUT = "model.safetensors", "student.json"
 CONV_TRANSFORMER = "conv_transformer"
+
+CLIPS = "labeled_clips"
+"""In a provenance, the clips that a model knows from its training: long, and for programs alone."""
 
 
 class Files(NamedTuple):
@@ -51,9 +52,18 @@ def read(folder: str) -> Files:
         return Files(about["architecture"], about["config"], about["provenance"], _weights(data), digest)
 
 
-def nonzero(files: Files) -> int:
-    """How many numbers of its weights are not zero: what is left of a pruned network."""
-    return sum(int((tensor != 0).sum()) for tensor in files.weights.values())
+def provenance(folder: str) -> dict[str, Any]:
+    """What `write` was told, without reading the weights; empty if it is not known."""
+    return dict((storage.read_json(f"{folder}/{ABOUT}") or {}).get("provenance") or {})
+
+
+def brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without `CLIPS`, its own and those of the model that was trained further."""
+    return {
+        key: brief(value) if key == "init" and isinstance(value, Mapping) else value
+        for key, value in provenance.items()
+        if key != CLIPS
+    }
 
 
 def size(folder: str) -> int:
@@ -85,7 +95,7 @@ def copy(folder: str, target: str) -> None:
 
 
 def _read(uri: str) -> bytes:
-    with storage.access(uri), fsspec.open(uri, "rb") as file:
+    with storage.access(uri), storage.opened(uri) as file:
         return bytes(file.read())
 
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-import fsspec
-
 from speechdistill.io import storage
 
 
@@ -17,7 +15,7 @@ def of(value: Any) -> str:
 def of_file(uri: str) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with storage.access(uri), fsspec.open(uri, "rb") as file:
+    with storage.access(uri), storage.opened(uri) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -25,7 +25,7 @@ def publish(data: bytes | IO[bytes], uri: str) -> None:
     """
     with access(uri):
         if "://" in uri:
-            fs, path = fsspec.url_to_fs(uri)
+            fs, path = file_system(uri)
             fs.pipe_file(path, data if isinstance(data, bytes) else data.read())
         else:
             _write_file(data, Path(uri))
@@ -37,7 +37,9 @@ def publish_json(value: Any, uri: str) -> None:
 
 def _write_file(data: bytes | IO[bytes], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(
+        f".{uuid.uuid4().hex}.tmp"
+    )  # not of the target's name, which may be as long as names can be
     try:
         with temporary.open("wb") as file:
             shutil.copyfileobj(BytesIO(data) if isinstance(data, bytes) else data, file)
@@ -57,7 +59,7 @@ def _write_file(data: bytes | IO[bytes], target: Path) -> None:
 def read_json(uri: str) -> Any | None:
     """The parsed file, or None where there is none."""
     try:
-        with access(uri, FileNotFoundError), fsspec.open(uri, "rb") as file:
+        with access(uri, FileNotFoundError), opened(uri) as file:
             data = file.read()
         return json.loads(data)
     except FileNotFoundError:
@@ -92,8 +94,15 @@ def access(uri: str, *passed: type[Exception]) -> Iterator[None]:
 def file_system(uri: str) -> tuple[Any, str]:
     """fsspec's file system of a path or URL, and the path there; `StorageError` for a protocol that is not there."""
     with access(uri):
-        fs, path = fsspec.url_to_fs(uri)
+        # A local path is never parsed: in `a::b.flac` fsspec would see an archive.
+        is_local = "://" not in uri
+        fs, path = (fsspec.filesystem("file"), os.path.abspath(uri)) if is_local else fsspec.url_to_fs(uri)  # noqa: PTH100
     return fs, path
+
+
+def opened(uri: str, **options: Any) -> Any:
+    """A path or URL, open for reading bytes, as a context; `options` are those of a URL's file system."""
+    return fsspec.open(uri, "rb", **options) if "://" in uri else Path(uri).open("rb")
 
 
 def absolute(uri: str) -> str:

@@ -13,7 +13,6 @@ from importlib import resources
 from io import BytesIO
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -121,6 +120,18 @@ def _opened(uri: str, name: str) -> Iterator[IO[bytes]]:
         raise TableError(f"{uri}: not a Parquet file ({error})", f"give a whole file of schema {name}") from error
 
 
+def column_names(uri: str) -> list[str]:
+    """The names of the columns of a Parquet file; raises `TableError` for a file that is missing or is none."""
+    try:
+        with open_parquet(uri) as file:
+            names: list[str] = pq.read_schema(file).names
+    except FileNotFoundError as error:
+        raise TableError(f"{uri}: no such file", "check the path") from error
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{uri}: not a Parquet file ({error})", "give a whole file") from error
+    return names
+
+
 @contextmanager
 def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]]:
     """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here.
@@ -128,7 +139,7 @@ def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]
     Of a URL `ahead_bytes` are read beyond what is asked for (s3fs: 50 MB).
     """
     options = {} if ahead_bytes is None or "://" not in uri else {"block_size": ahead_bytes}
-    with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), fsspec.open(uri, "rb", **options) as file:
+    with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), storage.opened(uri, **options) as file:
         try:
             yield file
         except OSError as error:

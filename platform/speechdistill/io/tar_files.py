@@ -7,7 +7,7 @@ name stands last and as it is, since it may hold any character.
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 _MAX_HEADER_BYTES = 1 << 20
 _MEMBER = re.compile(r"(.+?)#offset=([0-9]+)&size=([0-9]+)&member=(.+)", re.DOTALL)
@@ -43,11 +43,19 @@ def parse(uri: str) -> Member | None:
     return Member(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
-class Section:
-    """The bytes of a member as a seekable file."""
+class Readable(Protocol):
+    """A seekable binary file, as far as a section needs it."""
 
-    def __init__(self, file: IO[bytes], member: Member) -> None:
-        self._file, self._start, self._size = file, member.offset, member.size
+    def read(self, size: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def close(self) -> None: ...
+
+
+class Section:
+    """`size` bytes of a file from byte `start` as a seekable file of their own."""
+
+    def __init__(self, file: IO[bytes] | Readable, start: int, size: int) -> None:
+        self._file, self._start, self._size = file, start, size
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
-
 from speechdistill.io import storage
 from speechdistill.io.errors import UserError, WeightsError
 
@@ -26,7 +24,7 @@ def of_package(package: str, file: str) -> str:
 def read(path: str, missing: str, fix: str) -> tuple[bytes, str]:
     """The bytes of a path or URL, and their sha256; if it is not there, `WeightsError` says `missing` of it."""
     try:
-        with storage.access(path, FileNotFoundError), fsspec.open(path, "rb") as file:
+        with storage.access(path, FileNotFoundError), storage.opened(path) as file:
             data = bytes(file.read())
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: {missing}", fix) from error

@@ -21,6 +21,7 @@ from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.labelling.samples import check_storage
+from speechdistill.labelling.unchanged import Ingested, unchanged
 from speechdistill.models.label import problem
 
 SCHEMA = "feature.v1"
@@ -98,7 +99,7 @@ class Load:
 
     def __init__(self, clips: str) -> None:
         self._source = clips
-        self._clips = table.read(clips, "clip.v1", columns=["uri", "duration_s", *_ABOUT])
+        self._clips = table.read(clips, "clip.v1", columns=["uri", "duration_s", "size_bytes", "etag", *_ABOUT])
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
         return [self._loaded(row["id"]) for row in rows]
@@ -106,7 +107,8 @@ class Load:
     def _loaded(self, number: int) -> Row | Exception:
         (clip,) = self._clips.slice(number, 1).to_pylist()
         try:
-            wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
+            with unchanged([Ingested(clip["uri"], clip["size_bytes"], clip["etag"])]):
+                wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
         except UnreadableError as error:
             check_storage(Clips.read(self._source), error)
             return error

@@ -35,6 +35,11 @@ def show(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def files(out: str) -> tuple[str, str]:
+    """The WAV file of a sample, and that of its clean segment beside it."""
+    return out, f"{out.removesuffix('.wav')}-clean.wav"
+
+
 def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
     """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
 
@@ -45,7 +50,7 @@ def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
         sample = Plans(with_assets(recipe), Clips.read(clips), seed)[index]
     except IndexError as error:
         raise UserError(f"--index {index}: {error}", "choose a smaller one, from 0") from error
-    for wave, path in zip(make_sample(sample), (out, f"{out.removesuffix('.wav')}-clean.wav"), strict=True):
+    for wave, path in zip(make_sample(sample), files(out), strict=True):
         data = BytesIO()
         soundfile.write(data, wave, audio.SAMPLE_RATE, format="WAV")
         storage.publish(data.getvalue(), path)

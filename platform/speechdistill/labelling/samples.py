@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from speechdistill.data import components, degradation
-from speechdistill.data.clips import Clips
+from speechdistill.data.clips import Clip, Clips
 from speechdistill.data.degradation import Neural, Step
 from speechdistill.data.plan import Plan, Plans, Recipe
 from speechdistill.engine.isolate import CannotWork, Row, cannot_work
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.io.version import __version__
+from speechdistill.labelling.unchanged import unchanged
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
 
@@ -113,6 +114,17 @@ class Degrade:
             return error
 
     def _begun(self, sample: Plan) -> Row:
+        with unchanged(self._used(sample)):
+            return self._made(sample)
+
+    def _used(self, sample: Plan) -> list[Clip]:
+        """The clips that are checked: all but other people's speech in babble."""
+        own = [] if sample.is_generated else [self._plans.clip(sample.sample_id)]
+        ids = [identity for step in sample.steps for identity in step.clip_ids()]
+        others = (pool.find(identity) for identity in ids for pool in (self._clips.noise, self._clips.rir))
+        return [*own, *filter(None, others)]
+
+    def _made(self, sample: Plan) -> Row:
         clean = _source(sample)
         keeps = self._reference and not sample.is_generated
         return {

@@ -6,7 +6,6 @@ Imported by MLflow alone. A row of the input is a recording: `audio`, the bytes 
 """
 
 import base64
-import math
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +40,7 @@ class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if has_data == has_samples:
             return None, "give either audio (the bytes of a file, base64 in JSON) or waveform with its sample_rate"
         try:
-            wave, rate = (_decoded(data), audio.SAMPLE_RATE) if has_data else (np.asarray(samples), _rate(row))
+            wave, rate = (_decoded(data), audio.SAMPLE_RATE) if has_data else (_samples(samples), _rate(row))
             return self._score(wave, rate), None
         except AudioError as error:  # its path is a temporary one
             return None, f"{error.reason}; {error.fix}"
@@ -51,18 +50,31 @@ class QualityModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 def _decoded(data: Any) -> np.ndarray:
     if isinstance(data, str):
-        data = base64.b64decode(data)
+        try:
+            data = base64.b64decode("".join(data.split()), validate=True)  # `base64` breaks lines
+        except ValueError as error:  # binascii's, and the one for characters beyond ASCII
+            raise ValueError(f"audio is no base64 ({error}); encode the bytes of a file with base64") from None
     with tempfile.NamedTemporaryFile(prefix="speechdistill-") as file:
         file.write(data)
         file.flush()
         return audio.load(file.name)
 
 
+def _samples(samples: Any) -> np.ndarray:
+    try:
+        return np.asarray(samples, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("waveform is no list of numbers; give its samples in [-1, 1]") from None
+
+
 def _rate(row: Mapping[str, Any]) -> int:
     rate = row.get("sample_rate")
-    if rate is None or math.isnan(rate):
+    if rate is None or rate != rate:  # NaN where only other records have one
         raise ValueError("waveform without sample_rate; give its sample_rate in Hz")
-    return int(rate)
+    try:
+        return int(rate)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"sample_rate {rate!r} is no number; give it in Hz") from None
 
 
 mlflow.models.set_model(QualityModel())

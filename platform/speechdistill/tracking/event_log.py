@@ -1,4 +1,3 @@
-# tracking/: MLflow: the event log beside a run, the thread that sends it, registered models and their stored code.
 """The log of what MLflow is to know of a run, in `OUT/tracking/` beside the run's results.
 
     events-<session>-<number>.jsonl   what happened, in order and with its time: `run`, `metrics`, `artifact`, `status`

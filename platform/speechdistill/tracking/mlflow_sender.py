@@ -226,9 +226,13 @@ def _mlflow_client(uri: str) -> Any:
 def _artifact_location(out: str, uri: str) -> str | None:
     """Without a server to choose one, `mlruns/` would land in the working directory."""
     if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-        return (database.resolve().parent / "mlartifacts").as_uri()
+        return artifact_folder(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     return None if uri.startswith(("http", "databricks")) else f"{out}/mlartifacts"
+
+
+def artifact_folder(database: Path) -> str:
+    """The URL of the folder beside a sqlite database, where the files of its runs are."""
+    return (database.resolve().parent / "mlartifacts").as_uri()
 
 
 def state(out: str, place: str) -> dict[str, Any]:

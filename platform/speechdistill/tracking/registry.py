@@ -10,19 +10,16 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from speechdistill.io import checkpoint, storage
 from speechdistill.io.errors import UserError
-from speechdistill.tracking import model_code
+from speechdistill.tracking import database, model_code
 from speechdistill.tracking.mlflow_sender import failure, without_password
 from speechdistill.tracking.run import MODEL_ADDRESSES
 
 MODEL = "student"
 """The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
-
-_SQLITE = "sqlite:///"
 
 
 class RegistryError(UserError, RuntimeError):
@@ -96,15 +93,17 @@ class Registry:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         if not self.uri:
             raise RegistryError("no MLflow is given", "set MLFLOW_TRACKING_URI, or --tracking to a run's folder")
-        if self.uri.startswith(_SQLITE) and not Path(self.uri.removeprefix(_SQLITE).partition("?")[0]).exists():
+        if (file := database.file_of(self.uri)) and not file.exists():
             raise RegistryError(f"{self.uri}: no such database", "give the folder of a run, or set MLFLOW_TRACKING_URI")
+        database.check(self.uri, writes=False)
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
         from mlflow import MlflowClient
 
         self.place = without_password(self.uri)
-        self._client = MlflowClient(tracking_uri=self.uri)
+        with self._asked("MLflow cannot be used"):
+            self._client: Any = MlflowClient(tracking_uri=self.uri)
 
     def logged(self, run_id: str) -> list[Logged]:
         """The students that a run has logged, the newest first; those whose upload failed are left out."""
@@ -119,6 +118,7 @@ class Registry:
         """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
         from mlflow.entities import LoggedModelOutput
 
+        provenance = checkpoint.brief(provenance)
         known = {f"provenance.{key}": _text(value) for key, value in provenance.items() if value}
         tags = {"weights_sha256": weights_hash, **known}
         with self._asked(f"run {run_id}"), _patience():
@@ -126,7 +126,7 @@ class Registry:
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
             try:
                 with tempfile.TemporaryDirectory(prefix="speechdistill-") as local:
-                    about = {"provenance": dict(provenance), "weights_sha256": weights_hash}
+                    about = {"provenance": provenance, "weights_sha256": weights_hash}
                     save_model(folder, f"{local}/model", run_id=run_id, model_id=model.model_id, metadata=about)
                     self._client.log_model_artifacts(model.model_id, f"{local}/model")
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
@@ -211,6 +211,22 @@ class Registry:
         with self._asked(f"run {run_id}"):
             self._client.log_text(run_id, json.dumps(value, indent=2, ensure_ascii=False) + "\n", name)
 
+    def lacks(self, name: str, alias: str) -> RegistryError:
+        """Why `by_alias` has found none: the name is unknown, or no version of it has the alias."""
+        with self._asked(f"model {name}"):
+            known = {model.name: model.aliases for model in self._client.search_registered_models()}
+        if name not in known:
+            known_here = (
+                f"choose from {', '.join(sorted(known))}" if known else "register one with `speechdistill promote`"
+            )
+            fix = f"{known_here}, or set MLFLOW_TRACKING_URI to another MLflow"
+            return RegistryError(f"no model {name!r} is registered at {self.place}", fix)
+        aliases = ", ".join(sorted(known[name])) or "none"
+        reason = f"model {name!r} at {self.place} has no version with the alias {alias!r}; its aliases: {aliases}"
+        return RegistryError(
+            reason, "give a version as models:/NAME/NUMBER, or let `speechdistill promote` set `champion`"
+        )
+
     def _location(self, address: str) -> str:
         """The URL of a model's files."""
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
@@ -222,9 +238,7 @@ class Registry:
         if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", address):
             version = self.by_alias(match[1], match[2])
             if version is None:
-                raise RegistryError(
-                    f"{address}: no version has this alias at {self.place}", "`speechdistill promote` sets `champion`"
-                )
+                raise self.lacks(match[1], match[2])
             address = version.uri
         if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", address):
             return str(self._client.get_model_version_download_uri(match[1], match[2]))
@@ -256,13 +270,10 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     import pandas as pd
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    inputs = [
-        ColSpec(DataType.binary, "audio", required=False),
-        ColSpec(Array(DataType.double), "waveform", required=False),
-        ColSpec(DataType.long, "sample_rate", required=False),
-    ]
+    # `served.py` judges each record: MLflow would refuse a whole batch for one of another type or without a column.
+    inputs = [ColSpec(AnyType(), name, required=False) for name in ("audio", "waveform", "sample_rate")]
     outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:

@@ -20,6 +20,7 @@ from typing import Any
 
 from speechdistill.io import storage
 from speechdistill.io.errors import UserError
+from speechdistill.tracking import database
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
 from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
 
@@ -55,6 +56,13 @@ def tracking_uri(out: str) -> str:
     return f"sqlite:///{folder.parent if is_above else folder}/mlflow.db"
 
 
+def checked_uri(out: str) -> str:
+    """`tracking_uri(out)`, before any work: raises `UserError` for a database that MLflow cannot use."""
+    uri = tracking_uri(out)
+    database.check(uri)
+    return uri
+
+
 def run_id(out: str) -> str | None:
     """The MLflow run of `out` at `tracking_uri(out)`, or None while that has not answered yet."""
     out = storage.absolute(out)
@@ -69,7 +77,7 @@ def sync(out: str) -> Synced:
     `TrackingError` where `out` has no log, the job was tracked at a server that is not set now, or it does not answer.
     """
     out = storage.absolute(out)
-    uri = tracking_uri(out)
+    uri = checked_uri(out)
     names = list(segments(out))
     if not names:
         raise TrackingError(f"{out} has no tracking log (tracking/events-*.jsonl)", "give the --out folder of a run")

@@ -9,7 +9,7 @@ draws its clips. Which lanes a worker reads is in `lanes.py`.
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from speechdistill.data.scored_clips import Labeled
+from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio
 from speechdistill.io.errors import UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
@@ -75,12 +77,21 @@ class Ref(NamedTuple):
 class Walk:
     """An endless walk over row groups of these sizes: `walk[n]` is (group, row), every row once per epoch.
 
+    `rows` are the rows of a group that are walked over, `sizes` of them; all without it.
+
     Each epoch has a new order of the groups, and the rows of each `_WINDOW` successive ones are shuffled together, so
     that a reader needs few groups at a time. Positions come from prefix sums: there is no state to resume.
     """
 
-    def __init__(self, groups: np.ndarray, sizes: np.ndarray, key: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        groups: np.ndarray,
+        sizes: np.ndarray,
+        key: tuple[int, ...],
+        rows: Callable[[int], Iterable[int]] | None = None,
+    ) -> None:
         self._groups, self._sizes, self._key = groups, sizes, key
+        self._rows_of = rows
         self._length = int(sizes.sum())
         self._order = lru_cache(maxsize=2)(self._new_order)
         self._rows = lru_cache(maxsize=2)(self._new_rows)
@@ -101,24 +112,31 @@ class Walk:
     def _new_rows(self, epoch: int, window: int) -> np.ndarray:
         order, _ = self._order(epoch)
         chosen = order[window * _WINDOW : (window + 1) * _WINDOW]
-        pairs = [(self._groups[i], row) for i in chosen for row in range(self._sizes[i])]
+        of = self._rows_of
+        pairs = [
+            (self._groups[i], row) for i in chosen for row in (of(self._groups[i]) if of else range(self._sizes[i]))
+        ]
         return rng(*self._key, epoch, window).permutation(np.array(pairs))
 
 
 class Batches:
-    """The batches of a mix; raises `UserError` for sources that cannot be used."""
+    """The batches of a mix; raises `UserError` for sources that cannot be used.
 
-    def __init__(self, mix: Mix, labeled: Labeled | None = None) -> None:
+    `held` is what is held out of each of the mix's runs; by default it is found out here.
+    """
+
+    def __init__(self, mix: Mix, labeled: Labeled | None = None, held: Sequence[HeldOut] | None = None) -> None:
         if mix.labeled_lanes and labeled is None:
             raise UserError(f"{mix.labeled_percent:g}% of each batch are labeled clips", "give --labeled, or 0 percent")
         self.mix, self._labeled = mix, labeled
         needed = mix.shards if mix.labeled_lanes < mix.batch_size or mix.hold_out else ()
         self.runs = [LabelRun(place) for place in needed]
-        self._held_out = [run.held_out() if mix.hold_out else np.zeros(0, np.int64) for run in self.runs]
+        self.held = tuple(held or held_out.held_out(self.runs)) if self.runs else ()
         lanes = mix.batch_size - mix.labeled_lanes
         self._walks = [_walks(run, held, (mix.seed, 0, i), lanes) for i, (run, held) in enumerate(self._pairs())]
         self._pattern, self._before = _pattern([run.weight for run in self.runs], mix.seed)
         self._cache = _Cache(_WINDOW * (lanes + 1))
+        self._validation = lru_cache(maxsize=1)(self._read_validation)
 
     def refs(self, t: int) -> list[Ref]:
         """The samples of global batch t: listeners' clips first."""
@@ -148,18 +166,24 @@ class Batches:
 
     @property
     def num_held_out(self) -> int:
-        """Row groups that are not trained on."""
-        return sum(map(len, self._held_out))
+        """Labelled samples that validate."""
+        return sum(len(held.validation) for held in self.held)
 
     def held_out(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, float]]:
-        """A worker's share of the held-out labelled samples: whole waves and scores, one row group at a time."""
-        groups = [(run, int(group)) for run, held in self._pairs() for group in held]
-        for run, group in groups[rank::world]:
-            for row in run.read_group(group).to_pylist():
-                yield audio.decode(row["audio"], row["audio_format"]), row["score"]
+        """A worker's share of the labelled samples that validate: whole waves and scores."""
+        for data, audio_format, score in self._validation(rank, world):
+            yield audio.decode(data, audio_format), score
 
-    def _pairs(self) -> Iterator[tuple[LabelRun, np.ndarray]]:
-        return zip(self.runs, self._held_out, strict=True)
+    def _read_validation(self, rank: int, world: int) -> list[tuple[bytes, str, float]]:
+        """Kept in memory, since each may have cost the reading of a row group."""
+        return [
+            (row["audio"], row["audio_format"], row["score"])
+            for run, held in self._pairs()
+            for _, row in run.read(np.array_split(held.validation, world)[rank])
+        ]
+
+    def _pairs(self) -> Iterator[tuple[LabelRun, HeldOut]]:
+        return zip(self.runs, self.held, strict=True)
 
     def _ref(self, t: int, lane: int) -> Ref:
         crop = float(rng(self.mix.seed, 1, t, lane).random())
@@ -205,12 +229,21 @@ class _Cache:
         return group
 
 
-def _walks(run: LabelRun, held_out: np.ndarray, key: tuple[int, ...], lanes: int) -> list[Walk]:
+def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> list[Walk]:
     """A walk for each lane, over groups of its own; where that would be less than a window, one that all share."""
-    groups = np.setdiff1d(np.arange(len(run.sizes)), held_out)
+    trains = np.ones(int(run.sizes.sum()), bool)
+    trains[held.left_out] = False
+    sizes = np.add.reduceat(trains, run.starts, dtype=np.int64)
+    groups = np.flatnonzero(sizes)
+    if not len(groups):
+        raise UserError(f"{run.out}: all of its clips are held out", "leave it out of --shards")
+
+    def rows(group: int) -> np.ndarray:
+        return np.flatnonzero(trains[run.starts[group] : run.starts[group] + run.sizes[group]])
+
     dealt = rng(*key).permutation(groups)
     own = [dealt[lane::lanes] for lane in range(lanes)] if len(groups) >= lanes * _WINDOW else [dealt]
-    return [Walk(mine, run.sizes[mine], (*key, lane)) for lane, mine in enumerate(own)]
+    return [Walk(mine, sizes[mine], (*key, lane), rows) for lane, mine in enumerate(own)]
 
 
 def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:

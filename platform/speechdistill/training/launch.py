@@ -8,9 +8,11 @@ from typing import Any
 
 import ray
 
-from speechdistill.data import scored_clips
-from speechdistill.engine import cost
-from speechdistill.io import fingerprint, storage, table
+from speechdistill.data import heard, scored_clips
+from speechdistill.engine import cost, held_out
+from speechdistill.engine.finished_run import LabelRun
+from speechdistill.engine.held_out import HeldOut
+from speechdistill.io import checkpoint, fingerprint, storage, table
 from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
@@ -72,6 +74,41 @@ def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: 
     return path, digest
 
 
+def heard_clips(table_of_clips: str, trains: bool) -> dict[str, Any]:
+    """For a model's provenance: the clips of `scored` that validate and, where it `trains` on them, train it."""
+    train, validation = scored_clips.split(table.read(table_of_clips, "clip.v1"))
+    return {checkpoint.CLIPS: heard.record(train if trains else None, validation)}
+
+
+def validates(table_of_clips: str) -> bool:
+    """Whether there are clips of `scored` to validate on."""
+    return len(scored_clips.split(table.read(table_of_clips, "clip.v1"))[1]) > 0
+
+
+def label_runs(
+    places: Sequence[str], outs: Sequence[str], validate: bool
+) -> tuple[list[LabelRun], tuple[HeldOut, ...], list[dict[str, Any]]]:
+    """Finished label runs, what is held out of each, and what is kept of both in provenances.
+
+    If a run in one of the folders `outs` was begun by an earlier version, all keep its rule, by which whole row groups
+    validate (`validate`) and a clip may be on both sides.
+    """
+    runs = [LabelRun(place) for place in places]
+    if any(map(_is_earlier, outs)):
+        _LOG.warning(
+            "a run that an earlier version began is resumed: its held-out samples are of clips that train, too"
+        )
+        return runs, tuple(held_out.by_row_groups(run, validate) for run in runs), [held_out.about(run) for run in runs]
+    held = held_out.held_out(runs)
+    return runs, held, [held_out.about(*pair) for pair in zip(runs, held, strict=True)]
+
+
+def _is_earlier(out: str) -> bool:
+    known = (storage.read_json(f"{out}/run.json") or {}).get("configuration", {})
+    shards = known.get("data", known).get("shards") or []
+    return any("held_out" not in one for one in shards)
+
+
 def git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -108,7 +145,8 @@ def _row(run: Run) -> dict[str, Any]:
     best = run.summary.get("best", {})
     return {
         "variant": run.name,
-        "parameters": run.parameters,
+        "parameters": run.size.stored,
+        "trainable": run.size.trainable,
         "state": run.state,
         "steps": run.summary.get("steps", run.told.step if run.told else 0),
         "train_s": run.train_s,

@@ -8,6 +8,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill.engine import cluster
+from speechdistill.models.parameters import Parameters
 from speechdistill.tracking.run import Tracking
 from speechdistill.training.ray_train import Job, Progress, Told, fit
 
@@ -19,7 +20,7 @@ class Run:
     """One variant on its way. `state` is waiting, training, done or failed."""
 
     name: str
-    parameters: int
+    size: Parameters
     job: Job
     tracking: Tracking
     state: str = "waiting"
@@ -33,7 +34,7 @@ class Run:
 
 def train(runs: list[Run], at_once: int) -> None:
     """The largest first, `at_once` side by side."""
-    waiting = sorted(runs, key=lambda run: -run.parameters)
+    waiting = sorted(runs, key=lambda run: -run.size.stored)
     going: dict[Any, Run] = {}
     # A run's controller lives on the node of its `fit`: here, so that it outlives every other node.
     driver = ray.remote(num_cpus=0, max_retries=0)(fit).options(scheduling_strategy=cluster.this_node())

@@ -20,12 +20,12 @@ _TENCENT = ("withReverberationTrainDev", "withoutReverberationTrainDev")
 
 def pstn(root: str) -> Iterator[dict[str, Any]]:
     """`root` holds `pstn_train/`, and `test.csv` where there is one."""
-    lines = corpus.lines(f"{root}/pstn_train/pstn_train.csv", ["filename", "MOS", "votes"])
+    lines = corpus.lines(f"{root}/pstn_train/pstn_train.csv", ["filename", "mos", "votes"])
     found = [
         {
             **corpus.given({"votes": line["votes"]}),
             "uri": corpus.under(f"{root}/pstn_train", line["filename"]),
-            "mos": line["MOS"],
+            "mos": line["mos"],
         }
         for line in lines
     ]

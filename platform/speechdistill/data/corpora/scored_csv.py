@@ -1,7 +1,8 @@
 """A folder with `labels.csv`: the plain layout for scores of one's own, and for corpora that are not public.
 
 Columns `wav_path` (relative to the list) and `score` (1 to 5), and where known `system_id`, `input_id`, `dataset`,
-`split` (train, validation or test) and further columns of `clip.v1`, such as `votes` or `language`.
+`split` (train, validation or test; `data/listed.py` has other spellings) and further columns of `clip.v1`, such as
+`votes` or `language`.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ _RENAMED = {"score": "mos", "system_id": "system"}
 
 def rows(root: str) -> Iterator[dict[str, Any]]:
     """A row per line; `root` is the folder, or the CSV itself under another name."""
-    is_file = root.lower().endswith(".csv")
+    is_file = root.lower().endswith((".csv", ".tsv"))
     file = root if is_file else f"{root}/labels.csv"
-    for line in corpus.lines(file, ["wav_path", "score"]):
-        columns = corpus.given({_RENAMED.get(key, key): value for key, value in line.items() if key})
-        yield {"mos": None, **columns, "uri": corpus.under(file.rsplit("/", 1)[0], line["wav_path"])}
+    for line in corpus.read(file, ["wav_path", "score"]):
+        uri = corpus.under(file.rsplit("/", 1)[0], corpus.path_of(file, line, "wav_path"))
+        renamed = {_RENAMED[key]: value for key, value in line.values.items() if key in _RENAMED}
+        yield {"mos": None, **corpus.described(file, line, uri, {**line.values, **renamed})}
 
 
 READERS = {"csv": corpus.Reader(rows)}

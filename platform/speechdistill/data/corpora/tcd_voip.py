@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import fsspec
-
 from speechdistill.data import corpus
 from speechdistill.io import storage
 from speechdistill.io.errors import TableError, UserError
@@ -59,7 +57,7 @@ def _sheet(file: str) -> list[dict[str, str]]:
     """The lines of its sheet with scores, if it has one; a spreadsheet is a zip of XML: no library is needed."""
     wrong = (BadZipFile, ET.ParseError, LookupError, ValueError)
     try:
-        with storage.access(file, *wrong), fsspec.open(file, "rb") as data, ZipFile(data) as archive:
+        with storage.access(file, *wrong), storage.opened(file) as data, ZipFile(data) as archive:
             names = archive.namelist()
             texts = []
             if "xl/sharedStrings.xml" in names:

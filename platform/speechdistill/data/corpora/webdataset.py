@@ -1,14 +1,15 @@
 """WebDataset tars, whose audio members are clips that are read in place, and patterns that name many files.
 
 Members with one key (the name up to the first dot of its last part) that follow each other are a sample: the columns
-that its `.json` member gives are those of its clips.
+that its `.json` member gives are those of its clips. Where names have more dots, `a.b.json` gives those of `a.b.flac`
+alone, above those of `a.json`.
 """
 
 import glob
 import json
 import logging
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,12 +18,10 @@ from pathlib import Path, PurePosixPath
 from tarfile import TarError, TarInfo
 from typing import IO, Any, NamedTuple
 
-import fsspec
-
-from speechdistill.data import corpus
-from speechdistill.io import audio_files, tar_files
-from speechdistill.io.audio import EXTENSIONS
+from speechdistill.data import corpus, listed
+from speechdistill.io import audio_files, places, storage, tar_files
 from speechdistill.io.errors import AudioError, TableError
+from speechdistill.io.places import Skipped
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 16  # a tar on an object store is one small request after another: mostly waiting
@@ -41,10 +40,10 @@ Row = dict[str, Any]
 _Member = tuple[TarInfo, bytes | None]  # audio; or .json, with its bytes
 
 
-def rows(lines: Iterable[Row], ignored: Counter[str], whole: set[tuple[str, str]]) -> Iterator[Row]:
+def rows(lines: Iterable[Row], skipped: Skipped, whole: set[tuple[str, str]]) -> Iterator[Row]:
     """The rows of `lines`, where one whose `uri` is a tar stands for all its audio members, in their order.
 
-    Tars beside each other with more than 1,000 clips take turns, always in the same way. `ignored` counts what else
+    Tars beside each other with more than 1,000 clips take turns, always in the same way. `skipped` counts what else
     they hold; `whole` gathers kind and uri of those that were read to their end. One that cannot be is a row with
     `error`, behind its good members.
     """
@@ -56,7 +55,7 @@ def rows(lines: Iterable[Row], ignored: Counter[str], whole: set[tuple[str, str]
                 continue
             with closing(_batches(map(_Tar, group), threads)) as batches:
                 for batch in batches:
-                    ignored.update(batch.ignored)
+                    skipped.merge(batch.skipped)
                     whole |= batch.whole
                     _warn(batch, unknown)
                     unknown |= batch.unknown
@@ -69,12 +68,14 @@ def is_tar(uri: str) -> bool:
     return path.lower().endswith(".tar") or _COMPRESSED.search(path) is not None
 
 
-def files(patterns: Sequence[str]) -> list[str]:
+def files(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]:
     """What paths, URLs, globs and braces (`{000..099}`, `{a,b}`) name, absolute and each once, in their order.
 
-    Raises `TableError` naming files that are missing or compressed tars, and a glob without any match.
+    `skipped` counts what globs leave out. Raises `TableError` naming files that are missing or compressed tars, and a
+    glob without any match.
     """
-    found = dict.fromkeys(file for pattern in patterns for file in _matches(pattern))
+    skipped = Skipped() if skipped is None else skipped
+    found = dict.fromkeys(file for pattern in patterns for file in _matches(pattern, skipped))
     if compressed := [file for file in found if _COMPRESSED.search(_path(file))]:
         raise TableError(f"{compressed[0]}: {_IS_COMPRESSED}", _UNPACK)
     return list(found)
@@ -89,7 +90,7 @@ def _warn(batch: "_Batch", told: set[str]) -> None:
 class _Batch(NamedTuple):
     uri: str
     rows: list[Row]
-    ignored: Counter[str]
+    skipped: Skipped
     unknown: set[str]
     whole: set[tuple[str, str]]
 
@@ -102,20 +103,21 @@ class _Tar:
         self._rows = self._read()
         self.stopped = False
         self._error: AudioError | None = None
-        self._ignored: Counter[str] = Counter()
+        self._skipped = Skipped()
         self._unknown: set[str] = set()
         self._whole: set[tuple[str, str]] = set()
 
     def batch(self) -> _Batch:
         rows = list(islice(self._rows, _BATCH_ROWS))
-        batch = _Batch(self._uri, rows, self._ignored, self._unknown, self._whole)
-        self._ignored, self._unknown, self._whole = Counter(), set(), set()
+        batch = _Batch(self._uri, rows, self._skipped, self._unknown, self._whole)
+        self._skipped, self._unknown, self._whole = Skipped(), set(), set()
         return batch
 
     def _read(self) -> Iterator[Row]:
         for _, sample in groupby(self._members(), lambda member: _key(member[0].name)):
-            while members := list(islice(sample, _SAMPLE_MEMBERS)):
-                yield from self._clips(members)
+            line, wrong = self._line, None
+            for number, members in enumerate(_taken_apart(sample)):
+                line, wrong = yield from self._clips(members, line, wrong, number == 0)
         if self._error:
             yield self._line | {"error": self._error}
         else:
@@ -143,46 +145,81 @@ class _Tar:
         """The audio members, and the json members with their bytes: read now, while their block is at hand."""
         for info in tar_files.index(file):
             name = PurePosixPath(info.name).name
-            extension = PurePosixPath(name).suffix.lower()
+            extension = places.extension(name)
             if self.stopped:
                 return
-            if info.isdir() or name.startswith(".") or _META.match(info.name):
+            if info.isdir() or _META.match(info.name):
                 continue
-            if not info.isreg():
-                self._ignored["(link in a tar)"] += 1
-            elif name.partition(".")[2].lower() == "json":
+            if any(map(places.is_system, info.name.split("/"))):
+                self._skip(places.HIDDEN, info)
+            elif not info.isreg():
+                self._skip("(link in a tar)", info)
+            elif extension == ".json":
                 file.seek(info.offset_data)
                 yield info, file.read(min(info.size, _MAX_JSON_BYTES + 1))
-            elif extension in EXTENSIONS:
+            elif places.is_audio(name):
                 yield info, None
             else:
-                self._ignored[extension or "(none)"] += 1
+                self._skip(extension or "(none)", info)
 
-    def _clips(self, sample: list[_Member]) -> Iterator[Row]:
+    def _skip(self, reason: str, info: TarInfo) -> None:
+        self._skipped.add(reason, f"{self._uri}: {info.name}")
+
+    def _clips(
+        self, sample: list[_Member], line: Row, wrong: str | None, is_first: bool
+    ) -> Generator[Row, None, tuple[Row, str | None]]:
+        """The clips of a sample, or of a part; returns what its .json members give to all of it, for its next part."""
         audio = [info for info, data in sample if data is None]
-        texts = [data for _, data in sample if data is not None]
-        if texts and not audio:
-            self._ignored[".json without audio beside it"] += len(texts)
-        line, wrong = self._line, None
-        for text in texts:
-            try:
-                line = line | self._given(text)
-            except ValueError as error:
-                wrong = f"its .json member is not a JSON object of at most 1 MiB ({audio_files.one_line(error)})"
+        stems = {_stem(info.name) for info in audio}
+        own: dict[str, tuple[Row, str | None]] = {}
+        for info, text in ((info, text) for info, text in sample if text is not None):
+            stem = _stem(info.name)
+            if not audio or (stem not in stems and stem != _key(info.name)):
+                self._skip(".json without audio beside it", info)
+            elif stem == _key(info.name):
+                if not is_first:
+                    self._skip(".json of more than 1,000 members before it", info)
+                given, problem = self._given(text)
+                line, wrong = line | given, problem or wrong
+            else:
+                own[stem] = self._given(text)
         for info in audio:
-            row = line | {"uri": tar_files.Member(self._uri, info.offset_data, info.size, info.name).uri}
-            if problem := "a sparse member, which lies in the tar in pieces" if info.issparse() else wrong:
-                row["error"] = AudioError(row["uri"], problem, "pack the tar again, or leave it out")
+            given, problem = own.get(_stem(info.name), ({}, None))
+            row = line | given | {"uri": tar_files.Member(self._uri, info.offset_data, info.size, info.name).uri}
+            sparse = "a sparse member, which lies in the tar in pieces" if info.issparse() else None
+            if reason := sparse or problem or wrong:
+                row["error"] = AudioError(row["uri"], reason, "pack the tar again, or leave it out")
             yield row
+        return line, wrong
 
-    def _given(self, text: bytes) -> Row:
-        if len(text) > _MAX_JSON_BYTES:
-            raise ValueError("it is larger")
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(type(values).__name__)
+    def _given(self, text: bytes) -> tuple[Row, str | None]:
+        """The columns that a .json member gives, or what is wrong with it."""
+        try:
+            if len(text) > _MAX_JSON_BYTES:
+                raise ValueError("it is larger")
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError(type(values).__name__)
+        except ValueError as error:
+            return {}, f"its .json member is not a JSON object of at most 1 MiB ({audio_files.one_line(error)})"
         self._unknown |= {key for key in values if key not in corpus.columns() and not key.startswith("__")}
-        return corpus.given(values)
+        try:
+            return listed.normalised(corpus.given(values)), None
+        except TableError as error:
+            return {}, f"its .json member: {error.reason}"
+
+
+def _taken_apart(sample: Iterable[_Member]) -> Iterator[list[_Member]]:
+    """A sample in parts of some 1,000 members; one that names with one stem share is split only if it is far larger."""
+    part: list[_Member] = []
+    for member in sample:
+        is_new = not part or _stem(member[0].name) != _stem(part[-1][0].name)
+        if len(part) >= (_SAMPLE_MEMBERS if is_new else 2 * _SAMPLE_MEMBERS):
+            yield part
+            part = []
+        part.append(member)
+    if part:
+        yield part
 
 
 def _batches(tars: Iterator[_Tar], threads: ThreadPoolExecutor) -> Generator[_Batch]:
@@ -205,13 +242,17 @@ def _key(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
+def _stem(name: str) -> str:
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
 def _path(uri: str) -> str:
     """The part of a URL that ends in the file's own name: `zip://a.tar::s3://bucket/x.zip`, `https://host/a.tar?key=1`."""
     inner = next((part for part in uri.split("::") if "://" in part), uri)
     return inner.split("?")[0] if inner.startswith(("http://", "https://")) else inner
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, skipped: Skipped) -> list[str]:
     pattern = re.sub("^(file|local)://", "", pattern)
     if "://" not in pattern:
         pattern = str(Path(pattern).absolute())  # links stay: their targets may have other suffixes
@@ -219,7 +260,10 @@ def _matches(pattern: str) -> list[str]:
             return [pattern]
     names = list(dict.fromkeys(_unbraced(pattern)))
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(_found, names))
+        left_out = [Skipped() for _ in names]
+        found = list(threads.map(_found, names, left_out))
+    for part in left_out:
+        skipped.merge(part)
     if problems := [problem for problem in found if isinstance(problem, str)]:
         which = f"{len(problems)} of the {len(names)} files of {pattern!r}, such as " if len(names) > 1 else ""
         raise TableError(f"{which}{', '.join(problems[:5])}", "correct --list")
@@ -243,27 +287,21 @@ def _unbraced(pattern: str) -> Iterator[str]:
         yield from _unbraced(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
-def _found(name: str) -> list[str] | str:
+def _found(name: str, skipped: Skipped) -> list[str] | str:
     """The files of a path, URL or glob, or what is wrong with it."""
     try:
-        return (_of_url(name) if "://" in name else _of_path(name)) or f"{name!r} (no such file)"
+        return _files(name, skipped) or f"{name!r} (no such file)"
     except FileNotFoundError:
         return f"{name!r} (no such file)"
     except Exception as error:  # storage plugins raise their libraries' own types
         return f"{name!r} ({type(error).__name__}: {audio_files.one_line(error)})"
 
 
-def _of_path(name: str) -> list[str]:
-    # Path.glob takes no absolute pattern.
-    names = glob.iglob(name, recursive=True) if glob.has_magic(name) else [name]  # noqa: PTH207
-    return sorted(name for name in names if Path(name).is_file())
-
-
-def _of_url(name: str) -> list[str]:
-    fs, path = fsspec.url_to_fs(name)
+def _files(name: str, skipped: Skipped) -> list[str]:
+    if "*" in name or ("://" not in name and glob.has_magic(name)):  # "?" and "[" stand in signed and IPv6 addresses
+        return places.matches(name, lambda _: True, skipped)
+    if "://" not in name:
+        return [name] if Path(name).is_file() else []
+    fs, path = storage.file_system(name)
     fs.invalidate_cache()
-    if "*" not in name:  # "?" and "[" stand in signed and IPv6 addresses
-        return [name] if fs.info(path)["type"] == "file" else []
-    archive = name[name.index("::") :] if "::" in name else ""  # zip://*.tar::s3://bucket/a.zip
-    found = fs.glob(path, detail=True).items()
-    return sorted(fs.unstrip_protocol(path) + archive for path, info in found if info["type"] == "file")
+    return [name] if fs.info(path)["type"] == "file" else []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.data.scored_clips import Labeled
+from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.models.networks.conv_transformer import (
@@ -34,9 +35,9 @@ _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
 class Distill:
     """What a student learns from.
 
-    `labeled` is a `clip.v1` table of scored clips (its split says which of them validate); without one the
-    validation set is a twentieth of the shards. `transform` is a file of schema `label_transform.v1`. `init` is a
-    checkpoint folder whose student is trained further.
+    `labeled` is a `clip.v1` table of scored clips (its split says which of them validate); without one held-out samples
+    of the shards do. `transform` is a file of schema `label_transform.v1`. `init` is a checkpoint folder whose student
+    is trained further. `held_out` is what is held out of the shards, by default found out anew.
     """
 
     student: ConvTransformerConfig
@@ -45,6 +46,7 @@ class Distill:
     transform: str | None = None
     init: str | None = None
     provenance: Mapping[str, Any] | None = None
+    held_out: tuple[HeldOut, ...] | None = None
 
     def make(self) -> "Recipe":
         """Read what the sources say of themselves; raises `UserError` for what cannot be used."""
@@ -64,12 +66,6 @@ def student(name: str) -> ConvTransformerConfig:
     return known[name]()
 
 
-def parameters(config: ConvTransformerConfig) -> int:
-    """How many a student of this size trains."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ConvTransformer(config).parameters())
-
-
 class Recipe:
     """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
 
@@ -82,11 +78,11 @@ class Recipe:
             rows = scored_clips.split(table.read(config.labeled, "clip.v1"))
             train, self._validation = (_scored(part, transform) for part in rows)
         mix = replace(config.mix, hold_out=self._validation is None)
-        self.batches = Batches(mix, train if mix.labeled_lanes else None)
+        self.batches = Batches(mix, train if mix.labeled_lanes else None, config.held_out)
         if mix.hold_out and not self.batches.num_held_out:
             raise UserError(
-                "nothing is left to validate on: the shards are too few to keep a row group, 16 samples, aside",
-                "label more, or give --labeled with clips of split validation",
+                f"nothing is left to validate on: {self._too_few()}",
+                "label clips of more speakers, or give --labeled with clips of split validation",
             )
 
     def network(self) -> nn.Module:
@@ -111,6 +107,10 @@ class Recipe:
     def save(self, network: nn.Module, folder: str) -> None:
         assert isinstance(network, ConvTransformer)
         save_student(network, folder, self._config.provenance or {})
+
+    def _too_few(self) -> str:
+        few = [held.about["too_few"] for held in self.batches.held if held.about and "too_few" in held.about]
+        return "; ".join(few) or "all scored clips are of split train, or of one speaker"
 
     def _clips(self, rank: int, world: int) -> Iterator[tuple[str, float, np.ndarray]]:
         """A worker's share of the validation set: dataset, target, wave."""

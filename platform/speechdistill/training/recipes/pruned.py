@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Clip, Labeled
+from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, checkpoint, table
 from speechdistill.io.errors import TableError, UserError
 from speechdistill.models import encoder_scorer
@@ -31,7 +32,8 @@ class Pruned:
 
     `teacher` is a checkpoint's folder, `encoder` the place of its encoder where that is another than in training.
     `labeled` is a `clip.v1` table of scored clips, whose split says which validate. Scores are heard on the scales of
-    the teacher's listening tests, labels of shards on the universal one.
+    the teacher's listening tests, labels of shards on the universal one. `held_out` is what is held out of the shards,
+    by default found out anew.
     """
 
     teacher: str
@@ -40,6 +42,7 @@ class Pruned:
     labeled: str
     pruning: Pruning
     provenance: Mapping[str, Any] | None = None
+    held_out: tuple[HeldOut, ...] | None = None
 
     def make(self) -> "Recipe":
         """Raises `TableError` for clips that cannot be used."""
@@ -57,7 +60,7 @@ class Recipe:
         self._transform = transform(config.teacher)
         train = Labeled(rows[0], LabelTransform()) if config.mix.labeled_lanes else None
         self._validation = list(Labeled(rows[1], self._transform).clips())
-        self.batches = Batches(config.mix, train)
+        self.batches = Batches(config.mix, train, config.held_out)
         universal = self._transform.universal
         of = [self._transform.datasets.get(name, universal) for name in self.batches.datasets]
         # The universal one last, where the number -1 of a teacher's label finds it.

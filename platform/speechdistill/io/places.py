@@ -1,0 +1,329 @@
+"""One walk over files for every command: folders, globs and URLs.
+
+The rule: a path that the user gives is always taken. Below a folder and in a glob, links are followed, loops end, and
+each file is taken once: a link is skipped if its target is taken under another name (hard links are files of their
+own). Hidden and system files and folders are skipped, unless the glob spells them out: names that begin with a dot, and
+those that other systems leave on disks (`__MACOSX`, `@eaDir`, `Thumbs.db`, ...). Any other character may stand in a
+name, and names that differ in case only are two files. Everything that is skipped is counted and named.
+"""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from speechdistill.io import storage
+from speechdistill.io.audio import EXTENSIONS
+
+HIDDEN = "(hidden or system)"
+_TAKEN = "(link to a file that is taken already)"
+_SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot"}
+_SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
+_SHOWN = 3
+_LOCAL = re.compile("^(file|local)://")
+_EVERYTHING = ("**",)
+Wanted = Callable[[str], bool]
+"""Whether a file of this name is looked for."""
+_Key = tuple[int, int]
+
+
+class Skipped(Counter[str]):
+    """How many files a walk left out, by reason (an extension, or one in brackets); `names` has the first of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self[reason] += 1
+        first = self.names.setdefault(reason, [])
+        if len(first) < _SHOWN:
+            first.append(name)
+
+    def merge(self, other: "Skipped") -> None:
+        self.update(other)
+        for reason, names in other.names.items():
+            first = self.names.setdefault(reason, [])
+            first += names[: _SHOWN - len(first)]
+
+    def lines(self) -> list[str]:
+        """A line per reason, the most frequent first: `skipped .txt × 2: 'a/b.txt', 'a/c.txt'`."""
+        shown = ((reason, count, self.names.get(reason, [])) for reason, count in self.most_common())
+        return [
+            f"skipped {reason} × {count:,}: {', '.join(map(repr, names))}{', ...' * (count > len(names))}"
+            for reason, count, names in shown
+        ]
+
+
+@dataclass
+class Seen:
+    """What a walk, or several of one purpose, have been through: folders, each with its place below its root, and
+    targets of links."""
+
+    folders: dict[_Key, tuple[str, ...]] = field(default_factory=dict)
+    links: set[tuple[_Key, str]] = field(default_factory=set)
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that an operating system leaves on disks."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM
+
+
+def extension(name: str) -> str:
+    """The last suffix, in lower case and without blanks behind it."""
+    return PurePosixPath(name).suffix.rstrip().lower()
+
+
+def is_audio(name: str) -> bool:
+    """Whether a search of folders takes a file of this name for audio."""
+    return extension(name) in EXTENSIONS
+
+
+def below(root: str, wanted: Wanted, skipped: Skipped, seen: Seen | None = None) -> Iterator[str]:
+    """The files below a folder, a path or URL: those of a folder in order, then those of its folders.
+
+    Raises `NotADirectoryError` if there is no such folder, and `StorageError` if a storage does not list it.
+    """
+    root = _LOCAL.sub("", root)
+    if "://" in root:
+        return _remote(root, wanted, skipped)
+    if not Path(root).is_dir():
+        raise NotADirectoryError(root)
+    return _local(root, wanted, skipped, seen or Seen(), _EVERYTHING)
+
+
+def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
+    """The files of a path, folder, glob (`**` too) or URL, sorted; none where nothing matches.
+
+    A URL of a file is passed on, whether there is one or not; one with `*` is a glob. A glob with a suffix (`*.raw`)
+    also takes files that are not `wanted`.
+    """
+    given, pattern = pattern, _LOCAL.sub("", pattern)
+    if "://" in pattern:
+        return sorted(_of_url(pattern, wanted, skipped))
+    if Path(pattern).is_dir():
+        return sorted(_local(str(Path(pattern)), wanted, skipped, Seen(), _EVERYTHING))
+    if os.path.lexists(pattern):  # before globs: a file may be called `take[1].wav`
+        return [given]
+    if not glob.has_magic(pattern):
+        return []
+    base, parts = _split(pattern)
+    if not Path(base).is_dir():
+        return []
+    return sorted(_local(base, _anything if _names_suffix(pattern) else wanted, skipped, Seen(), parts))
+
+
+def once(paths: Iterator[str] | list[str], known: set[str]) -> Iterator[str]:
+    """The paths whose file is not in `known`, a set of real paths and URLs, which grows by them."""
+    folders: dict[str, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        real = path
+        if "://" not in path:
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            real = os.path.realpath(path) if os.path.islink(path) else f"{folders[folder]}/{name}"  # noqa: PTH114
+        if real not in known:
+            known.add(real)
+            yield path
+
+
+def _local(root: str, wanted: Wanted, skipped: Skipped, seen: Seen, parts: tuple[str, ...]) -> Iterator[str]:
+    """The files below `root` whose place there fits `parts`, those of a glob; a stack, since trees may be deep."""
+    stack: list[tuple[str, tuple[str, ...]]] = [(root, ())]
+    while stack:
+        folder, inside = stack.pop()
+        try:
+            key = _key(os.stat(folder))  # noqa: PTH116
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            skipped.add("(unreadable folder)", folder)
+            continue
+        if key in seen.folders:
+            skipped.add("(folder that is walked already)", folder)
+            continue
+        seen.folders[key] = inside
+        deeper = []
+        for entry in entries:
+            place, path = (*inside, entry.name), entry.path.removeprefix("./")
+            is_folder = _is_folder(entry)
+            if not (_may_hold if is_folder else _fits)(place, parts):
+                continue
+            if is_system(entry.name) and not _is_spelled_out(entry.name, parts):
+                skipped.add(HIDDEN, path + "/" * is_folder)
+            elif is_folder:
+                deeper.append((path, place))
+            elif reason := _left_out(entry, key, wanted, seen, parts):
+                skipped.add(reason, path)
+            else:
+                yield path
+        stack += reversed(deeper)
+
+
+def _left_out(entry: os.DirEntry[str], folder: _Key, wanted: Wanted, seen: Seen, parts: tuple[str, ...]) -> str:
+    """Why a file is not taken, or nothing."""
+    if not wanted(entry.name):
+        return extension(entry.name) or "(none)"
+    if not entry.is_symlink():
+        if not entry.is_file():
+            return "(not a regular file)"
+        return _TAKEN if (folder, entry.name) in seen.links else ""
+    target = os.path.realpath(entry.path)
+    try:
+        is_regular, parent = Path(target).is_file(), _key(Path(target).parent.stat())
+    except OSError:
+        return "(link to nothing)"
+    if not is_regular:
+        return "(not a regular file)" if Path(target).exists() else "(link to nothing)"
+    name = Path(target).name
+    place = seen.folders.get(parent)
+    is_walked = place is not None and wanted(name) and not is_system(name) and _fits((*place, name), parts)
+    if is_walked or (parent, name) in seen.links:
+        return _TAKEN
+    seen.links.add((parent, name))
+    return ""
+
+
+def _key(status: os.stat_result) -> _Key:
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _split(pattern: str) -> tuple[str, tuple[str, ...]]:
+    """The folder that a glob spells out, and the parts that follow."""
+    parts = Path(pattern).parts
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    return str(Path(*parts[:first])), parts[first:]
+
+
+def _fits(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if parts == _EVERYTHING:
+        return True
+    if not parts:
+        return not place
+    if parts[0] == "**":
+        return any(_fits(place[start:], parts[1:]) for start in range(len(place) + 1))
+    return bool(place) and fnmatchcase(place[0], parts[0]) and _fits(place[1:], parts[1:])
+
+
+def _may_hold(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    """Whether files of a glob may lie in a folder."""
+    first = parts[: parts.index("**")] if "**" in parts else parts[:-1]
+    if len(place) > len(first) and "**" not in parts:
+        return False
+    return all(fnmatchcase(*pair) for pair in zip(place, first, strict=False))
+
+
+def _is_spelled_out(name: str, parts: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, part) for part in parts if part.startswith(".") or not glob.has_magic(part))
+
+
+def _names_suffix(pattern: str) -> bool:
+    """Whether a glob ends in a suffix written out."""
+    suffix = PurePosixPath(pattern).suffix
+    return bool(suffix) and not glob.has_magic(suffix)
+
+
+def _anything(name: str) -> bool:
+    return True
+
+
+def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
+    if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
+        yield from _remote(pattern, wanted, skipped) if _is_remote_folder(pattern, wanted) else [pattern]
+        return
+    fs, path = storage.file_system(pattern)
+    with storage.access(pattern):
+        fs.invalidate_cache()
+        found = sorted(fs.glob(path, detail=True).items())
+    parts = path.split("/")
+    first = next(number for number, part in enumerate(parts) if "*" in part)
+    wanted = _anything if _names_suffix(path) else wanted
+    for name, info in found:
+        if info["type"] != "file":
+            continue
+        hidden = (is_system(part) and not _is_spelled_out(part, tuple(parts)) for part in name.split("/")[first:])
+        if reason := HIDDEN if any(hidden) else _odd(name, info, wanted):
+            skipped.add(reason, fs.unstrip_protocol(name))
+        else:
+            yield fs.unstrip_protocol(name) + _archive(pattern)
+
+
+def _is_remote_folder(uri: str, wanted: Wanted) -> bool:
+    """Whether a URL names a folder; only where its name leaves that open, the storage is asked."""
+    if uri.startswith(("http://", "https://")) or wanted(uri.rpartition("/")[2]):
+        return False
+    if uri.endswith("/"):
+        return True
+    try:
+        fs, path = storage.file_system(uri)
+        return bool(fs.isdir(path))
+    except Exception:  # of any kind; reading it tells it again
+        return False
+
+
+def _remote(root: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
+    """The files below a URL. (fsspec's walk leaves out folders that it cannot list, and keys with an empty part.)"""
+    fs, path = storage.file_system(root)
+    with storage.access(root):
+        fs.invalidate_cache()
+        is_folder = fs.isdir(path)
+    if not is_folder:
+        raise NotADirectoryError(root)
+    stack = [path]
+    while stack:
+        folder = stack.pop()
+        with storage.access(root):
+            files, folders = _listed(fs, folder)
+        for name, info in files:
+            base = name.rstrip("/").rsplit("/", 1)[-1]
+            if reason := HIDDEN if is_system(base) else _odd(name, info, wanted):
+                skipped.add(reason, fs.unstrip_protocol(name))
+            else:
+                yield fs.unstrip_protocol(name) + _archive(root)
+        hidden = [name for name in folders if is_system(name.rsplit("/", 1)[-1])]
+        for name in hidden:
+            skipped.add(HIDDEN, fs.unstrip_protocol(name) + "/")
+        stack += sorted(set(folders) - set(hidden), reverse=True)
+
+
+def _listed(fs: Any, folder: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """Files and folders in a folder, by their names; the marker of a folder, an empty object, is none."""
+    files, folders = [], []
+    for info in fs.ls(folder, detail=True):
+        name = info["name"].rstrip("/")
+        if name != folder.rstrip("/"):
+            folders += [name] if info["type"] == "directory" else []
+            files += [(info["name"], info)] if info["type"] != "directory" else []
+        elif info["type"] == "directory":  # keys whose next part is empty, `folder//x.wav`
+            there = fs.find(folder, detail=True)
+            fs.invalidate_cache()  # s3fs keeps of it that a folder of nothing but its marker is not there
+            files += [(key, there[key]) for key in there if key.startswith(f"{folder}//")]
+        elif info.get("size"):
+            files.append((info["name"], info))
+    return sorted(files, key=lambda file: file[0]), folders
+
+
+def _odd(name: str, info: dict[str, Any], wanted: Wanted) -> str:
+    """Why a remote file is not taken, or nothing."""
+    if name.endswith("/"):
+        return "(key that ends in /)"
+    if "::" in name:
+        return "(key with ::, which no URL can name)"
+    base = name.rsplit("/", 1)[-1]
+    return "" if wanted(base) else extension(base) or "(none)"
+
+
+def _archive(uri: str) -> str:
+    return uri[uri.index("::") :] if "::" in uri else ""  # zip://*.wav::s3://bucket/a.zip
