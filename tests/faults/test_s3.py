@@ -34,6 +34,7 @@ from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
 from speechdistill import cli
 from speechdistill.commands import ingest
+from speechdistill.data.clips import Clips, share
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
 from speechdistill.engine import flow, shards
@@ -57,8 +58,9 @@ def store() -> Iterator[Store]:
 
 
 @pytest.fixture
-def proxy(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+def proxy(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
     """This process takes the proxy for S3; `proxy.fault` says what fails, at first nothing."""
+    monkeypatch.setenv("SPEECHDISTILL_CACHE", str(tmp_path / "cache"))
     with Proxy(store.url) as proxy:
         for name, value in {**proxy.environment, "AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}.items():
             monkeypatch.setenv(name, value)
@@ -452,6 +454,11 @@ def load_audio(url: str) -> bool:
     return np.array_equal(audio.quantise(audio.load(f"{url}/voice.wav", 16000, 8000)), WAVE[16000:24000])
 
 
+def share_clips(url: str) -> bool:
+    copy = share(f"{url}/clips.parquet", url, "0" * 64)
+    return copy.endswith(".arrow") and Clips.read(copy).speech[49] == Clips(manifest()).speech[49]
+
+
 def hold(url: str) -> bool:
     with lease.held(url, "ingest") as held:
         held._renew()
@@ -469,6 +476,7 @@ OPERATIONS: dict[str, Callable[[str], bool]] = {
     "delete-summary": delete_summary,
     "list-folder": list_folder,
     "load-audio": load_audio,
+    "share-clips": share_clips,
     "hold-lease": hold,
     "try-output": lambda url: try_outputs(f"{url}/labels/x.csv", f"{url}/run.json") is None,
 }
@@ -490,7 +498,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     shards.write_parts(block(layout, 0), layout)
     soundfile.write(root / "voice.wav", WAVE, audio.SAMPLE_RATE)
     names = ["shards/part-00000000-00000008.parquet", "voice.wav"]
-    return {"run.json": b'{"a": 1}', "summary.json": b"{}"} | {name: (root / name).read_bytes() for name in names}
+    known = {"run.json": b'{"a": 1}', "summary.json": b"{}", "clips.parquet": table.parquet_bytes(manifest())}
+    return known | {name: (root / name).read_bytes() for name in names}
 
 
 def url_of(store: Store, files: dict[str, bytes], name: str) -> str:
