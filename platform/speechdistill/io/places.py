@@ -170,16 +170,13 @@ def _left_out(entry: os.DirEntry[str], folder: _Key, wanted: Wanted, seen: Seen,
     if not wanted(entry.name):
         return extension(entry.name) or "(none)"
     if not entry.is_symlink():
-        if not entry.is_file():
-            return "(not a regular file)"
         return _TAKEN if (folder, entry.name) in seen.links else ""
     target = os.path.realpath(entry.path)
     try:
-        is_regular, parent = Path(target).is_file(), _key(Path(target).parent.stat())
+        parent = _key(Path(target).parent.stat())
+        Path(target).stat()
     except OSError:
-        return "(link to nothing)"
-    if not is_regular:
-        return "(not a regular file)" if Path(target).exists() else "(link to nothing)"
+        return ""  # a link to nothing: the reader says so of this file
     name = Path(target).name
     place = seen.folders.get(parent)
     is_walked = place is not None and wanted(name) and not is_system(name) and _fits((*place, name), parts)
