@@ -138,11 +138,13 @@ def test_a_path_that_is_no_manifest_is_told_from_one_that_is_missing(
 
 
 def test_a_grown_run_tells_which_samples_are_made_again(
-    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(job: flow.Flow) -> None:
         raise RunError("no cluster", "here")
 
+    clips = f"{tmp_path}/all.parquet"
+    storage.publish(table.parquet_bytes(manifests.manifest()), clips)
     monkeypatch.setattr(flow, "run", fails)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     config = Pseudolabel(clips, str(tmp_path), num_samples=100)
