@@ -134,9 +134,9 @@ def test_the_better_student_becomes_champion_and_can_be_taken_back(
 
 
 def test_a_first_champion_that_does_not_follow_listeners_needs_force(
-    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], heard: list[float]
+    store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], said: list[float]
 ) -> None:
-    against = listed(tmp_path / "against.csv", [(clips[i], 6 - heard[i], "a") for i in range(10)])
+    against = listed(tmp_path / "against.csv", [(clips[i], 6 - said[i], "a") for i in range(10)])
     code, decision = promote(models[1].run_id, clips=against)
     assert (code, decision["decision"], aliases(store, name)) == (3, "kept", {})
     assert f"is {decision['mean_pcc']['candidate']:.4f}, below 0.3; give --force" in decision["reason"]

@@ -190,12 +190,13 @@ def test_names_with_several_dots_keep_what_is_known_of_each(tmp_path: Path) -> N
 
 def test_a_thousand_names_that_begin_alike_keep_what_is_known_of_each(tmp_path: Path) -> None:
     members = [
-        (f"corpus.{i}.{end}", columns(mos=i) if end == "json" else b"")
+        (f"corpus.{i}.{end}", columns(mos=1 + i / 1_000) if end == "json" else b"")
         for i in range(1_001)
         for end in ("flac", "json")
     ]
     rows = rows_of(pack(tmp_path / "s.tar", [("corpus.json", columns(speaker="all")), *members], tarfile.USTAR_FORMAT))
-    assert [row["mos"] for row in rows] == list(range(1_001)) and {row["speaker"] for row in rows} == {"all"}
+    assert [row["mos"] for row in rows] == [1 + i / 1_000 for i in range(1_001)]
+    assert {row["speaker"] for row in rows} == {"all"}
     skipped = Skipped()
     rows = rows_of(pack(tmp_path / "s.tar", [*members, ("corpus.json", b"{}")], tarfile.USTAR_FORMAT), ignored=skipped)
     assert len(rows) == 1_001 and skipped == {".json of more than 1,000 members before it": 1}

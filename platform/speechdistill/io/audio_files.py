@@ -12,7 +12,7 @@ from typing import IO
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
-from speechdistill.io import tar_files
+from speechdistill.io import http_files, tar_files
 from speechdistill.io.errors import AudioError, UnreadableError
 from speechdistill.io.tar_files import Section
 
@@ -113,6 +113,8 @@ def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None)
 
     Raises `AudioError` for a FIFO, a folder, a device, and the errors of the storage.
     """
+    if uri.startswith(http_files.PROTOCOLS):
+        return http_files.open_file(uri, block_bytes)
     local = re.sub("^(file|local)://", "", uri)  # fsspec would wait for ever on a FIFO
     if _URL.match(local):
         fs, path = fsspec.url_to_fs(uri)
