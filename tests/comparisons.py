@@ -42,7 +42,9 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
     root = corpus(folder / "corpus", seconds=2.0)
     files = [(kind, str(file)) for kind in ("speech", "noise", "rir") for file in sorted((root / kind).iterdir())]
     seconds = [soundfile.info(uri).duration for _, uri in files]
-    manifest = table.from_rows([row(uri, kind, s) for (kind, uri), s in zip(files, seconds, strict=True)], "clip.v1")
+    # Speakers: what is held out does not depend on where the test runs.
+    rows = [{**row(uri, kind, s), "speaker": Path(uri).stem} for (kind, uri), s in zip(files, seconds, strict=True)]
+    manifest = table.from_rows(rows, "clip.v1")
     storage.publish(table.parquet_bytes(manifest), f"{folder}/clips.parquet")
     recipe = weights_free()
     sha256 = candidates.load({"teacher": teacher}, str(folder / "pinned"), {})[0].sha256

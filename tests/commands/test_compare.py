@@ -271,7 +271,7 @@ def test_held_out_samples_of_a_label_run_have_their_plans_and_the_teachers_score
 ) -> None:
     run = label_run(tmp_path, students[0])
     clips = judged.clips(run)
-    assert clips.judge == "the teacher student" and len(clips.clips) == 4  # all that are of one of the six clips
+    assert clips.judge == "the teacher student" and len(clips.clips) == 4  # all of one of the six speakers
     assert {clip.dataset for clip in clips.clips} == {"weights_free"}
     assert all(json.loads(clip.plan or "")["sample_id"] == int(clip.clip_id) for clip in clips.clips)
     found = compared(run, f"a={students[0]},b={students[1]},c={students[2]}", tmp_path)

@@ -600,4 +600,4 @@ def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work
     assert not store.fs.exists(f"{BUCKET}/untracked")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/tracking.db")
     assert cli.main([*job, "s3://no-such-bucket/labels"]) == 1
-    assert re.search(r"error: s3://no-such-bucket/labels: .*bucket does not exist", capsys.readouterr().err)
+    assert re.search(r"error: s3://no-such-bucket/labels.*bucket does not exist", capsys.readouterr().err)
