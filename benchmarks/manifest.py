@@ -1,4 +1,4 @@
-"""What a manifest costs a worker that degrades, by its number of clips: memory of its own, start, planning.
+"""The cost of a manifest for a worker that degrades, by its number of clips: own memory, start, planning.
 
 For each size two workers run in child processes as in the labelling job, so that what they share is not counted as
 either's own. Rows are synthetic: one speaker in fifty clips, addresses of 90 characters.
@@ -39,7 +39,7 @@ class Options:
     plans: int = 2_000
     """Samples that are planned for a mean; the best of ten such means counts, since the machine may do other work."""
     folder: str | None = None
-    """Where there is room. Default: the system's temporary folder."""
+    """A folder with room. Default: the system's temporary folder."""
 
 
 def main(options: Options) -> None:
@@ -104,7 +104,7 @@ def share(manifest: str) -> None:
 
 
 def _workers(copy: str, plans: int) -> dict[str, float]:
-    """What the second of two workers measures."""
+    """The measurements of the second of two workers."""
     works = []
     for _ in range(2):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What resuming and finishing a run with many parts takes on S3: seconds, requests and memory of the driver.
+"""The cost of resuming and finishing a run with many parts on S3: seconds, requests and memory of the driver.
 
 The parts are put into a moto server, which then answers each request after a delay. Its own work, in one thread, is in
 the seconds: 5 ms of CPU for a part, 0.4 s for a page of a listing.
@@ -71,14 +71,14 @@ sys.stdin.read()
 
 @dataclass(frozen=True)
 class Options:
-    """Of 1,000 parts it takes half a minute."""
+    """Number of parts; 1,000 take half a minute."""
 
     parts: tuple[int, ...] = (1_000, 10_000, 100_000)
     """Parts of each run, all there but the last."""
     delay_ms: float = 30.0
     """How long the server waits before each answer."""
     steps: tuple[Literal["resume", "finish"], ...] = ("resume", "finish")
-    """What is measured, each in a process of its own: `finish` opens parts too that a run's own driver knows."""
+    """Steps to measure, each in its own process. `finish` also opens parts that a run's own driver knows."""
     footers: bool = True
     """Begin with the `footers.parquet` that a killed run leaves; without, as of a version that kept none."""
 
@@ -142,7 +142,7 @@ def _part(kind: int, folder: str) -> bytes:
 
 
 def _note(count: int, folder: str) -> None:
-    """What a driver writes while so many parts are committed."""
+    """Write the files of a driver that commits so many parts."""
     data = [Path(folder, str(kind)).read_bytes() for kind in (NO_REJECT, ONE_REJECT)]
     about = [json.loads(pq.read_metadata(BytesIO(one)).metadata[b"part"]) for one in data]
     noted = Footers(f"{folder}/run0")

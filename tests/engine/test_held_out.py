@@ -1,4 +1,4 @@
-"""What is held out of label runs: whole speakers or clips, by name alone, and no batch has them."""
+"""Held-out samples of label runs: whole speakers or clips, by name alone, and no batch has them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ Known = Callable[[int], dict[str, object]]
 
 
 def clip_40(i: int) -> dict[str, object]:
-    """Of 40 clips, with a recording of noise, or babble of another clip, in every third sample."""
+    """A run of 40 clips, with a recording of noise, or babble of another clip, in every third sample."""
     more = {0: ["noise"], 3: [f"clip{(i + 7) % 40}"]}.get(i % 6, [])
     return {"clip_ids": [f"clip{i % 40}", *more]}
 

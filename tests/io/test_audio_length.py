@@ -113,6 +113,7 @@ def test_samples_behind_what_the_header_knows_are_told(write: Write, more: bytes
     with pytest.raises(AudioError, match="leaves out"):
         load(write("a.wav", wav(pcm, len(pcm)) + more + pcm))
     agrees(write("b.wav", wav(pcm, len(pcm)) + b"LIST" + struct.pack("<I", 4) + b"INFO" + bytes(100)), 1.0)
+    agrees(write("c.wav", wav(pcm, len(pcm)) + b"ID3\x03\x00\x00\x00\x00\x00\x10" + bytes(16)), 1.0)
 
 
 def test_a_file_that_ends_midway_is_told_by_its_header_alone(write: Write) -> None:

@@ -70,7 +70,7 @@ class Promote:
     tracking: str | None = None
     """Output folder whose mlflow.db is used where MLFLOW_TRACKING_URI is not set."""
     force: bool = False
-    """Where there is no champion yet, promote a student whose mean PCC is below 0.3, too."""
+    """Promote a first champion even if its mean PCC is below 0.3."""
     dry_run: bool = False
     """Decide and print, and change nothing."""
     rollback: bool = False

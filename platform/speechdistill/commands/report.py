@@ -36,7 +36,7 @@ def labels(summary: dict[str, Any], out: str) -> str:
 
 
 def held_out(shards: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What training leaves out of each label run, from `shards` of a provenance."""
+    """Lines on the samples that training leaves out of each label run, from `shards` of a provenance."""
     lines = []
     for held in (one["held_out"] for one in shards if one.get("held_out")):
         if "too_few" in held:
@@ -110,7 +110,7 @@ def counts(values: dict[str, int]) -> str:
 
 
 def changes(of_known: dict[str, int]) -> list[str]:
-    """What an ingest has found of clips that were in the manifest before."""
+    """Lines on the clips of the manifest that an ingest found changed, unusable or unreadable."""
     columns = {name: n for name, n in of_known.items() if name not in ("updated", "rejected", "unreadable")}
     lines = {
         "updated": f"updated: {counts(columns)}",

@@ -173,7 +173,7 @@ def _sizes(config: TrainStudents, provenance: dict[str, Any]) -> "tuple[str | No
 
 
 def _used(percent: float, shards: list[dict[str, Any]], scored: str | None) -> dict[str, Any]:
-    """What a student of so many labeled clips has heard: one of listeners' scores alone none of the shards."""
+    """The label runs that a student is trained on: none if it learns from listeners' scores alone."""
     from speechdistill.training import launch
 
     clips = launch.heard_clips(scored, trains=percent > 0) if scored else {}

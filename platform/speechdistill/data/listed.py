@@ -1,4 +1,4 @@
-"""What the row of a list says of its clip: the score, the votes and the split, however they are written, and several
+"""Rules for the row of a list: the score, the votes and the split, however they are written, and several
 rows of one clip. The rules are the same for lists, corpora, manifests and tars.
 
 - A score that is empty or NaN is none: the clip stays, without a score. One that is no number from 1 to 5 is a fault.

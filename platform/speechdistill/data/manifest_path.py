@@ -1,4 +1,4 @@
-"""What stands at a path given as --clips, where it is no file that can be read."""
+"""Check of a path given as --clips that is not a readable file."""
 
 from speechdistill.io import storage
 from speechdistill.io.errors import TableError

@@ -26,7 +26,7 @@ class File(NamedTuple):
 
 
 class Footers:
-    """What is known of the parts in `out`, from `footers.parquet` there and from `note`.
+    """The known footers of the parts in `out`, from `footers.parquet` there and from `note`.
 
     A footer is that of a file with as many ids and bytes; of others it is read, with one request.
     """

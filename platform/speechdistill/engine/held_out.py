@@ -39,7 +39,7 @@ class HeldOut:
 
 
 def held_out(runs: Sequence[LabelRun]) -> tuple[HeldOut, ...]:
-    """What is held out of each run. The runs train together, so a clip that one holds out trains by none of them."""
+    """Return the held-out samples of each run. The runs train together: a clip that one holds out trains by none."""
     sources = [_Sources.of(run) for run in runs]
     parts = [_parts(one) for one in sources]
     test = _clips(sources, [part.test for part in parts])

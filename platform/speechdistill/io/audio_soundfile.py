@@ -93,7 +93,7 @@ class SoundFileReader:
 
 
 def _missing(sound: Any, header: bytes) -> str | None:
-    """What the header promises beyond the end; libsndfile shortens such a file and only logs it."""
+    """Return the reason if the header promises more than the file holds: libsndfile shortens it and only logs that."""
     log = sound.extra_info
     if match := _PROMISED.search(log):
         promised, held = map(int, match.groups())
@@ -108,7 +108,7 @@ def _missing(sound: Any, header: bytes) -> str | None:
 
 
 def _is_cut(form: str, source: Source) -> str | None:
-    """What libsndfile takes for a whole file."""
+    """Return the reason if an MP3 or Ogg file is cut, which libsndfile takes for whole."""
     if form == "MP3":
         end = audio_streams.xing_end(source) or 0
         cut = end - source.size > _XING_SLACK_BYTES

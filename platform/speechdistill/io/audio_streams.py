@@ -100,7 +100,8 @@ def behind_data(file: Readable, size: int, header: bytes) -> int:
     length = int.from_bytes(header[place + 4 : place + 8], "little")
     end = place + 8 + length
     name = _at(file, end + length % 2, 4) if length > 0 and end + 8 < size else b""
-    is_sound = name == b"data" or (name.strip(b"\0") != b"" and not re.fullmatch(rb"[\x20-\x7e]{4}", name))
+    is_chunk = re.fullmatch(rb"[\x20-\x7e]{4}|ID3.|\0*", name, re.DOTALL)  # or a tag, or padding, behind the last
+    is_sound = name == b"data" or not is_chunk
     return size - end if is_sound else 0
 
 

@@ -53,7 +53,7 @@ def read(folder: str) -> Files:
 
 
 def provenance(folder: str) -> dict[str, Any]:
-    """What `write` was told, without reading the weights; empty if it is not known."""
+    """Return the description given to `write`, without reading the weights; empty if there is none."""
     return dict((storage.read_json(f"{folder}/{ABOUT}") or {}).get("provenance") or {})
 
 

@@ -1,4 +1,4 @@
-"""What commands print: no encoding of a terminal and no reader that has gone ends a command."""
+"""Output of commands: no encoding of a terminal and no reader that has gone ends a command."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Where Python looks for modules: not in the user's current folder, whose files are no part of the program."""
+"""The search path of modules: not the user's current folder, whose files are no part of the program."""
 
 import os
 import sysconfig

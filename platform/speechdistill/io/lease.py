@@ -243,7 +243,7 @@ def _told(holder: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """What shares process ids: a host name alone may be that of several containers."""
+    """Identify the system whose process ids are shared: a host name alone may be that of several containers."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -62,7 +62,7 @@ class Skipped(Counter[str]):
 
 @dataclass
 class Seen:
-    """What a walk, or several of one purpose, have been through: folders, each with its place below its root, and
+    """The record of one or several walks: folders, each with its place below its root, and
     targets of links."""
 
     folders: dict[_Key, tuple[str, ...]] = field(default_factory=dict)

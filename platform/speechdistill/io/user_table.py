@@ -24,7 +24,7 @@ from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-"""Of the names of lists; a file of another name is read as a CSV."""
+"""Suffixes of lists; a file with another suffix is read as a CSV."""
 
 _DELIMITERS = ",;\t|"
 _UNQUOTED = "\t|"
@@ -164,7 +164,7 @@ def _like_a_row(raw: list[str], fields: list[str], form: dict[str, Any]) -> int 
 
 
 def _shape(field: str) -> str:
-    """What fields of one column have in common: they are numbers, names of files of one type, or other texts."""
+    """The kind of a field: a number, the name of a file of some type, or other text."""
     try:
         return str(type(float(field)))
     except ValueError:
