@@ -173,7 +173,7 @@ def _sizes(config: TrainStudents, provenance: dict[str, Any]) -> "tuple[str | No
 
 
 def _used(percent: float, shards: list[dict[str, Any]], scored: str | None) -> dict[str, Any]:
-    """The label runs that a student is trained on: none if it learns from listeners' scores alone."""
+    """Return the data that a student is trained on: label runs (none with listeners' scores alone) and scored clips."""
     from speechdistill.training import launch
 
     clips = launch.heard_clips(scored, trains=percent > 0) if scored else {}
