@@ -14,6 +14,7 @@ import soundfile
 from manifests import corpus, voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
+from speechdistill.data import manifest_parts
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder
 from speechdistill.engine import cluster
@@ -294,15 +295,15 @@ def test_of_two_at_once_the_second_is_refused_and_nothing_is_lost(
 ) -> None:
     root = corpus(tmp_path / "c")
     first, second = (Ingest(out=str(tmp_path / "m"), **{kind: (str(root / kind),)}) for kind in ("speech", "noise"))
-    real = ingest._commit
+    real = manifest_parts.commit
 
     def commit(*args: object) -> int:
-        monkeypatch.setattr(ingest, "_commit", real)
+        monkeypatch.setattr(manifest_parts, "commit", real)
         with pytest.raises(LeaseError, match=r"in use by `speechdistill ingest` on .* since"):
             ingest.run(second)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ingest, "_commit", commit)
+    monkeypatch.setattr(manifest_parts, "commit", commit)
     ingest.run(first)
     ingest.run(second)
     assert len(manifest_of(tmp_path / "m")) == 7
@@ -318,10 +319,11 @@ _MEMORY = """
 import pathlib, sys
 from milli_ingest import rows, probe
 from speechdistill.commands import ingest
+from speechdistill.data import manifest_parts
 from speechdistill.engine import cluster
 cluster.connect()
 ingest.ingest_rows(rows(int(sys.argv[2])), sys.argv[1], probe)
-found = ingest.merge(sys.argv[1])["clips"]["speech"]
+found = manifest_parts.merge(sys.argv[1])["clips"]["speech"]
 # Not getrusage: its maximum is inherited from the process that started this one.
 status = pathlib.Path("/proc/self/status").read_text()
 print(found, status.split("VmHWM:")[1].split()[0])
@@ -348,5 +350,5 @@ def test_ids_depend_on_kind_and_address_only() -> None:
 def test_many_new_chunks_find_every_duplicate(tmp_path: Path) -> None:
     order = np.random.default_rng(0).integers(0, 7000, 20_000)
     rows = ({"uri": f"/{i}.wav", "kind": "speech"} for i in order)
-    found = [row["uri"] for chunk in ingest._chunks(rows, str(tmp_path)) for row in chunk]
+    found = [row["uri"] for chunk in manifest_parts.chunks(rows, str(tmp_path)) for row in chunk]
     assert sorted(found) == sorted({f"/{i}.wav" for i in order})

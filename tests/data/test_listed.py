@@ -12,9 +12,8 @@ import pytest
 import soundfile
 
 from manifests import voice
-from speechdistill.commands import ingest
 from speechdistill.comparing import judged
-from speechdistill.data import listed, listening_tests, scored_clips
+from speechdistill.data import headers, listed, listening_tests, scored_clips
 from speechdistill.data.corpora import listing
 from speechdistill.io import storage, table
 from speechdistill.io.errors import AudioError, TableError
@@ -40,7 +39,7 @@ def ingested(source: str) -> tuple[list[dict[str, Any]], list[str], str]:
     """Clips, reasons of the rejected ones, and the line that accounts for the rows: `ingest` without Ray."""
     told: Counter[str] = Counter()
     rows = list(listed.merged(lambda: listing.rows(source), told))
-    good, rejects, _ = ingest._probed(rows, ingest._clip)
+    good, rejects, _ = headers.probed(rows, headers.clip)
     return good.to_pylist(), rejects["message"].to_pylist(), listed.summary(told)
 
 

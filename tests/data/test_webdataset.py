@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from manifests import voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
-from speechdistill.data import listed
+from speechdistill.data import headers, listed
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError
@@ -548,7 +548,7 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
     )
     lines = listed.merged(lambda: chain.from_iterable(map(ingest._lines, config.list)))
     rows = list(ingest._rows(config, lines, Skipped(), set(), Counter()))
-    clips, rejects = (part.to_pylist() for part in ingest._probed(rows, ingest._clip)[:2])
+    clips, rejects = (part.to_pylist() for part in headers.probed(rows, headers.clip)[:2])
     assert [clip["uri"].replace("=", "/").rpartition("/")[2] for clip in clips] == [
         "a.flac",
         "c.flac",

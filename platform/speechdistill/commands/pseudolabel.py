@@ -20,10 +20,10 @@ from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
 from speechdistill.engine.isolate import Worker
 from speechdistill.io import fingerprint, lease, storage
+from speechdistill.io.audio import MIN_DURATION_S
 from speechdistill.io.errors import RunError
 from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
-from speechdistill.models.label import MIN_DURATION_S
 from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking
 

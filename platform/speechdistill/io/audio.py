@@ -21,8 +21,10 @@ from speechdistill.io.audio_files import SAMPLE_RATE, Info
 from speechdistill.io.errors import AudioError, UnreadableError
 
 _LOG = logging.getLogger(__name__)
+MIN_DURATION_S = 0.1  # of speech: less cannot be scored
 __all__ = [
     "EXTENSIONS",
+    "MIN_DURATION_S",
     "SAMPLE_RATE",
     "AudioError",
     "Info",

@@ -18,9 +18,8 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.audio import MIN_DURATION_S, SAMPLE_RATE
 
-MIN_DURATION_S = 0.1
 SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, so below it they would judge dither and rounding
 _BLOCK_SAMPLES = 1 << 20
 
