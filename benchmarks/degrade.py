@@ -96,7 +96,7 @@ def _manifest(data: Path) -> pa.Table:
     return table.from_rows(rows, "clip.v1")
 
 
-def _complete(recipe: plan.Recipe, sources: dict[str, str]) -> plan.Recipe:
+def _complete(recipe: plan.DegradationRecipe, sources: dict[str, str]) -> plan.DegradationRecipe:
     """The recipe with its assets, less the components that lack something."""
     given = replace(recipe, assets={name: assets.Asset(source) for name, source in sources.items()})
     try:
@@ -127,13 +127,13 @@ def _random_weights(folder: Path) -> dict[str, str]:
 def _alone(name: str, clips: Clips, samples: int, found: dict[str, assets.Asset]) -> float:
     """The component's steps; its recipe makes nothing else."""
     bare, whole = (
-        _cost(plan.Recipe(name, (plan.Stage("only", {name: odds}),), assets=found), clips, samples)[0]
+        _cost(plan.DegradationRecipe(name, (plan.RecipeStage("only", {name: odds}),), assets=found), clips, samples)[0]
         for odds in (0.0, 1.0)
     )
     return whole - bare
 
 
-def _cost(recipe: plan.Recipe, clips: Clips, samples: int) -> tuple[float, float]:
+def _cost(recipe: plan.DegradationRecipe, clips: Clips, samples: int) -> tuple[float, float]:
     """Milliseconds of CPU per second of audio, and its standard error."""
     plans = Plans(recipe, clips, seed=0)
     for number in range(WARM_UP):
@@ -148,7 +148,7 @@ def _cost(recipe: plan.Recipe, clips: Clips, samples: int) -> tuple[float, float
     return 1000 * float(mean), 1000 * float(error)
 
 
-def _storing(recipe: plan.Recipe, clips: Clips, samples: int) -> float:
+def _storing(recipe: plan.DegradationRecipe, clips: Clips, samples: int) -> float:
     """Milliseconds of CPU per second of audio for the bytes in a shard."""
     plans = Plans(recipe, clips, seed=0)
     waves = [make_sample(plans[number])[0] for number in range(samples)]

@@ -91,10 +91,10 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
     result = out / f"pcc-{fingerprint.of(decides)[:8]}.json"
     if known := storage.read_json(str(result)):
         return float(known["pcc"])
-    mix = Mix((f"{options.out}/train",), ARMS[arm], crop_s=options.crop_s, seed=seed)
+    mix = Mix(shards=(f"{options.out}/train",), labeled_percent=ARMS[arm], crop_s=options.crop_s, seed=seed)
     first, last = options.steps * 3 // 4, options.steps // 4
     all_of_it = (HeldOut(),)  # other runs, of other speakers, validate and judge
-    recipe = Distill(student("v0"), mix, scored, held_out=all_of_it)
+    recipe = Distill(student=student("v0"), mix=mix, labeled=scored, held_out=all_of_it)
     _phase(recipe, first, options.learning_rate, out / "first", options.device)
     _phase(
         replace(recipe, mix=replace(mix, seed=seed + 1_000), init=f"{out}/first"),
@@ -116,7 +116,7 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
 def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path, device: str) -> None:
     """Train, and keep the best student in `folder`."""
     made = recipe.make()
-    loop = Loop(made, Training(steps, learning_rate, dtype="bfloat16"), device=device)
+    loop = Loop(made, Training(steps=steps, learning_rate=learning_rate, dtype="bfloat16"), device=device)
     start = time.monotonic()
     for step, _, _ in loop.run(steps):
         if step % VALIDATE_EVERY == 0 or step == steps:

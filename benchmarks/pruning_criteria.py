@@ -25,7 +25,7 @@ from speechdistill.models.student_scorer import Scorer
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Loop, Training
 from speechdistill.training.pruning import Pruner, Pruning
-from speechdistill.training.recipes.distill import Distill, Recipe
+from speechdistill.training.recipes.distill import Distill, DistillRecipe
 
 COLUMNS = ("before", "none", "importance", "magnitude", "random")
 
@@ -56,7 +56,7 @@ class Options:
     """Seconds of each sample in a batch."""
 
 
-class Pruned(Recipe):
+class Pruned(DistillRecipe):
     """A student's training with pruning of its convolutions and its transformer, but not of its pooling and output."""
 
     def __init__(self, config: Distill, pruning: Pruning) -> None:
@@ -108,14 +108,14 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     which = fingerprint.of(asdict(replace(options, out="", data="", seeds=0)))[:8]
     folder = f"{options.out}/pruning-{which}-{seed}"
     student = ConvTransformerConfig(options.width, stride_convs=4, dim=options.width, heads=4, layers=2)
-    mix = Mix((f"{options.out}/train",), 0, crop_s=options.crop_s, seed=seed)
+    mix = Mix(shards=(f"{options.out}/train",), labeled_percent=0, crop_s=options.crop_s, seed=seed)
     pruning = Pruning(share=options.share, every=options.every, until=options.remaining, seed=seed)
     # The samples of the measured table; other speakers judge, and nothing is chosen by validation.
     held = (by_row_groups(LabelRun(f"{options.out}/train"), validates=True),)
     if not Path(folder, "student.json").is_file():
-        recipe = Distill(student, mix, held_out=held).make()
+        recipe = Distill(student=student, mix=mix, held_out=held).make()
         recipe.save(_train(recipe, options.steps, options.learning_rate), folder)
-    config = Distill(student, replace(mix, seed=seed + 1_000), init=folder, held_out=held)
+    config = Distill(student=student, mix=replace(mix, seed=seed + 1_000), init=folder, held_out=held)
     figures: dict[str, float] = dict(storage.read_json(f"{folder}/mse.json") or {})
     for name in COLUMNS:
         if name in figures:
@@ -131,8 +131,8 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     return figures
 
 
-def _train(recipe: Recipe, steps: int, learning_rate: float) -> ConvTransformer:
-    loop = Loop(recipe, Training(steps, learning_rate, dtype="bfloat16"))
+def _train(recipe: DistillRecipe, steps: int, learning_rate: float) -> ConvTransformer:
+    loop = Loop(recipe, Training(steps=steps, learning_rate=learning_rate, dtype="bfloat16"))
     for _ in loop.run(steps):
         pass
     assert isinstance(loop.network, ConvTransformer)

@@ -122,7 +122,14 @@ def served(count: int, options: Options) -> Iterator[str]:
 
 def _part(kind: int, folder: str) -> bytes:
     """A part of short waves, whose footer is that of a real one."""
-    layout = shards.Layout(f"{folder}/run{kind}", "pseudolabel.v1", "sample_id", ROWS, ROWS, figures.of_part)
+    layout = shards.Layout(
+        out=f"{folder}/run{kind}",
+        schema="pseudolabel.v1",
+        id_column="sample_id",
+        num_ids=ROWS,
+        rows_per_part=ROWS,
+        totals=figures.of_part,
+    )
     block, rng = parts.block(layout.ids(0)), np.random.default_rng(kind)
     known = {"plan": "{}", "clip_ids": ["clip"], "segment_start_s": 0.0, "segment_duration_s": 7.68}
     known |= {"audio_format": "flac", "sample_rate": 16_000, "num_samples": 122_880, "audio": rng.bytes(16)}
@@ -152,7 +159,14 @@ def _note(count: int, folder: str) -> None:
 
 def step(name: str, count: int) -> None:
     """One step in this process, which is a driver's; prints its seconds and this process's peak memory in bytes."""
-    layout = shards.Layout("s3://bucket/run", "pseudolabel.v1", "sample_id", ROWS * count, ROWS, figures.of_part)
+    layout = shards.Layout(
+        out="s3://bucket/run",
+        schema="pseudolabel.v1",
+        id_column="sample_id",
+        num_ids=ROWS * count,
+        rows_per_part=ROWS,
+        totals=figures.of_part,
+    )
     start, cpu_s = time.perf_counter(), time.process_time()
     if name == "finish":
         shards.finish(layout, complete=False)

@@ -67,12 +67,13 @@ def _bare(name: str, steps: int, options: Options) -> float:
 def job_rate(name: str, steps: int, options: Options, labels: str, out: Path) -> float:
     """Steps a second of a worker of Ray Train."""
     cluster.connect()
-    recipe = Distill(student(name), Mix((labels,), 0, crop_s=options.crop_s))
-    training = Training(WARM_UP + steps, validate_every=10**6, dtype=options.dtype)
+    recipe = Distill(student=student(name), mix=Mix(shards=(labels,), labeled_percent=0, crop_s=options.crop_s))
+    training = Training(steps=WARM_UP + steps, validate_every=10**6, dtype=options.dtype)
     gpus = float(options.device == "cuda")
     progress, seen = Progress(1), []
     going = ray.remote(num_cpus=0)(fit).remote(
-        Job(recipe.make, training, str(out), {}, cpus=float(options.cpus), gpus=gpus), progress
+        Job(make=recipe.make, training=training, out=str(out), identity={}, cpus=float(options.cpus), gpus=gpus),
+        progress,
     )
     while not ray.wait([going], timeout=0.2)[0]:
         seen.append((time.perf_counter(), progress.read().step))
@@ -85,7 +86,14 @@ def job_rate(name: str, steps: int, options: Options, labels: str, out: Path) ->
 
 def labels(out: Path) -> str:
     """A finished label run of noise: what is in the waves costs nothing more or less."""
-    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", SAMPLES, 64, lambda rows: {})
+    layout = shards.Layout(
+        out=str(out),
+        schema="pseudolabel.v1",
+        id_column="sample_id",
+        num_ids=SAMPLES,
+        rows_per_part=64,
+        totals=lambda rows: {},
+    )
     shards.claim(layout.out, {})
     rng = np.random.default_rng(0)
     for k in range(layout.num_parts):

@@ -13,7 +13,7 @@ from manifests import corpus, row, voice
 from speechdistill.comparing import candidates, comparison, judged, scoring
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.data.degradation_recipes import weights_free
-from speechdistill.engine import flow, shards
+from speechdistill.engine import flow, limits, shards
 from speechdistill.engine.isolate import Row, Worker
 from speechdistill.io import storage, table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
@@ -52,7 +52,14 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
         Degrade(f"{folder}/clips.parquet", recipe, 0, "flac", False, libraries(recipe)),
         Teach("student", teacher, None, "float32", None, sha256),
     )
-    layout = shards.Layout(f"{folder}/labels", "pseudolabel.v1", "sample_id", num_samples, 16, lambda rows: {})
+    layout = shards.Layout(
+        out=f"{folder}/labels",
+        schema="pseudolabel.v1",
+        id_column="sample_id",
+        num_ids=num_samples,
+        rows_per_part=16,
+        totals=lambda rows: {},
+    )
     shards.claim(layout.out, {"recipe": {"name": recipe.name}, "teacher": {"name": "student", "sha256": sha256}})
     for k in range(layout.num_parts):
         rows = [{"id": i} for i in layout.ids(k)]
@@ -69,7 +76,7 @@ def without_ray(run: flow.Flow, stop_after: int | None = None) -> shards.Totals:
     """`flow.run` by the real workers, one part after another; with `stop_after` it is killed after so many of them."""
     layout = run.layout
     shards.claim(layout.out, run.identity)
-    parts, _ = shards.survey(layout, run.retry_rejected)
+    parts, _ = shards.survey(layout, run.limits.rejects.retry_rejected)
     if parts:
         shards.reopen(layout)
         stages = run.stages(2, 0)
@@ -83,7 +90,7 @@ def without_ray(run: flow.Flow, stop_after: int | None = None) -> shards.Totals:
     if stop_after is not None:
         raise KeyboardInterrupt
     totals = shards.survey(layout)[1]
-    flow._judge(run, totals)
+    limits.judge(run.limits.rejects, run.layout, totals.rejected, totals.done, run.known)
     shards.finish(layout)
     return totals
 
@@ -97,7 +104,7 @@ def _through(workers: Sequence[Worker], row: Row) -> Row:
     return row
 
 
-def asked(entries: Sequence[candidates.Model], clips: Sequence[judged.Clip]) -> scoring.Scores:
+def asked(entries: Sequence[candidates.Candidate], clips: Sequence[judged.JudgedClip]) -> scoring.Scores:
     """What the two stages of the job say, one clip after another."""
     tasks = scoring.missing(entries, clips, {})
     decode, ask = scoring.Decode(tasks), scoring.Ask(list(entries))

@@ -29,7 +29,14 @@ def label_run(
 
     `known` are columns of a sample, such as its clip_ids.
     """
-    layout = shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, rows_per_part, lambda rows: {})
+    layout = shards.Layout(
+        out=str(out),
+        schema="pseudolabel.v1",
+        id_column="sample_id",
+        num_ids=num_ids,
+        rows_per_part=rows_per_part,
+        totals=lambda rows: {},
+    )
     shards.claim(layout.out, {"seed": seed})
     for k in range(layout.num_parts):
         ids = [{"id": i} for i in layout.ids(k)]

@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from configs import changed
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row
+from speechdistill.engine.pools import Pool
 from speechdistill.io import audio, table
 from speechdistill.io.errors import WeightsError
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
@@ -120,15 +122,28 @@ def totals(rows: pa.Table) -> dict[str, float]:
 def milli_flow(
     out: object, num_ids: int, degrade: Degrade = Degrade(), teach: Teach = Teach(), **options: object
 ) -> flow.Flow:
-    return flow.Flow(
-        layout=shards.Layout(str(out), "pseudolabel.v1", "sample_id", num_ids, 8, totals),
+    milli = flow.Flow(
+        layout=shards.Layout(
+            out=str(out),
+            schema="pseudolabel.v1",
+            id_column="sample_id",
+            num_ids=num_ids,
+            rows_per_part=8,
+            totals=totals,
+        ),
         identity={"seed": options.pop("seed", 0)},
         stages=lambda cpus, gpus: (
-            flow.Stage("degrade", partial(_same, degrade), DEGRADED, 1, 0.25, isolated=True, memory_gb=4),
-            flow.Stage("teach", partial(_same, teach), TAUGHT, 2, 0.25, batch_rows=4, calls=2),
+            flow.Stage(
+                name="degrade",
+                make=partial(_same, degrade),
+                adds=DEGRADED,
+                isolated=True,
+                memory_gb=4,
+            ),
+            flow.Stage(name="teach", make=partial(_same, teach), adds=TAUGHT, pool=Pool(2), batch_rows=4, calls=2),
         ),
-        **options,  # type: ignore[arg-type]
     )
+    return changed(milli, **options)
 
 
 def _same(worker: Degrade | Teach) -> Degrade | Teach:

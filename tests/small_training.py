@@ -21,7 +21,7 @@ from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Training
 from speechdistill.training.ray_train import Job, Progress, _Progress, _work, fit
-from speechdistill.training.recipes.distill import Distill, Recipe, tiny
+from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run
 
 STEPS = 60
@@ -37,11 +37,11 @@ class Stopped:
     marks: str
     step: int
 
-    def __call__(self) -> Recipe:
+    def __call__(self) -> DistillRecipe:
         return _Stopped(self)
 
 
-class _Stopped(Recipe):
+class _Stopped(DistillRecipe):
     def __init__(self, stopped: Stopped) -> None:
         super().__init__(stopped.recipe)
         self._marks, self._left = Path(stopped.marks), stopped.step
@@ -66,9 +66,11 @@ class _Stopped(Recipe):
 
 def job(labels: str, out: str, most: int, marks: str, step: int) -> Job:
     """Checkpoints come twice a second, a validation, which takes longer than all steps, at the end."""
-    recipe = Stopped(Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08)), marks, step)
-    training = Training(STEPS, 1e-3, validate_every=STEPS, checkpoint_every_s=0.5, dtype="float64")
-    return Job(recipe, training, out, {"seed": 0}, (1, most), cpus=1.0, resize_every_s=2.0)
+    recipe = Stopped(Distill(student=tiny(), mix=Mix(shards=(labels,), labeled_percent=0, crop_s=0.08)), marks, step)
+    training = Training(steps=STEPS, learning_rate=1e-3, validate_every=STEPS, checkpoint_every_s=0.5, dtype="float64")
+    return Job(
+        make=recipe, training=training, out=out, identity={"seed": 0}, workers=(1, most), cpus=1.0, resize_every_s=2.0
+    )
 
 
 def train_here(runs: list[Run], at_once: int) -> None:

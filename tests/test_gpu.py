@@ -123,8 +123,8 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def loop(labels: str, device: str, **training: Any) -> Loop:
-    recipe = Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08)).make()
-    return Loop(recipe, Training(40, 1e-3, **training), device=device)
+    recipe = Distill(student=tiny(), mix=Mix(shards=(labels,), labeled_percent=0, crop_s=0.08)).make()
+    return Loop(recipe, Training(steps=40, learning_rate=1e-3, **training), device=device)
 
 
 def test_a_training_step_has_the_same_loss_and_gradients(labels: str) -> None:
@@ -177,8 +177,14 @@ def test_two_workers_normalise_as_one_does(tmp_path: Path) -> None:
 
 def test_ray_train_starts_with_one_worker(labels: str, tmp_path: Path, local_ray: None) -> None:
     """Its backend is nccl where the worker has a GPU."""
-    recipe = Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08))
-    job = Job(recipe.make, Training(4, 1e-3), f"{tmp_path}/run", {"seed": 0}, gpus=float(DEVICE == "cuda"))
+    recipe = Distill(student=tiny(), mix=Mix(shards=(labels,), labeled_percent=0, crop_s=0.08))
+    job = Job(
+        make=recipe.make,
+        training=Training(steps=4, learning_rate=1e-3),
+        out=f"{tmp_path}/run",
+        identity={"seed": 0},
+        gpus=float(DEVICE == "cuda"),
+    )
     assert fit(job, Progress(job.starts))["steps"] == 4
 
 

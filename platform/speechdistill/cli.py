@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from speechdistill.io import console, import_path
+from speechdistill.io.options import OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,24 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("speechdistill").setLevel(logging.INFO)
-    command = tyro.extras.subcommand_cli_from_dict(
-        {
-            "compare": compare.command,
-            "doctor": doctor.command,
-            "ingest": ingest.command,
-            "promote": promote.command,
-            "prune": prune.command,
-            "pseudolabel": pseudolabel.command,
-            "recipe": recipe.command,
-            "train-students": train_students.command,
-            "train-teacher": train_teacher.command,
-            "score": score.command,
-            "sync": sync.command,
-        },
-        prog="speechdistill",
-        description="Label speech with a large teacher, distil it into small students, promote the winner.",
-        args=arguments,
-    )
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            {
+                "compare": compare.command,
+                "doctor": doctor.command,
+                "ingest": ingest.command,
+                "promote": promote.command,
+                "prune": prune.command,
+                "pseudolabel": pseudolabel.command,
+                "recipe": recipe.command,
+                "train-students": train_students.command,
+                "train-teacher": train_teacher.command,
+                "score": score.command,
+                "sync": sync.command,
+            },
+            prog="speechdistill",
+            description="Label speech with a large teacher, distil it into small students, promote the winner.",
+            args=arguments,
+        )
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return int(command)
 
 

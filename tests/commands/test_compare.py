@@ -21,6 +21,7 @@ import soundfile
 import torch
 
 from comparisons import RATE, asked, compared, label_run, recordings, without_ray
+from configs import changed, config_of
 from manifests import voice
 from mlflow_runs import student
 from small_models import speech_encoder
@@ -375,8 +376,14 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     encoder = speech_encoder(tmp_path / "encoder", "wav2vec2", large=True)
     head = TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, Scale())
     head.save(QualityHead(16, *HEAD), f"{tmp_path}/teacher", {})
-    config = Prune(f"{tmp_path}/teacher", recordings(tmp_path / "clips", 20), str(tmp_path), criterion=criterion)
-    recipe = prune._recipe(replace(config, share=0.5, until=0.5))[0].make()
+    config = config_of(
+        Prune,
+        model=f"{tmp_path}/teacher",
+        labeled=recordings(tmp_path / "clips", 20),
+        out=str(tmp_path),
+        criterion=criterion,
+    )
+    recipe = prune._recipe(changed(config, share=0.5, until=0.5))[0].make()
     network = recipe.network()
     pruner = recipe.pruner(network)
     network(torch.randn(2, 8000)).sum().backward()
@@ -419,7 +426,9 @@ def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
 
 
 def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path, students: list[str]) -> None:
-    clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", "tub" if i < 30 else "flat|", None, 1 + i % 5) for i in range(34)]
+    clips = [
+        judged.JudgedClip(str(i), f"{i}.wav", f"{i}", "tub" if i < 30 else "flat|", None, 1 + i % 5) for i in range(34)
+    ]
     clips[30:] = [clip._replace(mos=3.0) for clip in clips[30:]]
     (good,) = candidates.load({"distillmos": students[0]}, str(tmp_path), {})
     bad = good._replace(name="bad", sha256="another")
@@ -452,7 +461,7 @@ def test_tables_say_what_is_missing_and_what_is_more_than_chance(tmp_path: Path,
 
 def test_means_are_of_the_same_datasets_wherever_two_are_compared(tmp_path: Path, students: list[str]) -> None:
     names = ("tub", "dns_3_fb")
-    clips = [judged.Clip(str(i), f"{i}.wav", f"{i}", names[i // 20], None, 1 + i % 5) for i in range(40)]
+    clips = [judged.JudgedClip(str(i), f"{i}.wav", f"{i}", names[i // 20], None, 1 + i % 5) for i in range(40)]
     (good,) = candidates.load({"squim": students[0]}, str(tmp_path), {})
     flat = good._replace(name="flat", sha256="flat")  # says the same of every clip of dns_3_fb
     half = good._replace(name="half", sha256="half")  # can judge none of dns_3_fb

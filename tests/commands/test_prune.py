@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from configs import config_of
 from label_runs import label_run
 from manifests import voice
 from small_models import speech_encoder as small_encoder
@@ -108,7 +109,9 @@ def test_from_a_teacher_to_smaller_ones(
 
 
 def test_shares_that_are_reached_at_once_are_one_checkpoint(teacher: str, scores: str, tmp_path: Path) -> None:
-    config = Prune(teacher, scores, str(tmp_path), share=0.03)  # 0.3 and 0.29 remain after 24 times
+    config = config_of(
+        Prune, model=teacher, labeled=scores, out=str(tmp_path), share=0.03
+    )  # 0.3 and 0.29 remain after 24 times
     recipe, identity = prune._recipe(config)
     milestones = prune._job(config, recipe, identity, (1, 1), 0.0).training.milestones
     assert len({step for step, _ in milestones}) == len(milestones)
@@ -146,8 +149,10 @@ def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
     teacher: str, scores: str, tmp_path: Path
 ) -> None:
     storage.publish(table.parquet_bytes(scored_clips.manifest(scores)), f"{tmp_path}/clips.parquet")
-    mix = Mix((label_run(tmp_path / "labels", 24 * 20),), 50, batch_size=8, crop_s=0.1)
-    recipe = Pruned(teacher, None, mix, f"{tmp_path}/clips.parquet", Pruning()).make()
+    mix = Mix(shards=(label_run(tmp_path / "labels", 24 * 20),), labeled_percent=50, batch_size=8, crop_s=0.1)
+    recipe = Pruned(
+        teacher=teacher, encoder=None, mix=mix, labeled=f"{tmp_path}/clips.parquet", pruning=Pruning()
+    ).make()
     batch = next(recipe.batches.stream(0, 1, 0, 1))
     assert set(batch.datasets[:4]) == {0, 1} and set(batch.datasets[4:]) == {-1}
     network = recipe.network().eval()

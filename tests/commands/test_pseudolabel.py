@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 
 import manifests
 from comparisons import without_ray
+from configs import changed, config_of, prepared
 from label_runs import rejects_of, rows_of
 from manifests import corpus, voice
 from speechdistill import cli
@@ -30,9 +30,12 @@ from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import as_is, weights_free
 from speechdistill.data.plan import Plan, Plans
 from speechdistill.engine import flow, shards
+from speechdistill.engine.limits import Limits
+from speechdistill.engine.pools import Pools
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, RunError
-from speechdistill.labelling import samples
+from speechdistill.io.options import OptionError
+from speechdistill.labelling import job, samples
 from speechdistill.models.load import load_teacher
 from speechdistill.tracking.run import run_id
 
@@ -56,7 +59,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    config = Pseudolabel(clips, str(tmp_path), num_samples=10, seed=4, reference=True, rows_per_part=4)
+    config = config_of(
+        Pseudolabel, clips=clips, out=str(tmp_path), num_samples=10, seed=4, reference=True, rows_per_part=4
+    )
     summary = pseudolabel.run(config)
     rows = rows_of(tmp_path)
     assert sorted(rows) == list(range(10))
@@ -87,9 +92,11 @@ def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_
     clips: str, tmp_path: Path, in_process: None
 ) -> None:
     pytest.importorskip("pesq", reason="its installation needs a C compiler")
-    config = Pseudolabel(clips, f"{tmp_path}/pesq", num_samples=4, seed=4, rows_per_part=4, teacher="pesq_oracle")
+    config = config_of(
+        Pseudolabel, clips=clips, out=f"{tmp_path}/pesq", num_samples=4, seed=4, rows_per_part=4, teacher="pesq_oracle"
+    )
     assert pseudolabel.run(config)["labelled"] == 4
-    both = replace(config, out=f"{tmp_path}/both", teacher="ensemble:distillmos=3,pesq_oracle=1", reference=True)
+    both = changed(config, out=f"{tmp_path}/both", teacher="ensemble:distillmos=3,pesq_oracle=1", reference=True)
     assert pseudolabel.run(both)["labelled"] == 4
     pesq, mos = load_teacher("pesq_oracle"), load_teacher("distillmos")
     compared, averaged = rows_of(tmp_path / "pesq"), rows_of(tmp_path / "both")
@@ -108,9 +115,9 @@ def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_
 def test_mlflow_has_parameters_summary_and_picture(clips: str, tmp_path: Path, in_process: None) -> None:
     from mlflow import MlflowClient
 
-    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    config = config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=2, rows_per_part=2)
     pseudolabel.run(config)
-    pseudolabel.run(replace(config, num_samples=4))  # a resumed job goes on with its run
+    pseudolabel.run(changed(config, num_samples=4))  # a resumed job goes on with its run
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("pseudolabel")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -147,14 +154,14 @@ def test_a_grown_run_tells_which_samples_are_made_again(
     storage.publish(table.parquet_bytes(manifests.manifest()), clips)
     monkeypatch.setattr(flow, "run", fails)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    config = Pseudolabel(clips, str(tmp_path), num_samples=100)
+    config = config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=100)
     with pytest.raises(RunError, match="no cluster"):
         pseudolabel.run(config)
     (tmp_path / "shards").mkdir()
     for name in ("part-00000000-00000064", "part-00000001-00000036"):
         (tmp_path / "shards" / f"{name}.parquet").touch()
     with pytest.raises(RunError, match="no cluster"):
-        pseudolabel.run(replace(config, num_samples=200))
+        pseudolabel.run(changed(config, num_samples=200))
     (told,) = (text for text in caplog.messages if "made again" in text)
     assert told.startswith("samples 64 to 99 are made again, as before: they share a file of 64 (--rows-per-part)")
 
@@ -163,7 +170,7 @@ def test_a_grown_run_tells_which_samples_are_made_again(
 def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_ends(
     clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    config = config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=2, rows_per_part=2)
     pseudolabel.run(config)
     summary = (tmp_path / "summary.json").read_bytes()
     again = pseudolabel.run(config)
@@ -171,17 +178,17 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     assert (tmp_path / "summary.json").read_bytes() == summary
     next((tmp_path / "shards").glob("*.parquet")).unlink()  # a damaged run is mended
     assert pseudolabel.run(config)["labelled"] == 2 and len(rows_of(tmp_path)) == 2
-    assert pseudolabel.run(replace(config, num_samples=1))["labelled"] == 2, "a smaller number lost what was there"
+    assert pseudolabel.run(changed(config, num_samples=1))["labelled"] == 2, "a smaller number lost what was there"
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("speechdistill.engine.flow._parts", stopped)
     with pytest.raises(KeyboardInterrupt):
-        pseudolabel.run(replace(config, num_samples=4))
+        pseudolabel.run(changed(config, num_samples=4))
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.undo()
-    assert pseudolabel.run(replace(config, num_samples=4))["labelled"] == 4
+    assert pseudolabel.run(changed(config, num_samples=4))["labelled"] == 4
 
 
 @pytest.mark.slow  # outages are in test_run.py, without a run
@@ -190,7 +197,7 @@ def test_a_tracking_outage_does_not_stop_the_run(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    summary = pseudolabel.run(Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2))
+    summary = pseudolabel.run(config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=2, rows_per_part=2))
     assert summary["labelled"] == 2
     assert [record.message for record in caplog.records if "goes on without it" in record.message]
 
@@ -226,28 +233,29 @@ def test_a_node_with_other_libraries_is_refused_with_what_differs(clips: str) ->
         samples.Degrade(clips, as_is(), 0, "flac", False, expected)
 
 
-def test_pools_can_be_sized_for_what_a_cluster_grows_to(clips: str, tmp_path: Path) -> None:
-    config = Pseudolabel(clips, str(tmp_path), grow_to="cpu=80,gpu=4", num_samples=4)
-    job = pseudolabel._flow(*pseudolabel._prepared(config), clips)
-    degrade, teach = job.stages(*job.grow_to)
-    assert (teach.actors, teach.num_gpus) == (4, 1) and degrade.actors == 78
-    with pytest.raises(RunError, match="--grow-to"):
-        pseudolabel.run(replace(config, grow_to="80 CPUs"))
+def test_pools_can_be_sized_for_what_a_cluster_grows_to(tmp_path: Path) -> None:
+    run = job.flow_of(prepared(weights_free()), str(tmp_path), Limits(), Pools(grow_to="cpu=80,gpu=4"))
+    degrade, teach = run.stages(*run.grow_to)
+    assert (teach.pool.actors, teach.pool.num_gpus) == (4, 1) and degrade.pool.actors == 78
+    with pytest.raises(OptionError, match="--grow-to"):
+        Pools(grow_to="80 CPUs")
 
 
 def test_another_configuration_is_refused_with_what_differs(clips: str, tmp_path: Path, in_process: None) -> None:
-    config = Pseudolabel(clips, str(tmp_path), num_samples=2, rows_per_part=2)
+    config = config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=2, rows_per_part=2)
     pseudolabel.run(config)
     with pytest.raises(RunError, match=r"(?s)seed: 0 -> 7.*another --out"):
-        pseudolabel.run(replace(config, seed=7))
+        pseudolabel.run(changed(config, seed=7))
     with pytest.raises(RunError, match=r"recipe\.name: \"weights_free\" -> \"as_is\""):
-        pseudolabel.run(replace(config, recipe="as_is"))
+        pseudolabel.run(changed(config, recipe="as_is"))
     with pytest.raises(ValueError, match="'weights_free' works without them"):
-        pseudolabel.run(replace(config, recipe="paper"))
+        pseudolabel.run(changed(config, recipe="paper"))
 
 
 def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path, in_process: None) -> None:
-    pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, audio_format="pcm16"))
+    pseudolabel.run(
+        config_of(Pseudolabel, clips=clips, out=str(tmp_path), recipe="as_is", segment_s=3.0, audio_format="pcm16")
+    )
     covered: Counter[str] = Counter()
     for row in rows_of(tmp_path).values():
         sample = Plan.from_json(row["plan"])
@@ -258,13 +266,15 @@ def test_as_is_labels_whole_files_in_segments(clips: str, tmp_path: Path, in_pro
     assert len(covered) == 6
     assert all(covered[clip_id] == lengths[clip_id] for clip_id in covered)
     with pytest.raises(RunError, match="has 12 samples here"):
-        pseudolabel.run(Pseudolabel(clips, str(tmp_path), recipe="as_is", segment_s=3.0, num_samples=13))
+        pseudolabel.run(
+            config_of(Pseudolabel, clips=clips, out=str(tmp_path), recipe="as_is", segment_s=3.0, num_samples=13)
+        )
 
 
 @pytest.mark.slow
 def test_a_killed_driver_resumes_bit_for_bit(clips: str, tmp_path: Path) -> None:
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    config = Pseudolabel(clips, str(quiet), num_samples=36, seed=2, rows_per_part=3)
+    config = config_of(Pseudolabel, clips=clips, out=str(quiet), num_samples=36, seed=2, rows_per_part=3)
     pseudolabel.run(config)
     command = [sys.executable, str(ROOT / "jobs" / "pseudolabel.py"), "--clips", clips, "--out", str(killed)]
     command += ["--num-samples", "36", "--seed", "2", "--rows-per-part", "3"]
@@ -376,7 +386,9 @@ def test_hostile_files_are_rejected_by_name_and_the_good_ones_labelled(
         soundfile.write(folder / name, voice(3, seed=i), 16000)
     ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(folder),)))
     out = tmp_path / "run"
-    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", str(out), recipe="as_is", max_reject_share=1.0)
+    config = config_of(
+        Pseudolabel, clips=f"{tmp_path}/m/clips.parquet", out=str(out), recipe="as_is", max_reject_share=1.0
+    )
     summary = pseudolabel.run(config)
 
     labelled = {Path(Plan.from_json(row["plan"]).uri).name for row in rows_of(out).values()}
@@ -396,26 +408,33 @@ def test_a_run_in_which_all_is_rejected_still_ends_with_its_summary(
     (tmp_path / "speech").mkdir()
     soundfile.write(tmp_path / "speech" / "silent.wav", np.zeros(48000), 16000)
     ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "speech"),)))
-    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", f"{tmp_path}/run", recipe="as_is", max_reject_share=1.0)
+    config = config_of(
+        Pseudolabel, clips=f"{tmp_path}/m/clips.parquet", out=f"{tmp_path}/run", recipe="as_is", max_reject_share=1.0
+    )
     summary = pseudolabel.run(config)
     assert (summary["labelled"], summary["rejected"], summary["score_mean"]) == (0, 1, None)
 
 
-@pytest.mark.parametrize(("option", "value"), [("rows_per_part", 0), ("seed", -1), ("teach_actors", 0), ("batch_s", 0)])
-def test_numbers_that_cannot_be_meant_are_refused_before_work(tmp_path: Path, option: str, value: int) -> None:
-    config = replace(Pseudolabel("clips.parquet", str(tmp_path / "out")), **{option: value})
-    with pytest.raises(RunError, match=f"--{option.replace('_', '-')} is {value}; it must be at least"):
-        pseudolabel.run(config)
+@pytest.mark.parametrize(
+    ("option", "value"), [("rows_per_part", 0), ("seed", -1), ("teach_actors", 0), ("batch_s", 0.0)]
+)
+def test_numbers_that_cannot_be_meant_are_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: float
+) -> None:
+    name = f"--{option.replace('_', '-')}"
+    with pytest.raises(OptionError, match=f"{name} is {value}; it must be at least"):
+        config_of(Pseudolabel, clips="clips.parquet", out=str(tmp_path / "out"), **{option: value})
+    assert cli.main(["pseudolabel", "--clips", "c", "--out", str(tmp_path / "out"), name, str(value)]) == 2
+    assert f"{name} is {value}" in (error := capsys.readouterr().err) and "; it must be at least" in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("cpus", [2, 4, 16, 96])
 @pytest.mark.parametrize(("gpus", "share"), [(0, None), (1, None), (1, 0.5), (2, 0.1), (8, 0.25)])
 def test_default_pools_fit_any_machine(cpus: int, gpus: int, share: float | None) -> None:
-    config = Pseudolabel("clips.parquet", "out", teach_gpus=share)
-    degrade, teach = pseudolabel._stages(config, weights_free(), list, "0", cpus, gpus)
+    degrade, teach = job.stages(prepared(weights_free()), Pools(teach_gpus=share), cpus, gpus)
     flow.check_pools((degrade, teach), cpus, gpus)
-    assert teach.actors == (gpus / (share or 1) if gpus else cpus)
+    assert teach.pool.actors == (gpus / (share or 1) if gpus else cpus)
     assert teach.batch_rows == (64 if gpus else 8)
 
 
@@ -440,11 +459,11 @@ def test_too_many_rejects_stop_the_run_with_the_reasons(tmp_path: Path, local_ra
     for i in range(4):
         soundfile.write(folder / f"{i}.wav", voice(3, seed=i) if i else np.zeros(48000), 16000)
     ingest.run(Ingest(out=str(tmp_path / "m"), speech=(str(folder),)))
-    config = Pseudolabel(f"{tmp_path}/m/clips.parquet", f"{tmp_path}/run", recipe="as_is")
+    config = config_of(Pseudolabel, clips=f"{tmp_path}/m/clips.parquet", out=f"{tmp_path}/run", recipe="as_is")
     with pytest.raises(RunError, match=r"(?s)1 of 4 samples were rejected.*--max-reject-share.*1 × teach.*silent"):
         pseudolabel.run(config)
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert pseudolabel.run(replace(config, max_reject_share=0.3))["labelled"] == 3
+    assert pseudolabel.run(changed(config, max_reject_share=0.3))["labelled"] == 3
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +518,9 @@ def test_the_summary_of_the_real_recordings(
     folders = {kind: (str(real_audio / kind),) for kind in ("speech", "noise", "rir")}
     summary = ingest.run(Ingest(out=str(tmp_path / "m"), **folders))
     assert summary["clips"] == {"speech": 251, "noise": 14, "rir": 4} and summary["rejected"] == 0
-    config = Pseudolabel(summary["manifest"], str(tmp_path / "run"), num_samples=16, rows_per_part=8)
+    config = config_of(
+        Pseudolabel, clips=summary["manifest"], out=str(tmp_path / "run"), num_samples=16, rows_per_part=8
+    )
     assert pseudolabel.run(config)["rejected"] == 0
     rows = rows_of(tmp_path / "run")
     steps = {step["step"] for row in rows.values() for step in json.loads(row["plan"])["steps"]}

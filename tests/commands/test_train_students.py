@@ -8,6 +8,7 @@ import pytest
 import ray
 import soundfile
 
+from configs import config_of
 from label_runs import label_run, some_clips
 from manifests import voice
 from speechdistill import cli
@@ -16,6 +17,7 @@ from speechdistill.commands.train_students import TrainStudents
 from speechdistill.data import heard, scored_clips
 from speechdistill.io import checkpoint, storage, table
 from speechdistill.io.errors import RunError
+from speechdistill.io.options import OptionError
 from speechdistill.training import launch
 
 
@@ -25,8 +27,8 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def capacity(options: dict[str, object], runs: int) -> object:
-    config = TrainStudents("out", **options)  # type: ignore[arg-type]
-    return launch.capacity(config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to, runs)
+    config = config_of(TrainStudents, out="out", **options)  # type: ignore[arg-type]
+    return launch.capacity(config.place, runs)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +66,18 @@ def test_a_run_that_never_fits_is_refused(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(RunError, match=message):
+    with pytest.raises((RunError, OptionError), match=message):
         capacity(options, 1)
 
 
 def test_the_grid_of_mix_ins_is_one_command(labels: str, tmp_path: Path) -> None:
     rows = some_clips(tmp_path)
     storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
-    config = TrainStudents(
-        str(tmp_path / "out"),
-        (labels,),
-        f"{tmp_path}/clips.parquet",
+    config = config_of(
+        TrainStudents,
+        out=str(tmp_path / "out"),
+        shards=(labels,),
+        labeled=f"{tmp_path}/clips.parquet",
         variants="v0,v3",
         labeled_percent=(0, 10, 20, 40, 80, 100),
     )
@@ -90,7 +93,7 @@ def test_what_is_held_out_and_heard_is_in_the_run_and_in_the_student(labels: str
     rows = some_clips(tmp_path)
     storage.publish(table.parquet_bytes(rows), f"{tmp_path}/clips.parquet")
     scored = {"labeled": f"{tmp_path}/clips.parquet", "labeled_percent": (0, 20)}
-    config = TrainStudents(str(tmp_path / "out"), (labels,), variants="tiny", **scored)
+    config = config_of(TrainStudents, out=str(tmp_path / "out"), shards=(labels,), variants="tiny", **scored)
     recipes = train_students._recipes(train_students._absolute(config))
     train, validation = scored_clips.split(rows)
     for name, trained in (("tiny-0", None), ("tiny-20", train)):
@@ -115,7 +118,7 @@ def test_what_is_held_out_and_heard_is_in_the_run_and_in_the_student(labels: str
 def test_a_run_that_an_earlier_version_began_keeps_its_rule(
     labels: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = TrainStudents(str(tmp_path), (labels,), variants="tiny")
+    config = config_of(TrainStudents, out=str(tmp_path), shards=(labels,), variants="tiny")
     (new,) = train_students._recipes(train_students._absolute(config)).values()
     known = {"data": {"shards": [{"fingerprint": "x", "weight": 1.0}]}}
     storage.publish_json({"fingerprint": "x", "configuration": known}, f"{tmp_path}/tiny/run.json")

@@ -4,7 +4,7 @@ import pytest
 
 from speechdistill.data import components
 from speechdistill.data.degradation_recipes import chosen, network_passes, paper, weights_free, with_assets
-from speechdistill.data.plan import Recipe, Stage
+from speechdistill.data.plan import DegradationRecipe, RecipeStage
 from speechdistill.io.assets import Asset
 from speechdistill.io.errors import MissingError
 
@@ -52,7 +52,7 @@ def test_a_recipe_is_chosen_with_what_the_user_leaves_out_and_gives() -> None:
     assert [stage.name for stage in recipe.stages] == ["room", "noise", "denoiser", "vocoder", "codec"]
     assert recipe.stages[2].none() == pytest.approx(2 / 5) and recipe.assets == {"encodec": Asset("/e")}
     spoken = chosen("weights_free", (), {"texts": "/t"})
-    assert spoken.stages[0] == Stage("generation", {"generated.espeak": 0.15}, ends=True)
+    assert spoken.stages[0] == RecipeStage("generation", {"generated.espeak": 0.15}, ends=True)
     for name, without, given, lpcnet, message in (
         ("voip", ("codecs.opus",), {}, False, r"recipe voip has no such component; choose from rooms.room, "),
         ("weights_free", (), {"nsnet2": "/n"}, False, "recipe weights_free does not use it; .*used: texts"),
@@ -82,5 +82,5 @@ def test_a_recipe_is_chosen_with_what_the_user_leaves_out_and_gives() -> None:
 def test_a_recipe_goes_to_its_networks_as_often_as_its_samples_may_need(kinds: str, passes: int) -> None:
     odds = {"c": {"codecs.opus": 0.5}, "n": {"codecs.encodec": 0.5}, "e": {"codecs.encodec": 0.1}}
     odds["b"] = {**odds["c"], **odds["n"]}
-    stages = tuple(Stage(str(i), odds[kind], ends=kind == "e") for i, kind in enumerate(kinds))
-    assert network_passes(Recipe("r", stages)) == passes
+    stages = tuple(RecipeStage(str(i), odds[kind], ends=kind == "e") for i, kind in enumerate(kinds))
+    assert network_passes(DegradationRecipe("r", stages)) == passes

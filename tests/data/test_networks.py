@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import small_models
+from configs import changed, config_of, prepared
 from manifests import corpus_manifest, voice
 from speechdistill import cli
 from speechdistill.commands import pseudolabel
@@ -20,12 +21,13 @@ from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural
 from speechdistill.data.degradation_recipes import chosen, network_passes, paper, with_assets
 from speechdistill.data.degradations import codecs, generated
-from speechdistill.data.plan import Plan, Plans, Recipe, Stage
+from speechdistill.data.plan import DegradationRecipe, Plan, Plans, RecipeStage
 from speechdistill.engine import flow
+from speechdistill.engine.pools import Pools
 from speechdistill.io import assets, storage, table
 from speechdistill.io.assets import Asset, Need
 from speechdistill.io.errors import MissingError, RunError
-from speechdistill.labelling import samples
+from speechdistill.labelling import job, samples
 
 FACTOR = Need("factor", "a file with a number", "https://example.org/factor", "CC0")
 
@@ -126,16 +128,16 @@ def test_a_folder_that_is_no_encodec_is_told(tmp_path: Path, encodec: Asset) -> 
         codecs.EnCodec(*assets.looked_up(codecs.EnCodec.need, str(tmp_path)), 6.0).apply(voice(0.1))
 
 
-def two_passes(encodec: Asset) -> Recipe:
+def two_passes(encodec: Asset) -> DegradationRecipe:
     """Networks before and after the noise, and ordinary steps before, between and behind them."""
     stages = (
-        Stage("room", {"rooms.room": 0.5}),
-        Stage("first", {"codecs.encodec": 0.5}),
-        Stage("noise", {"noise.noise": 0.5}),
-        Stage("second", {"codecs.encodec": 0.6}),
-        Stage("third", {"codecs.encodec": 0.2, "codecs.opus": 0.3}),
+        RecipeStage("room", {"rooms.room": 0.5}),
+        RecipeStage("first", {"codecs.encodec": 0.5}),
+        RecipeStage("noise", {"noise.noise": 0.5}),
+        RecipeStage("second", {"codecs.encodec": 0.6}),
+        RecipeStage("third", {"codecs.encodec": 0.2, "codecs.opus": 0.3}),
     )
-    return Recipe("two", stages, segment_s=0.5, assets={"encodec": encodec})
+    return DegradationRecipe("two", stages, segment_s=0.5, assets={"encodec": encodec})
 
 
 def test_pools_make_what_the_plan_says_in_its_order(clips: str, encodec: Asset) -> None:
@@ -171,8 +173,10 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
 ) -> None:
     without = [name for stage in paper().stages for name in stage.odds if name != "codecs.encodec"]
     without = [name for name in without if components.network(name)]
-    config = Pseudolabel(
-        *(clips, str(tmp_path / "run"), "paper", {"encodec": encodec.source}, tuple(without)),
+    config = config_of(
+        Pseudolabel,
+        **{"clips": clips, "out": str(tmp_path / "run"), "recipe": "paper", "without": tuple(without)},
+        assets={"encodec": encodec.source},
         **{"num_samples": 16, "rows_per_part": 8, "segment_s": 0.5, "audio_format": "pcm16", "seed": 2},
     )
     summary = pseudolabel.run(config)
@@ -190,7 +194,7 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     assert run["configuration"]["recipe"]["assets"] == {"encodec": encodec._asdict()}
     with pytest.raises(RunError, match=r"(?s)recipe\.assets\.encodec\.sha256.*recipe\.assets\.encodec\.source"):
         other = small_models.encodec(tmp_path / "other", seed=1)
-        pseudolabel.run(replace(config, assets={"encodec": other}))
+        pseudolabel.run(changed(config, assets={"encodec": other}))
 
 
 def test_options_may_be_repeated(clips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,21 +213,19 @@ def test_options_may_be_repeated(clips: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("cpus", [2, 8, 96])
 @pytest.mark.parametrize(("gpus", "actors"), [(0, None), (1, None), (1, 2), (2, 3), (8, None)])
 def test_the_pools_of_networks_fit_any_machine(lpcnet: bool, cpus: int, gpus: int, actors: int | None) -> None:
-    config = Pseudolabel("clips.parquet", "out", "paper", network_actors=actors)
-    recipe = paper(lpcnet)
-    stages = pseudolabel._stages(config, recipe, list, "0", cpus, gpus)
+    stages = job.stages(prepared(paper(lpcnet)), Pools(network_actors=actors), cpus, gpus)
     flow.check_pools(stages, cpus, gpus)
     names = ["degrade", "network 1", "degrade 2", *(["network 2", "degrade 3"] if lpcnet else []), "teach"]
     assert [stage.name for stage in stages] == names
-    shares = [stage.num_gpus for stage in stages if not stage.name.startswith("degrade")]
+    shares = [stage.pool.num_gpus for stage in stages if not stage.name.startswith("degrade")]
     assert len(set(shares)) == 1 and (shares[0] > 0) == bool(gpus)
-    heavy = sum(stage.actors for stage in stages if stage.num_gpus)
+    heavy = sum(stage.pool.actors for stage in stages if stage.pool.num_gpus)
     assert not gpus or gpus * int(1 / shares[0] + 1e-3) >= heavy, "some have room on no GPU"
 
 
 def test_gpus_are_shared_equally_with_networks() -> None:
     with pytest.raises(RunError, match="--teach-gpus cannot be given"):
-        pseudolabel._stages(Pseudolabel("c", "o", teach_gpus=0.5), paper(), list, "0", 8, 1)
+        job.stages(prepared(paper()), Pools(teach_gpus=0.5), 8, 1)
 
 
 def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:

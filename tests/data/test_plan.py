@@ -16,7 +16,7 @@ from scipy.stats import chisquare, kstest, norm, uniform
 from manifests import clips
 from speechdistill.data import components, plan
 from speechdistill.data.degradation_recipes import RECIPES, as_is, paper, weights_free
-from speechdistill.data.plan import Plan, Plans, Stage
+from speechdistill.data.plan import Plan, Plans, RecipeStage
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset
 
@@ -183,7 +183,7 @@ def test_as_is_covers_whole_files_in_order_without_degrading() -> None:
 
 
 def test_a_stage_that_ends_leaves_the_sample_undegraded() -> None:
-    ends = Stage("generation", {"codecs.band_limit": 1.0}, ends=True)
+    ends = RecipeStage("generation", {"codecs.band_limit": 1.0}, ends=True)
     recipe = replace(weights_free(), stages=(ends, *weights_free().stages))
     assert steps_of(Plans(recipe, clips(), 0)[0]) == ["BandLimit"]
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 import milli
+from configs import changed
 from label_runs import assert_exactly_once, contents, label_run, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
 from speechdistill.engine import flow, parts, shards
@@ -75,13 +76,13 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_
         retry_rejected=True,
         on_part=lambda part: committed.append(part["part"]),
     )
-    totals = flow.run(replace(job, max_hours=12 / 3600))
+    totals = flow.run(changed(job, max_hours=12 / 3600))
     assert 0 < totals.done == sum(shards.listed(str(tmp_path)).values()) < 160, "parts wait for later ones"
     assert not (tmp_path / "manifest.parquet").exists()
     left, _ = shards.survey(job.layout, retry_rejected=True)
     committed.clear()
     (tmp_path / "later").touch()
-    totals = flow.run(replace(job, max_hours=1))
+    totals = flow.run(changed(job, max_hours=1))
     assert (totals.labelled, totals.rejected) == (160, 0)
     assert_exactly_once(tmp_path, 160)
     assert sorted(committed) == left, "each new part is told once"

@@ -49,7 +49,7 @@ def trained(batches: Batches, steps: int) -> list[set[int]]:
 
 def test_no_held_out_clip_is_in_any_batch_not_even_as_babble(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", clip_40)
-    batches = Batches(Mix((run,), labeled_percent=0, hold_out=True))
+    batches = Batches(Mix(shards=(run,), labeled_percent=0, hold_out=True))
     (held,), (labels,) = batches.held, batches.runs
     (there,) = trained(batches, 100)
     held_clips = {clips[0] for part in (held.test, held.validation) for clips in clips_at(labels, part)}
@@ -90,7 +90,7 @@ def test_the_set_is_a_function_of_names_whatever_order_and_size_the_run_has(tmp_
 
 def test_what_one_run_holds_out_no_other_trains(tmp_path: Path) -> None:
     small = run_of(tmp_path / "small", lambda i: {"clip_ids": [f"clip{i % 40}"]}, 40)
-    batches = Batches(Mix((small, run_of(tmp_path / "large", clip_40)), labeled_percent=0))
+    batches = Batches(Mix(shards=(small, run_of(tmp_path / "large", clip_40)), labeled_percent=0))
     held = {clips[0] for run, one in zip(batches.runs, batches.held, strict=True) for clips in clips_at(run, one.test)}
     for run, places in zip(batches.runs, trained(batches, 300), strict=True):
         assert not held & {clip for clips in clips_at(run, np.array(sorted(places))) for clip in clips}

@@ -108,7 +108,7 @@ def step() -> int:
 
 @pytest.mark.slow  # one of two workers is killed in test_ray_train.py
 def test_a_killed_worker_costs_only_time(labels: str, quiet: dict[str, object], tmp_path: Path) -> None:
-    run = Run(labels, tmp_path, most=1, step=step())
+    run = Run(name=labels, size=tmp_path, most=1, step=step())
     result = run.result()
     assert (tmp_path / "marks" / "reached").exists()
     assert_same(result, quiet)
@@ -122,7 +122,7 @@ def test_labels_and_run_may_be_on_s3_where_one_request_in_twenty_fails(
         store.fs.put(labels, f"{BUCKET}/labels", recursive=True)
         proxy.fault = at_random(random.randrange(1 << 30))
         out = f"s3://{BUCKET}/run"
-        run = Run(f"s3://{BUCKET}/labels", tmp_path, most=1, step=step(), out=out, **proxy.environment)
+        run = Run(name=f"s3://{BUCKET}/labels", size=tmp_path, most=1, step=step(), out=out, **proxy.environment)
         assert_same(run.result(), quiet)
         assert (tmp_path / "marks" / "reached").exists()
         store.fs.get(f"{BUCKET}/run/best", str(tmp_path / "best"), recursive=True)
@@ -133,7 +133,7 @@ def test_labels_and_run_may_be_on_s3_where_one_request_in_twenty_fails(
 def test_a_killed_driver_goes_on_from_its_last_checkpoint(
     labels: str, quiet: dict[str, object], tmp_path: Path
 ) -> None:
-    run = Run(labels, tmp_path, most=1, step=30)
+    run = Run(name=labels, size=tmp_path, most=1, step=30)
     run.waits()
     run.reached()
     run.kill()
@@ -150,7 +150,7 @@ def on_nodes(
     try:
         others = [cluster.add_node(**NODE) for _ in range(count - 1)]
         cluster.wait_for_nodes()
-        run = Run(labels, folder, most=2, step=10, RAY_ADDRESS=cluster.address)
+        run = Run(name=labels, size=folder, most=2, step=10, RAY_ADDRESS=cluster.address)
         run.waits()
         run.reached()
         change(cluster, others)  # ends the workers that wait; those that follow do not

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 import manifests
+from configs import config_of
 from manifests import voice
 from speechdistill import cli
 from speechdistill.commands import doctor_trials, pseudolabel
@@ -82,7 +83,9 @@ def test_a_recipe_whose_samples_have_no_clean_original_is_refused_before_work(tm
     (tmp_path / "texts").mkdir()
     for language in ("en", "de", "fr", "es", "pt"):
         (tmp_path / "texts" / f"{language}.txt").write_text("One sentence.\n")
-    config = Pseudolabel(f"{tmp_path}/clips.parquet", f"{tmp_path}/out", recipe="as_is", teacher="pesq_oracle")
+    config = config_of(
+        Pseudolabel, clips=f"{tmp_path}/clips.parquet", out=f"{tmp_path}/out", recipe="as_is", teacher="pesq_oracle"
+    )
     for teacher in ("pesq_oracle", "ensemble:distillmos=1,pesq_oracle=1"):
         with pytest.raises(RunError, match="compares with clean speech; recipe as_is degrades nothing"):
             pseudolabel.run(replace(config, teacher=teacher))

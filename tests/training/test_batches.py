@@ -50,21 +50,21 @@ def test_an_epoch_of_a_walk_is_every_row_once_in_a_new_order() -> None:
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(run: str, scored: Labeled) -> None:
-    mix = Mix((run,), labeled_percent=20)
+    mix = Mix(shards=(run,), labeled_percent=20)
     batches = Batches(mix, scored)
     assert list(ids(batches, range(50, 60))) == list(ids(Batches(mix, scored), range(60)))[50 * 20 :]
-    assert list(ids(batches, range(5))) != list(ids(Batches(Mix((run,), seed=1), scored), range(5)))
+    assert list(ids(batches, range(5))) != list(ids(Batches(Mix(shards=(run,), seed=1), scored), range(5)))
 
 
 @pytest.mark.parametrize(("percent", "lanes"), [(0, 0), (10, 2), (20, 4), (40, 8), (80, 16), (100, 20)])
 def test_so_many_lanes_are_labeled(run: str, scored: Labeled, percent: float, lanes: int) -> None:
-    batches = Batches(Mix((run,) if percent < 100 else (), labeled_percent=percent), scored)
+    batches = Batches(Mix(shards=(run,) if percent < 100 else (), labeled_percent=percent), scored)
     for t in range(5):
         assert [ref.run < 0 for ref in batches.refs(t)] == [True] * lanes + [False] * (20 - lanes)
 
 
 def test_lanes_go_through_all_samples_once_before_any_comes_again(run: str) -> None:
-    batches = Batches(Mix((run,), labeled_percent=0))
+    batches = Batches(Mix(shards=(run,), labeled_percent=0))
     count = Counter((ref.group, ref.row) for ref in ids(batches, range(60)))
     assert max(count.values()) == 1
     lane_of = {}
@@ -74,7 +74,7 @@ def test_lanes_go_through_all_samples_once_before_any_comes_again(run: str) -> N
 
 
 def test_adjacent_samples_share_a_row_group_at_most_twice_as_often_as_after_a_full_shuffle(run: str) -> None:
-    batches = Batches(Mix((run,), labeled_percent=0))
+    batches = Batches(Mix(shards=(run,), labeled_percent=0))
     steps = range(120)  # an epoch
 
     def shared(groups: list[int]) -> float:
@@ -92,7 +92,7 @@ def test_adjacent_samples_share_a_row_group_at_most_twice_as_often_as_after_a_fu
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])
 def test_workers_share_a_batch_whatever_their_number(run: str, scored: Labeled, world: int) -> None:
-    batches = Batches(Mix((run,), crop_s=0.01), scored)
+    batches = Batches(Mix(shards=(run,), crop_s=0.01), scored)
     whole = next(batches.stream(7, 8, 0, 1))
     parts = [next(batches.stream(7, 8, rank, world)) for rank in range(world)]
     assert [name for part in parts for name in part.ids] == whole.ids
@@ -106,7 +106,7 @@ def test_more_workers_than_lanes_are_refused(run: str) -> None:
 
 
 def test_what_is_read_is_what_the_shards_hold(run: str, scored: Labeled) -> None:
-    batches = Batches(Mix((run,), crop_s=0.02), scored)  # longer than the waves: padded
+    batches = Batches(Mix(shards=(run,), crop_s=0.02), scored)  # longer than the waves: padded
     for batch in batches.stream(0, 3, 0, 1):
         assert batch.inputs.shape == (20, 320) and batch.inputs.dtype == np.float32
         for name, wave, target in list(zip(batch.ids, batch.inputs, batch.targets, strict=True))[4:]:
@@ -117,7 +117,7 @@ def test_what_is_read_is_what_the_shards_hold(run: str, scored: Labeled) -> None
 
 def test_runs_are_mixed_by_weight(run: str, tmp_path: Path) -> None:
     other = label_run(tmp_path / "other", 24 * 60, seed=1)
-    batches = Batches(Mix((f"{run}=3", other), labeled_percent=0))
+    batches = Batches(Mix(shards=(f"{run}=3", other), labeled_percent=0))
     refs = list(ids(batches, range(1000)))
     assert Counter(ref.run for ref in refs) == {0: 15_000, 1: 5_000}
     held = [len(one.left_out) for one in batches.held]
@@ -245,8 +245,8 @@ def test_the_split_is_the_corpus_own_or_by_speaker(tmp_path: Path) -> None:
 
 def test_a_mix_that_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ValueError, match="give some, or 100% labeled"):
-        Mix((), labeled_percent=20)
+        Mix(shards=(), labeled_percent=20)
     with pytest.raises(ValueError, match="0 to 100%"):
-        Mix(("x",), labeled_percent=101)
+        Mix(shards=("x",), labeled_percent=101)
     with pytest.raises(ValueError, match="give --labeled"):
-        Batches(Mix(("x",), labeled_percent=20))
+        Batches(Mix(shards=("x",), labeled_percent=20))

@@ -35,8 +35,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Distill:
         known = {"mos": 1 + i / 10, "dataset": "ab"[i % 2], "split": "train" if i % 5 else "validation"}
         rows.append(row(str(folder / f"{i}.wav"), duration_s=0.5 + i / 30, **known))
     storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), f"{folder}/labeled.parquet")
-    mix = Mix((label_run(folder / "labels", 24 * 20),), crop_s=0.08)
-    return Distill(tiny(), mix, f"{folder}/labeled.parquet")
+    mix = Mix(shards=(label_run(folder / "labels", 24 * 20),), crop_s=0.08)
+    return Distill(student=tiny(), mix=mix, labeled=f"{folder}/labeled.parquet")
 
 
 def train(config: Distill, training: Training, plan: list[tuple[int, int]], folder: Path) -> list[list[object]]:

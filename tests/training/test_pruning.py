@@ -55,7 +55,7 @@ def batch(step: int) -> Batch:
 
 @dataclass
 class Recipe:
-    """A `loop.Recipe` of batches of noise."""
+    """A `TrainingRecipe` of batches of noise."""
 
     files: Files
     pruning: Pruning
@@ -170,7 +170,7 @@ def test_importance_is_averaged_recursively() -> None:
 
 def test_heads_and_neurons_have_the_importance_of_their_weights(files: Files) -> None:
     model = network(files)
-    whole, single = Pruner(model.encoder.model, Pruning("structured")), Pruner(model.encoder.model, Pruning())
+    whole, single = Pruner(model.encoder.model, Pruning(criterion="structured")), Pruner(model.encoder.model, Pruning())
     loss(model).backward()
     whole.collect()
     single.collect()
@@ -222,7 +222,7 @@ def test_convolutions_whose_memory_is_channels_last_are_pruned_too() -> None:
 def test_magnitude_takes_weights_of_matrices_and_kernels_of_convolutions(files: Files) -> None:
     model = network(files)
     before = copy.deepcopy(model.encoder)
-    Pruner(model.encoder.model, Pruning("magnitude", share=0.3)).prune()
+    Pruner(model.encoder.model, Pruning(criterion="magnitude", share=0.3)).prune()
     for old, new in zip(matrices(before), matrices(model.encoder), strict=True):
         norms = old.abs().sum(2) if old.ndim > 2 else old.abs()
         gone = (new == 0).all(2) if new.ndim > 2 else new == 0
@@ -270,7 +270,7 @@ def test_what_is_gone_stays_zero_under_adamw_and_bfloat16(files: Files) -> None:
 
 
 def test_a_run_ends_at_the_share_that_was_asked(files: Files) -> None:
-    pruning = Pruning("random", share=0.2, every=1, until=0.5)
+    pruning = Pruning(criterion="random", share=0.2, every=1, until=0.5)
     loop = Loop(Recipe(files, pruning), TRAINING)
     list(loop.run(pruning.updates + 3))
     assert loop._pruner.remaining == pytest.approx(0.4, abs=0.01)
@@ -318,7 +318,7 @@ def halved(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netw
     for weight in matrices(model.encoder.model.encoder.layers):
         weight.mul_(5)  # so that what a block does is heard
     whole = copy.deepcopy(model).eval()
-    pruner = Pruner(model.encoder.model, Pruning("structured", share=0.25))
+    pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.25))
     loss(model).backward()
     pruner.collect()
     pruner.prune()
@@ -350,7 +350,7 @@ def test_the_slim_model_is_a_teacher_that_scores_as_the_masked_one(halved: tuple
 def test_the_slim_model_can_be_pruned_further(halved: tuple[Network, Network, str]) -> None:
     folder = halved[2]
     model = trained.scorer(folder, device="cpu").network.train().requires_grad_(True)
-    pruner = Pruner(model.encoder.model, Pruning("structured", share=0.5))
+    pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.5))
     loss(model).backward()
     pruner.collect()
     pruner.prune()
@@ -361,7 +361,7 @@ def test_the_slim_model_can_be_pruned_further(halved: tuple[Network, Network, st
 
 def test_a_block_keeps_a_head_and_a_neuron(files: Files) -> None:
     model = network(files)
-    pruner = Pruner(model.encoder.model, Pruning("structured", share=0.3, until=0.01))
+    pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.3, until=0.01))
     loss(model).backward()
     pruner.collect()
     pruner._pools[0][0].average.zero_()  # a block that does nothing

@@ -20,7 +20,7 @@ from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Loop, Training
 from speechdistill.training.ray_train import Job, Progress, _Progress, fit
-from speechdistill.training.recipes.distill import Distill, Recipe, tiny
+from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run, train
 
 TRAINING = Training(steps=30, learning_rate=1e-3, validate_every=10)
@@ -32,20 +32,22 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(labels: str) -> Distill:
-    return Distill(tiny(), Mix((labels,), labeled_percent=0, crop_s=0.08), provenance={"teacher": "milli"})
+    return Distill(
+        student=tiny(), mix=Mix(shards=(labels,), labeled_percent=0, crop_s=0.08), provenance={"teacher": "milli"}
+    )
 
 
 @dataclass(frozen=True)
 class Dies:
     """A recipe whose worker is killed when it is made."""
 
-    def __call__(self) -> Recipe:
+    def __call__(self) -> DistillRecipe:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
 
-def job(out: Path, make: Callable[[], Recipe], **more: object) -> Job:
-    return Job(make, TRAINING, str(out), {"seed": 0}, **more)  # type: ignore[arg-type]
+def job(out: Path, make: Callable[[], DistillRecipe], **more: object) -> Job:
+    return Job(make=make, training=TRAINING, out=str(out), identity={"seed": 0}, **more)  # type: ignore[arg-type]
 
 
 def test_a_run_that_loses_a_worker_ends_with_its_best_student_and_is_done_once(
@@ -119,7 +121,14 @@ def test_one_that_fails_does_not_stop_the_others(labels: str, tmp_path: Path, lo
         out = tmp_path / f"tiny{number}"
         make = Dies() if number == 1 else config(labels).make
         tracking = Tracking(str(out), "train-students", out.name, {}, parent)
-        runs.append(Run(out.name, parameters.of_student(tiny()), job(out, make, cpus=0.5, starts=1), tracking))
+        runs.append(
+            Run(
+                name=out.name,
+                size=parameters.of_student(tiny()),
+                job=job(out, make, cpus=0.5, starts=1),
+                tracking=tracking,
+            )
+        )
     train(runs, at_once=2)
     parent.end("FAILED")
     assert [run.state for run in runs] == ["failed" if number == 1 else "done" for number in range(count)]

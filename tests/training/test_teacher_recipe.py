@@ -21,7 +21,14 @@ from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training.feature_batches import FeatureBatches
 from speechdistill.training.lanes import share
 from speechdistill.training.loop import Loop, Training
-from speechdistill.training.recipes.teacher import TRANSFORM, BiasAware, Plain, Recipe, Teacher, universal
+from speechdistill.training.recipes.teacher import (
+    TRANSFORM,
+    BiasAware,
+    Plain,
+    TeacherRecipe,
+    TeacherTraining,
+    universal,
+)
 
 TRUE = {"far": Scale(0.6, -0.9), "near": Scale(1.0, 0.0), "wide": Scale(1.6, 0.8)}
 """How listeners of three tests hear the same quality."""
@@ -52,7 +59,15 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def written(folder: Path, rows: list[dict[str, object]]) -> str:
     """As `features.compute` leaves it."""
-    layout = shards.Layout(str(folder), "feature.v1", "number", len(rows), 64, lambda rows: {}, row_group=1)
+    layout = shards.Layout(
+        out=str(folder),
+        schema="feature.v1",
+        id_column="number",
+        num_ids=len(rows),
+        rows_per_part=64,
+        totals=lambda rows: {},
+        row_group=1,
+    )
     shards.claim(layout.out, {})
     block = table.from_rows(rows, "feature.v1").rename_columns({"number": "id"})
     for field in shards.REJECT:
@@ -75,14 +90,16 @@ class Linear(nn.Module):
         return logits
 
 
-class LinearRecipe(Recipe):
+class LinearRecipe(TeacherRecipe):
     def network(self) -> nn.Module:
         torch.manual_seed(0)
         return BiasAware(Linear(), 3) if self._config.bias_aware else Plain(Linear())  # type: ignore[arg-type]
 
 
 def trained(features: str, bias_aware: bool) -> tuple[LinearRecipe, nn.Module, dict[str, float]]:
-    recipe = LinearRecipe(Teacher(features, "nowhere", "0", 1, bias_aware))
+    recipe = LinearRecipe(
+        TeacherTraining(features=features, encoder="nowhere", encoder_sha256="0", layer=1, bias_aware=bias_aware)
+    )
     loop = Loop(recipe, Training(steps=300, learning_rate=0.04, dtype="float64"))
     for _ in loop.run(300):
         pass
@@ -185,7 +202,9 @@ def test_batches_are_a_pure_function_of_seed_and_step(features: str) -> None:
 def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: str, tmp_path: Path) -> None:
     place = small_encoder(tmp_path / "encoder", "wav2vec2", large=True)
     _, digest = speech_encoder.load(place, 2)
-    recipe = Recipe(Teacher(features, place, digest, 2, batch_size=2))
+    recipe = TeacherRecipe(
+        TeacherTraining(features=features, encoder=place, encoder_sha256=digest, layer=2, batch_size=2)
+    )
     network = recipe.network()
     head: QualityHead = network.head  # type: ignore[assignment]
     recipe._universal = Scale(2.0, 0.5)

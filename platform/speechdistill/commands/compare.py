@@ -97,8 +97,8 @@ def run(config: Compare) -> Comparison:
 def _compared(config: Compare, wanted: dict[str, str], out: str) -> Comparison:
     found = candidates.load(wanted, out, config.weights, config.head, config.tracking)
     clips = judged.clips(config.clips)
-    tracking = Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], _parameters(config, found))
-    try:
+    about = _parameters(config, found)
+    with Tracking(out, "compare", clips.source.rsplit("/", 1)[-1], about) as tracking:
         share = config.max_reject_share
         scores = scoring.score(found, clips.clips, out, share, lambda f: tracking.metrics(f, step=int(f["done"])))
         compared = comparison.compared(clips, found, scores, config.resamples, config.seed, _about(config, clips))
@@ -106,10 +106,6 @@ def _compared(config: Compare, wanted: dict[str, str], out: str) -> Comparison:
             reason = f"{config.clips}: no clip has a score of every model; {_first_reason(compared)}"
             raise RunError(reason, "leave that model out, or give clips that it can score")
         _written(compared, config, out, tracking)
-    except BaseException as error:
-        tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracking.end("FINISHED")
     return compared
 
 
@@ -199,5 +195,5 @@ def _about(config: Compare, clips: judged.Judged) -> dict[str, Any]:
     }
 
 
-def _parameters(config: Compare, found: list[candidates.Model]) -> Mapping[str, Any]:
+def _parameters(config: Compare, found: list[candidates.Candidate]) -> Mapping[str, Any]:
     return {**asdict(config), "models_sha256": {model.name: model.sha256 for model in found}}

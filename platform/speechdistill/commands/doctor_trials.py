@@ -113,7 +113,7 @@ def _teacher(name: str, places: Places) -> str:
 @cache  # recipes ask again
 def _degradation(name: str, places: Places) -> str:
     """Drawn with and without recordings of noise and rooms at hand, and applied."""
-    recipe = plan.Recipe(name, (plan.Stage("only", {name: 1.0}),), assets=_given(places))
+    recipe = plan.DegradationRecipe(name, (plan.RecipeStage("only", {name: 1.0}),), assets=_given(places))
     try:
         found = with_assets(recipe).assets
     except MissingError as error:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -12,10 +12,13 @@ import tyro
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.engine import cluster
+from speechdistill.engine.place import Place
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import audio, lease, storage
+from speechdistill.io import audio, fingerprint, lease, storage
 from speechdistill.io.errors import RunError, UserError
+from speechdistill.io.options import flat
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
+from speechdistill.training.options import Crops, Updates
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.models.windowed import Windowed
@@ -27,7 +30,26 @@ _LOG = logging.getLogger(__name__)
 _SEGMENT_S, _TIMINGS = 7.68, 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What is removed, and when."""
+
+    criterion: Literal["importance", "magnitude", "structured", "random"] = "importance"
+    """What goes first: weights of little importance or magnitude, or at random; structured: attention heads and
+    feed-forward neurons of little importance, whose checkpoints are smaller and faster."""
+    until: float = 0.29
+    """The share that remains at the end."""
+    keep: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.29, 0.2, 0.1)
+    """Shares at which a checkpoint is kept, as far as the run goes; and at the end."""
+    share: float = 0.005
+    """What goes at a time."""
+    of: Literal["original", "remaining"] = "original"
+    """Of what that is a share: 71% are gone after 142 times, or after 247."""
+    every: int = 30
+    """Updates before each time, and after the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prune:
     """Prune a trained teacher's encoder step by step, fine-tuning it between (Distill-MOS, section IV-C).
 
@@ -46,50 +68,20 @@ class Prune:
     """Folder of the run, a local path or URL."""
     encoder: str | None = None
     """The folder, or hf://OWNER/NAME, of the teacher's encoder, where that is another than in its training."""
-    criterion: Literal["importance", "magnitude", "structured", "random"] = "importance"
-    """What goes first: weights of little importance or magnitude, or at random; structured: attention heads and
-    feed-forward neurons of little importance, whose checkpoints are smaller and faster."""
-    until: float = 0.29
-    """The share that remains at the end."""
-    keep: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.29, 0.2, 0.1)
-    """Shares at which a checkpoint is kept, as far as the run goes; and at the end."""
-    share: float = 0.005
-    """What goes at a time."""
-    of: Literal["original", "remaining"] = "original"
-    """Of what that is a share: 71% are gone after 142 times, or after 247."""
-    every: int = 30
-    """Updates before each time, and after the last."""
+    removal: Removal = Removal()
     shards: tuple[str, ...] = ()
     """Fine-tune on teachers' labels too: folders of label runs, each with an optional weight (DIR=0.3)."""
     labeled_percent: float = 100.0
     """Listeners' clips in each batch; 0 fine-tunes on --shards alone (the paper: no gain)."""
     register: str | None = None
     """Name in the MLflow registry under which each kept checkpoint becomes a version."""
-    workers: str = "1"
-    """Workers: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
-    cpus_per_worker: float = 1.0
-    """CPUs, and threads, of each worker."""
-    gpus_per_worker: float | None = None
-    """GPUs of each worker. Default: 1 where the cluster has one, else 0."""
-    grow_to: str | None = None
-    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
-    learning_rate: float = 2e-5
-    """AdamW's."""
-    batch_size: int = 20
-    """Samples in the global batch, whatever the number of workers."""
-    crop_s: float = 7.68
-    """Seconds of each sample that are trained on."""
-    checkpoint_every_s: float = 1800.0
-    """Seconds between checkpoints, each of which has the optimiser's state, too: five times the model, on the node's
-    temporary disk first."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision."""
-    seed: int = 0
-    """Decides batches."""
+    place: Place = Place()
+    crops: Crops = Crops()
+    updates: Updates = Updates(checkpoint_every_s=1800.0)
 
 
 @guarded("what is pruned and trained is kept, and the same command goes on from the last checkpoint")
-def command(config: Annotated[Prune, tyro.conf.arg(name="")]) -> int:
+def command(config: Annotated[tyro.conf.OmitArgPrefixes[Prune], tyro.conf.arg(name="")]) -> int:
     print(report.pruned(run(config)))
     return 0
 
@@ -121,13 +113,12 @@ def _pruned(config: Prune) -> list[dict[str, Any]]:
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
-    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
-    workers, gpus, _ = launch.capacity(*place, 1)
+    workers, gpus, _ = launch.capacity(config.place, 1)
     job = _job(config, recipe, identity, workers, gpus)
-    about = {key: value for key, value in asdict(config).items() if value is not None}
+    about = flat(config)
     parent = Tracking(config.out, "prune", NAME, about)
-    tracking = Tracking(job.out, "prune", config.criterion, about, parent)
-    (trained,) = launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
+    tracking = Tracking(job.out, "prune", config.removal.criterion, about, parent)
+    (trained,) = launch.train(parent, NAME, [Run(name=NAME, size=size, job=job, tracking=tracking)], at_once=1)
     if trained["state"] != "done":
         raise RunError(str(trained["error"]), f"progress so far is saved in {job.out}")
     rows = _rows(job.out, [name for _, name in job.training.milestones])
@@ -154,9 +145,23 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
         reason = "--shards are not used where 100% of a batch are labeled"
         raise UserError(reason, "give --labeled-percent below 100")
     places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
-    mix = Mix(places, config.labeled_percent, config.batch_size, config.crop_s, config.seed)
-    pruning = Pruning(config.criterion, config.share, config.of, config.every, config.until, config.seed)
-    clips, fingerprint = launch.scored(config.labeled, config.out)
+    mix = Mix(
+        shards=places,
+        labeled_percent=config.labeled_percent,
+        batch_size=config.updates.batch_size,
+        crop_s=config.crops.crop_s,
+        seed=config.updates.seed,
+    )
+    removal = config.removal
+    pruning = Pruning(
+        criterion=removal.criterion,
+        share=removal.share,
+        of=removal.of,
+        every=removal.every,
+        until=removal.until,
+        seed=config.updates.seed,
+    )
+    clips, clips_sha256 = launch.scored(config.labeled, config.out)
     with registry.student_folder(config.model) as folder:
         files = checkpoint.read(folder)
         if files.architecture == checkpoint.CONV_TRANSFORMER:
@@ -165,13 +170,26 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
         checkpoint.copy(folder, teacher)
     sources: dict[str, Any] = {
         "teacher": files.weights_hash,
-        "labeled": fingerprint,
+        "labeled": clips_sha256,
         "shards": shards,
     }
     heard = launch.heard_clips(clips, trains=config.labeled_percent > 0)
     known = {**sources, **heard, "init": files.provenance, "git_commit": launch.git_commit()}
-    recipe = Pruned(teacher, config.encoder, mix, clips, pruning, known, held)
-    identity = {"job": "prune", "mix": {**asdict(mix), "shards": None}, "pruning": asdict(pruning), **sources}
+    recipe = Pruned(
+        teacher=teacher,
+        encoder=config.encoder,
+        mix=mix,
+        labeled=clips,
+        pruning=pruning,
+        provenance=known,
+        held_out=held,
+    )
+    identity = {
+        "job": "prune",
+        "mix": {**fingerprint.identity(mix), "shards": None},
+        "pruning": fingerprint.identity(pruning),
+        **sources,
+    }
     return recipe, identity
 
 
@@ -180,19 +198,29 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
     from speechdistill.training.ray_train import Job
 
     steps = recipe.pruning.updates
-    kept = sorted({share for share in config.keep if share > config.until} | {config.until}, reverse=True)
+    kept = sorted(
+        {share for share in config.removal.keep if share > config.removal.until} | {config.removal.until}, reverse=True
+    )
     # Shares that are near each other may be reached at once: then the smaller one names it.
     updates = {replace(recipe.pruning, until=share).updates: share for share in kept}
     training = Training(
-        steps,
-        config.learning_rate,
+        steps=steps,
+        learning_rate=config.updates.learning_rate,
         validate_every=steps,
-        checkpoint_every_s=config.checkpoint_every_s,
-        dtype=config.dtype,
+        checkpoint_every_s=config.updates.checkpoint_every_s,
+        dtype=config.updates.dtype,
         milestones=((0, "remaining-100"), *((step, f"remaining-{100 * share:g}") for step, share in updates.items())),
     )
     identity = {**identity, "training": training.identity()}
-    return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
+    return Job(
+        make=recipe.make,
+        training=training,
+        out=f"{config.out}/{NAME}",
+        identity=identity,
+        workers=workers,
+        cpus=config.place.cpus_per_worker,
+        gpus=gpus,
+    )
 
 
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -9,10 +9,13 @@ from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
 from speechdistill.engine import cluster
+from speechdistill.engine.place import Place
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import checkpoint, lease, storage
+from speechdistill.io import checkpoint, fingerprint, lease, storage
+from speechdistill.io.options import flat
 from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
+from speechdistill.training.options import Crops, Schedule, Updates
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.engine.finished_run import LabelRun
@@ -22,7 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.recipes.distill import Distill
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainStudents:
     """Train students on labelled shards and listeners' scores, on any number of workers.
 
@@ -48,36 +51,16 @@ class TrainStudents:
     """JSON file (schema label_transform.v1) that maps each dataset's scores to one scale. Default: as they are."""
     init: str | None = None
     """A student to train further, such as OUT/v0/best or models:/NAME@champion; it decides the variant."""
-    workers: str = "1"
-    """Workers of each run: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
-    cpus_per_worker: float = 1.0
-    """CPUs, and threads, of each worker."""
-    gpus_per_worker: float | None = None
-    """GPUs of each worker; 0.5, 0.25 or 0.125 for several runs on one. Default: 1 where the cluster has one, else 0."""
-    grow_to: str | None = None
-    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
-    steps: int = 250_000
-    """Updates."""
-    learning_rate: float = 2e-5
-    """AdamW's."""
-    batch_size: int = 20
-    """Samples in the global batch, whatever the number of workers."""
-    crop_s: float = 7.68
-    """Seconds of each sample that are trained on, at most 7.68; shorter is faster."""
-    validate_every: int = 5_000
-    """Steps between validations."""
-    checkpoint_every_s: float = 300.0
-    """Seconds between checkpoints: what a killed worker costs at most."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision."""
+    place: Place = Place()
+    schedule: Schedule = Schedule()
+    crops: Crops = Crops()
+    updates: Updates = Updates()
     compile: bool = False
     """Compile the network (torch.compile)."""
-    seed: int = 0
-    """Decides batches and initial weights."""
 
 
 @guarded("what is trained is kept, and the same command goes on from the last checkpoints")
-def command(config: Annotated[TrainStudents, tyro.conf.arg(name="")]) -> int:
+def command(config: Annotated[tyro.conf.OmitArgPrefixes[TrainStudents], tyro.conf.arg(name="")]) -> int:
     rows = run(config)
     print(report.students(rows))
     return 0 if all(row["state"] == "done" for row in rows) else 1
@@ -106,15 +89,16 @@ def _trained(config: TrainStudents) -> list[dict[str, Any]]:
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
-    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
-    workers, gpus, at_once = launch.capacity(*place, len(recipes))
-    parent = Tracking(config.out, "train-students", "students", _plain(config))
+    workers, gpus, at_once = launch.capacity(config.place, len(recipes))
+    parent = Tracking(config.out, "train-students", "students", flat(config))
     runs = [
         Run(
-            name,
-            parameters.of_student(recipe.student),
-            _job(config, name, recipe, workers, gpus),
-            Tracking(f"{config.out}/{name}", "train-students", name, {**_plain(config), **_size(recipe)}, parent),
+            name=name,
+            size=parameters.of_student(recipe.student),
+            job=_job(config, name, recipe, workers, gpus),
+            tracking=Tracking(
+                f"{config.out}/{name}", "train-students", name, {**flat(config), **_size(recipe)}, parent
+            ),
         )
         for name, recipe in recipes.items()
     ]
@@ -151,9 +135,23 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     known = [{**about, **_labelled_by(run)} for run, about in zip(runs, shards, strict=True)]
     recipes = {}
     for (size, percent), name in names.items():
-        mix = Mix(places, percent, config.batch_size, config.crop_s, config.seed)
+        mix = Mix(
+            shards=places,
+            labeled_percent=percent,
+            batch_size=config.updates.batch_size,
+            crop_s=config.crops.crop_s,
+            seed=config.updates.seed,
+        )
         used = {**provenance, **_used(percent, known, scored), "variant": size}
-        recipes[name] = Distill(sizes[size], mix, scored, config.label_transform, init, used, held)
+        recipes[name] = Distill(
+            student=sizes[size],
+            mix=mix,
+            labeled=scored,
+            transform=config.label_transform,
+            init=init,
+            provenance=used,
+            held_out=held,
+        )
     for recipe in list(recipes.values())[: len(percents)]:
         recipe.make()
     return recipes
@@ -201,18 +199,18 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
     from speechdistill.training.ray_train import Job
 
     training = Training(
-        config.steps,
-        config.learning_rate,
-        validate_every=config.validate_every,
-        checkpoint_every_s=config.checkpoint_every_s,
-        dtype=config.dtype,
+        steps=config.schedule.steps,
+        learning_rate=config.updates.learning_rate,
+        validate_every=config.schedule.validate_every,
+        checkpoint_every_s=config.updates.checkpoint_every_s,
+        dtype=config.updates.dtype,
         compile=config.compile,
     )
     identity = {
         "job": "train-students",
         "variant": name,
-        "student": asdict(recipe.student),
-        "mix": {**asdict(recipe.mix), "shards": None},
+        "student": fingerprint.identity(recipe.student),
+        "mix": {**fingerprint.identity(recipe.mix), "shards": None},
         "data": {
             key: value
             for key, value in checkpoint.brief(recipe.provenance or {}).items()
@@ -220,12 +218,16 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         },
         "training": training.identity(),
     }
-    return Job(recipe.make, training, f"{config.out}/{name}", identity, workers, config.cpus_per_worker, gpus)
+    return Job(
+        make=recipe.make,
+        training=training,
+        out=f"{config.out}/{name}",
+        identity=identity,
+        workers=workers,
+        cpus=config.place.cpus_per_worker,
+        gpus=gpus,
+    )
 
 
 def _size(recipe: "Distill") -> dict[str, Any]:
-    return {**asdict(recipe.student), "segment_samples": recipe.mix.crop_samples}
-
-
-def _plain(config: TrainStudents) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if value is not None}
+    return {**fingerprint.identity(recipe.student), "segment_samples": recipe.mix.crop_samples}

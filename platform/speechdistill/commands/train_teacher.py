@@ -1,26 +1,30 @@
 """Train a teacher: a quality head above a frozen speech encoder, on every listening test there is."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
-from speechdistill.engine import cluster, cost
+from speechdistill.engine import cluster
+from speechdistill.engine.limits import Rejects
+from speechdistill.engine.place import Place, grown
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import lease, storage
+from speechdistill.io import fingerprint, lease, storage
 from speechdistill.io.errors import RunError
+from speechdistill.io.options import flat
 from speechdistill.tracking.run import Tracking
+from speechdistill.training.options import Schedule, Updates
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
     from speechdistill.training.ray_train import Job
-    from speechdistill.training.recipes.teacher import Teacher
+    from speechdistill.training.recipes.teacher import TeacherTraining
 
 NAME = "teacher"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainTeacher:
     """Train a quality head above a frozen speech encoder on clips that listeners scored.
 
@@ -47,36 +51,14 @@ class TrainTeacher:
     OUT/features."""
     features_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the encoder."""
-    max_reject_share: float = 0.05
-    """Stop when more than this share of the clips cannot be used."""
-    retry_rejected: bool = False
-    """Try the clips again that could not be used, after their cause was mended."""
-    workers: str = "1"
-    """Workers that train: a number, or FEWEST:MOST for a run that grows and shrinks with the cluster."""
-    cpus_per_worker: float = 1.0
-    """CPUs, and threads, of each worker."""
-    gpus_per_worker: float | None = None
-    """GPUs of each worker. Default: 1 where the cluster has one, else 0."""
-    grow_to: str | None = None
-    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
-    steps: int = 72_000
-    """Updates."""
-    learning_rate: float = 1e-4
-    """AdamW's."""
-    batch_size: int = 12
-    """Clips in the global batch, whatever the number of workers."""
-    validate_every: int = 3_000
-    """Steps between validations."""
-    checkpoint_every_s: float = 300.0
-    """Seconds between checkpoints: what a killed worker costs at most."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the training; bfloat16: mixed precision."""
-    seed: int = 0
-    """Decides batches and initial weights."""
+    rejects: Rejects = Rejects()
+    place: Place = Place()
+    schedule: Schedule = Schedule(steps=72_000, validate_every=3_000)
+    updates: Updates = Updates(learning_rate=1e-4, batch_size=12)
 
 
 @guarded("what is computed and trained is kept, and the same command goes on from there")
-def command(config: Annotated[TrainTeacher, tyro.conf.arg(name="")]) -> int:
+def command(config: Annotated[tyro.conf.OmitArgPrefixes[TrainTeacher], tyro.conf.arg(name="")]) -> int:
     rows = run(config)
     print(report.students(rows))
     return 0 if all(row["state"] == "done" for row in rows) else 1
@@ -102,27 +84,26 @@ def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
 
-    clips, fingerprint = launch.scored(config.labeled, config.out, features.scored_clips)
+    clips, clips_sha256 = launch.scored(config.labeled, config.out, features.scored_clips)
     encoder, sha256 = speech_encoder.load(str(config.encoder), config.layer)
     frozen = parameters.count(encoder)
     del encoder  # gigabytes
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
-    place = (config.workers, config.cpus_per_worker, config.gpus_per_worker, config.grow_to)
-    workers, gpus, _ = launch.capacity(*place, 1)  # what does not fit is told before the work
+    workers, gpus, _ = launch.capacity(config.place, 1)  # what does not fit is told before the work
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
         raise RunError("the features are not complete", "rerun the command")
-    recipe = _recipe(config, sha256, fingerprint, clips)
+    recipe = _recipe(config, sha256, clips_sha256, clips)
     computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
     network: Any = recipe.make().network()  # the head and the scales of the datasets, which scoring does not need
     size = parameters.count(network.head).above(frozen)._replace(trainable=parameters.count(network).trainable)
     job = _job(config, recipe, computed, workers, gpus)
-    about = {key: value for key, value in asdict(config).items() if value is not None}
+    about = flat(config)
     parent = Tracking(config.out, "train-teacher", NAME, about)
     tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
-    return launch.train(parent, NAME, [Run(NAME, size, job, tracking)], at_once=1)
+    return launch.train(parent, NAME, [Run(name=NAME, size=size, job=job, tracking=tracking)], at_once=1)
 
 
 def _absolute(config: TrainTeacher) -> TrainTeacher:
@@ -143,46 +124,61 @@ def _absolute(config: TrainTeacher) -> TrainTeacher:
 def _features(config: TrainTeacher, clips: str, sha256: str) -> Any:
     from speechdistill.labelling.features import Features
 
-    grow_to = cost.amounts("--grow-to", config.grow_to)
     return Features(
-        clips,
-        str(config.features),
-        str(config.encoder),
-        config.layer,
-        sha256,
-        config.features_dtype,
-        config.max_reject_share,
-        config.retry_rejected,
-        grow_to=(grow_to.get("cpu", 0.0), grow_to.get("gpu", 0.0)),
+        clips=clips,
+        out=str(config.features),
+        encoder=str(config.encoder),
+        layer=config.layer,
+        sha256=sha256,
+        dtype=config.features_dtype,
+        rejects=config.rejects,
+        grow_to=grown(config.place.grow_to),
     )
 
 
-def _recipe(config: TrainTeacher, sha256: str, fingerprint: str, clips: str) -> "Teacher":
+def _recipe(config: TrainTeacher, sha256: str, clips_sha256: str, clips: str) -> "TeacherTraining":
     from speechdistill.training import launch
-    from speechdistill.training.recipes.teacher import Teacher
+    from speechdistill.training.recipes.teacher import TeacherTraining
 
     heard = launch.heard_clips(clips, trains=True)
-    provenance = {"labeled": fingerprint, "git_commit": launch.git_commit(), "bias_aware": not config.plain, **heard}
-    encoder = (str(config.encoder), sha256, config.layer)
-    sizes = (config.batch_size, config.seed)
-    return Teacher(str(config.features), *encoder, not config.plain, *sizes, provenance)
+    provenance = {"labeled": clips_sha256, "git_commit": launch.git_commit(), "bias_aware": not config.plain, **heard}
+    return TeacherTraining(
+        features=str(config.features),
+        encoder=str(config.encoder),
+        encoder_sha256=sha256,
+        layer=config.layer,
+        bias_aware=not config.plain,
+        batch_size=config.updates.batch_size,
+        seed=config.updates.seed,
+        provenance=provenance,
+    )
 
 
-def _job(config: TrainTeacher, recipe: "Teacher", features: str, workers: tuple[int, int], gpus: float) -> "Job":
+def _job(
+    config: TrainTeacher, recipe: "TeacherTraining", features: str, workers: tuple[int, int], gpus: float
+) -> "Job":
     from speechdistill.training.loop import Training
     from speechdistill.training.ray_train import Job
 
     training = Training(
-        config.steps,
-        config.learning_rate,
-        validate_every=config.validate_every,
-        checkpoint_every_s=config.checkpoint_every_s,
-        dtype=config.dtype,
+        steps=config.schedule.steps,
+        learning_rate=config.updates.learning_rate,
+        validate_every=config.schedule.validate_every,
+        checkpoint_every_s=config.updates.checkpoint_every_s,
+        dtype=config.updates.dtype,
     )
     identity = {
         "job": "train-teacher",
-        "recipe": {**asdict(recipe), "features": None, "encoder": None, "provenance": None},
+        "recipe": {**fingerprint.identity(recipe), "features": None, "encoder": None, "provenance": None},
         "features": features,
         "training": training.identity(),
     }
-    return Job(recipe.make, training, f"{config.out}/{NAME}", identity, workers, config.cpus_per_worker, gpus)
+    return Job(
+        make=recipe.make,
+        training=training,
+        out=f"{config.out}/{NAME}",
+        identity=identity,
+        workers=workers,
+        cpus=config.place.cpus_per_worker,
+        gpus=gpus,
+    )

@@ -23,7 +23,7 @@ _ENSEMBLE = "ensemble:"
 _MEMBER = re.compile(rf"(?!.*{_ENSEMBLE}).+=\s*[\d.]+")
 
 
-class Model(NamedTuple):
+class Candidate(NamedTuple):
     """`name` in tables; `teacher`, `weights` and `head` for `load_teacher`; `parameters` None where not known."""
 
     name: str
@@ -73,7 +73,7 @@ def load(
     weights: Mapping[str, str],
     head: str | None = None,
     tracking: str | None = None,
-) -> list[Model]:
+) -> list[Candidate]:
     """All models of `listed`, each loaded once; what was trained here is copied below `out`, where workers read it.
 
     `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
@@ -111,7 +111,7 @@ def _is_trained(address: str) -> bool:
     return "/" in address or os.path.isdir(address)  # noqa: PTH112
 
 
-def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Model:
+def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Candidate:
     """What was trained here: a student, or a head above the speech encoder at `encoder`, or a pruned teacher."""
     from speechdistill.io import checkpoint
 
@@ -125,10 +125,10 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
     pruned = "pruning" in files.provenance
     parameters = _parameters(teacher, pruned)
     series = _series(files.provenance) if is_student or pruned else TEACHER
-    return Model(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
+    return Candidate(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
 
 
-def _built_in(name: str, address: str, weights: str | None, head: str | None) -> Model:
+def _built_in(name: str, address: str, weights: str | None, head: str | None) -> Candidate:
     if weights and "://" not in weights:
         weights = storage.absolute(weights)
     head = head and storage.absolute(head)
@@ -137,7 +137,7 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     if teacher.intrusive:
         raise UserError(f"{address} compares with clean originals, which the clips have not", "leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
-    return Model(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
+    return Candidate(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
 
 def _parameters(teacher: Teacher, pruned: bool = False) -> int | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill.comparing.candidates import TEACHER, Model
-from speechdistill.comparing.judged import Clip, Judged
+from speechdistill.comparing.candidates import TEACHER, Candidate
+from speechdistill.comparing.judged import Judged, JudgedClip
 from speechdistill.comparing.scoring import Score, Scores
 from speechdistill.data.heard import TRAINED
 from speechdistill.metrics import correlation, figures
@@ -18,7 +18,7 @@ _TWIN = "a file with the same bytes was rejected"
 _UNREAD = "it could not be read when the comparison began; rerun the command"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """`scores` by model, shape (clips,), are NaN where there is none. `counts` are the clips that the figures are of.
 
@@ -27,7 +27,7 @@ class Comparison:
     """
 
     judged: Judged
-    models: list[Model]
+    models: list[Candidate]
     rows: list[dict[str, Any]]
     scores: dict[str, np.ndarray]
     counts: np.ndarray
@@ -39,7 +39,7 @@ class Comparison:
     about: dict[str, Any]
 
     @property
-    def clips(self) -> list[Clip]:
+    def clips(self) -> list[JudgedClip]:
         return self.judged.clips
 
     @property
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def compared(
-    judged: Judged, models: Sequence[Model], found: Scores, resamples: int, seed: int, about: Mapping[str, Any]
+    judged: Judged, models: Sequence[Candidate], found: Scores, resamples: int, seed: int, about: Mapping[str, Any]
 ) -> Comparison:
     """Put together what was scored."""
     clips = judged.clips
@@ -97,21 +97,21 @@ def compared(
         _row(clip, model, answers[model.name][i], found.rejects) for i, clip in enumerate(clips) for model in models
     ]
     return Comparison(
-        judged,
-        models,
-        rows,
-        scores,
-        counts,
-        by_clip,
-        figures.compute(*figures.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
-        correlation.compare_all(of_clips[0], of_clips[1], whole, resamples, seed),
-        {name: _cost(column) for name, column in answers.items()},
-        _left_out(rows, clips, counts, len(models)),
-        dict(about),
+        judged=judged,
+        models=models,
+        rows=rows,
+        scores=scores,
+        counts=counts,
+        by_clip=by_clip,
+        by_system=figures.compute(*figures.by_system(of_clips[0], systems, *of_clips[1:]), resamples, seed),
+        differences=correlation.compare_all(of_clips[0], of_clips[1], whole, resamples, seed),
+        cost={name: _cost(column) for name, column in answers.items()},
+        left_out=_left_out(rows, clips, counts, len(models)),
+        about=dict(about),
     )
 
 
-def _row(clip: Clip, model: Model, answer: Score | None, rejects: Mapping[str, str]) -> dict[str, Any]:
+def _row(clip: JudgedClip, model: Candidate, answer: Score | None, rejects: Mapping[str, str]) -> dict[str, Any]:
     """As in the schema `score.v1`."""
     error = answer.error if answer else rejects.get(clip.uri, _TWIN if clip.sha256 else _UNREAD)
     return {
@@ -132,7 +132,7 @@ def _row(clip: Clip, model: Model, answer: Score | None, rejects: Mapping[str, s
 
 
 def _left_out(
-    rows: Sequence[Mapping[str, Any]], clips: Sequence[Clip], counts: np.ndarray, num_models: int
+    rows: Sequence[Mapping[str, Any]], clips: Sequence[JudgedClip], counts: np.ndarray, num_models: int
 ) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for number in np.flatnonzero(~counts).tolist():

@@ -21,7 +21,7 @@ _THREADS = 16
 _SAMPLE = re.compile(r"(.+\.parquet)#(\d+)\.(\d+)", re.DOTALL)  # a sample: its shard, row group and row in it
 
 
-class Clip(NamedTuple):
+class JudgedClip(NamedTuple):
     """`mos` is what a model should say of the audio at `uri`; `sha256` is that of its bytes, empty where they cannot be
     read. `plan` is a sample's, JSON."""
 
@@ -41,7 +41,7 @@ class Judged(NamedTuple):
     """
 
     source: str
-    clips: list[Clip]
+    clips: list[JudgedClip]
     judge: str
     teacher: str | None = None
     run: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ def _scored(source: str) -> Judged:
         hashes = list(bar)
     columns = [rows[name].to_pylist() for name in ("clip_id", "system", "mos")]
     named = zip(columns[0], uris, hashes, scored_clips.dataset_names(rows), *columns[1:], strict=True)
-    return Judged(source, [Clip(*values) for values in named], "listeners")
+    return Judged(source, [JudgedClip(*values) for values in named], "listeners")
 
 
 def _labelled(source: str) -> Judged:
@@ -102,11 +102,11 @@ def _labelled(source: str) -> Judged:
     return Judged(source, found, f"the teacher {teacher['name']}", teacher["sha256"], about)
 
 
-def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[Clip]:
+def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[JudgedClip]:
     for group, row in run.read(places, "plan"):
         uri = f"{run.out}/{run.paths[run.file[group]]}#{run.in_file[group]}.{row['row']}"
         digest = hashlib.sha256(row["audio"]).hexdigest()
-        yield Clip(str(row["sample_id"]), uri, digest, dataset, None, row["score"], row["plan"])
+        yield JudgedClip(str(row["sample_id"]), uri, digest, dataset, None, row["score"], row["plan"])
 
 
 @lru_cache(maxsize=2)  # samples are read in their order

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from speechdistill.comparing import judged, plots, tables
-from speechdistill.comparing.candidates import Model
+from speechdistill.comparing.candidates import Candidate
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.io import audio
 from speechdistill.io.errors import AudioError
@@ -117,7 +117,7 @@ def _setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def _row(found: Comparison, model: Model) -> dict[str, Any]:
+def _row(found: Comparison, model: Candidate) -> dict[str, Any]:
     mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
     cells = [
         _mean(mean.weighted, model.name in found.best(None)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from speechdistill.comparing.candidates import BASELINE, TEACHER, Model
+from speechdistill.comparing.candidates import BASELINE, TEACHER, Candidate
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.io import audio
 from speechdistill.metrics.figures import Value
@@ -261,8 +261,8 @@ def _legend(figure: Any) -> None:
     figure.legend(loc="outside lower center", ncols=2)
 
 
-def _by_series(models: Sequence[Model]) -> dict[str, list[Model]]:
-    found: dict[str, list[Model]] = {}
+def _by_series(models: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    found: dict[str, list[Candidate]] = {}
     for model in models:
         found.setdefault(model.series, []).append(model)
     return found

@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 
 from speechdistill.comparing import judged
-from speechdistill.comparing.candidates import Model
+from speechdistill.comparing.candidates import Candidate
 from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
+from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.monitor import Report
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
@@ -35,6 +36,7 @@ SCHEMA = "clip_scores.v1"
 _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
 _BATCH_ROWS = 8
 _WARM_UP_S = 1.0
+_ENDLESS = Limits(rejects=Rejects(max_reject_share=1.0))
 _THREADS = 32
 _TASKS = "tasks.json"
 _ABOUT = [field for field in table.schema(SCHEMA) if field.name not in ("number", "scores")]
@@ -67,8 +69,8 @@ class Scores(NamedTuple):
 
 
 def score(
-    models: Sequence[Model],
-    clips: Sequence[judged.Clip],
+    models: Sequence[Candidate],
+    clips: Sequence[judged.JudgedClip],
     out: str,
     max_reject_share: float = 0.05,
     report: Report = lambda figures: None,
@@ -85,13 +87,14 @@ def score(
     run = _flow(models, tasks, out, report)
     storage.publish_json(tasks, f"{run.layout.out}/{_TASKS}")
     others = len(missing(models, clips, {})) - len(tasks)
-    flow.run(replace(run, max_reject_share=max_reject_share, retry_rejected=True, known=others))
+    rejects = Rejects(max_reject_share=max_reject_share, retry_rejected=True)
+    flow.run(replace(run, limits=Limits(rejects=rejects), known=others))
     rows = table.read(f"{run.layout.out}/rejects/rejects.parquet", "reject.v1").to_pylist()
     return Scores(committed(out), {tasks[int(row["id"])].uri: row["message"] for row in rows})
 
 
 def missing(
-    models: Sequence[Model], clips: Sequence[judged.Clip], known: Mapping[tuple[str, str], Score]
+    models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], known: Mapping[tuple[str, str], Score]
 ) -> list[Task]:
     """One task for each file that some model has not heard; one that could not be read is tried again."""
     files = {clip.sha256 or clip.uri: clip for clip in clips}
@@ -123,7 +126,7 @@ def answers(row: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
     }
 
 
-def _go_on(models: Sequence[Model], clips: Sequence[judged.Clip], out: str, report: Report) -> None:
+def _go_on(models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], out: str, report: Report) -> None:
     """Finish the runs that were stopped, where all that is left of them is still to be scored."""
     wanted = {(key, task.sha256) for task in missing(models, clips, {}) for key in task.models}
     for folder in _stopped(out):
@@ -151,7 +154,7 @@ def _files(out: str, pattern: str) -> list[str]:
     return [str(fs.unstrip_protocol(file)).removeprefix("file://") for file in found]  # a local path is never parsed
 
 
-def _flow(models: Sequence[Model], tasks: list[Task], out: str, report: Report) -> flow.Flow:
+def _flow(models: Sequence[Candidate], tasks: list[Task], out: str, report: Report) -> flow.Flow:
     """A run that rejects do not stop."""
     wanted = {key for task in tasks for key in task.models}
     asked = [model for model in models if model.key in wanted]
@@ -163,17 +166,26 @@ def _flow(models: Sequence[Model], tasks: list[Task], out: str, report: Report) 
     }
     rows = max(1, min(_ROWS_PER_PART, len(tasks) // 8))  # a few clips are spread over the pool, too
     folder = f"{out}/scores/{fingerprint.of(identity)[:16]}"
-    layout = shards.Layout(folder, SCHEMA, "number", len(tasks), rows, _totals)
+    layout = shards.Layout(
+        out=folder, schema=SCHEMA, id_column="number", num_ids=len(tasks), rows_per_part=rows, totals=_totals
+    )
     stages = partial(_stages, asked, tasks)
-    return flow.Flow(layout, identity, stages, max_reject_share=1.0, report=report)
+    return flow.Flow(
+        layout=layout,
+        identity=identity,
+        stages=stages,
+        limits=_ENDLESS,
+        report=report,
+    )
 
 
-def _stages(models: list[Model], tasks: list[Task], cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def _stages(models: list[Candidate], tasks: list[Task], cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
     """All models live in each actor of the second pool: a wave is handed on once."""
-    sizes = pools.sized(pools.Wanted(), 0, cpus, gpus)
-    decode = flow.Stage("decode", partial(Decode, tasks), DECODED, sizes.degrade, sizes.degrade_cpus, isolated=True)
-    heavy = sizes.teach, sizes.heavy_cpus, sizes.heavy_gpus
-    return decode, flow.Stage("score", partial(Ask, models), SCORED, *heavy, _BATCH_ROWS, isolated=True)
+    sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
+    decode = flow.Stage(name="decode", make=partial(Decode, tasks), adds=DECODED, pool=sizes.degrade, isolated=True)
+    ask = partial(Ask, models)
+    score = flow.Stage(name="score", make=ask, adds=SCORED, pool=sizes.teach, batch_rows=_BATCH_ROWS, isolated=True)
+    return decode, score
 
 
 class Decode:
@@ -206,7 +218,7 @@ class Ask:
     where a model has other weights on this node than on the driver.
     """
 
-    def __init__(self, models: list[Model]) -> None:
+    def __init__(self, models: list[Candidate]) -> None:
         import torch
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs; and CPU time is what it costs
@@ -238,7 +250,7 @@ def _answer(label: Label | Unscorable) -> dict[str, Any]:
     return {"score": label.score, "error": None}
 
 
-def _loaded(model: Model) -> Teacher:
+def _loaded(model: Candidate) -> Teacher:
     teacher = load_teacher(model.teacher, model.weights, head=model.head).teacher
     if teacher.weights_hash != model.sha256:
         reason = f"{model.name} has other weights on this node than on the driver"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from speechdistill.data import components
-from speechdistill.data.plan import Recipe, Stage
+from speechdistill.data.plan import DegradationRecipe, RecipeStage
 from speechdistill.io import assets
 from speechdistill.io.assets import Asset
 from speechdistill.io.errors import LibraryError, MissingError, UserError
@@ -23,20 +23,20 @@ WEIGHTS_FREE = (
 """The paper's components that need no trained weights."""
 
 
-def paper(lpcnet: bool = False) -> Recipe:
+def paper(lpcnet: bool = False) -> DegradationRecipe:
     """The recipe of Distill-MOS, section IV-B.
 
     The paper's second vocoder, LPCNet on features that are not quantised, is not to be had as a library: with `lpcnet`
     the codec of libcodec2 stands for it, which is harsher; without it HiFi-GAN has the probability of both.
     """
     vocoders = ["vocoders.hifigan", *(["vocoders.lpcnet_codec2"] if lpcnet else [])]
-    return Recipe(
+    return DegradationRecipe(
         "paper",
         (
-            Stage("generation", {"generated.text_to_speech": 0.15}, ends=True),
-            Stage("room", {"rooms.room": 0.33}),
-            Stage("noise", {"noise.noise": 0.67}),
-            Stage(
+            RecipeStage("generation", {"generated.text_to_speech": 0.15}, ends=True),
+            RecipeStage("room", {"rooms.room": 0.33}),
+            RecipeStage("noise", {"noise.noise": 0.67}),
+            RecipeStage(
                 "denoiser",
                 {
                     "denoisers.deepfilternet3": 1 / 5,
@@ -45,13 +45,13 @@ def paper(lpcnet: bool = False) -> Recipe:
                     "denoisers.spectral_gating": 1 / 5,
                 },
             ),
-            Stage("vocoder", {name: 0.33 / len(vocoders) for name in vocoders}),
-            Stage("codec", {"codecs.opus": 0.5 / 3, "codecs.encodec": 0.5 / 3, "codecs.band_limit": 0.5 / 3}),
+            RecipeStage("vocoder", {name: 0.33 / len(vocoders) for name in vocoders}),
+            RecipeStage("codec", {"codecs.opus": 0.5 / 3, "codecs.encodec": 0.5 / 3, "codecs.band_limit": 0.5 / 3}),
         ),
     )
 
 
-def weights_free(texts: bool = False) -> Recipe:
+def weights_free(texts: bool = False) -> DegradationRecipe:
     """`paper` without the components that need trained weights: their probability goes to 'none' of their stage.
 
     With `texts`, sentences for it to say, espeak-ng stands for the paper's text-to-speech.
@@ -60,25 +60,25 @@ def weights_free(texts: bool = False) -> Recipe:
         replace(stage, odds={name: p for name, p in stage.odds.items() if name in WEIGHTS_FREE})
         for stage in paper().stages
     ]
-    generation = [Stage("generation", {"generated.espeak": 0.15}, ends=True)] if texts else []
+    generation = [RecipeStage("generation", {"generated.espeak": 0.15}, ends=True)] if texts else []
     return replace(paper(), name="weights_free", stages=(*generation, *(stage for stage in stages if stage.odds)))
 
 
-def as_is() -> Recipe:
+def as_is() -> DegradationRecipe:
     """Recordings as they are, whole files in segments."""
-    return Recipe("as_is", whole_files=True)
+    return DegradationRecipe("as_is", whole_files=True)
 
 
-def voip() -> Recipe:
+def voip() -> DegradationRecipe:
     """Beyond the paper: what calls do to speech. Rooms and noise as in the paper; the other odds are ours."""
-    return Recipe(
+    return DegradationRecipe(
         "voip",
         (
-            Stage("room", {"rooms.room": 0.33}),
-            Stage("noise", {"noise.noise": 0.67}),
-            Stage("clipping", {"levels.clipping": 0.2}),
-            Stage("level", {"levels.level_changes": 0.3}),
-            Stage(
+            RecipeStage("room", {"rooms.room": 0.33}),
+            RecipeStage("noise", {"noise.noise": 0.67}),
+            RecipeStage("clipping", {"levels.clipping": 0.2}),
+            RecipeStage("level", {"levels.level_changes": 0.3}),
+            RecipeStage(
                 "transmission",
                 {"packets.opus_loss": 0.5, "codecs.g711": 0.1, "codecs.g722": 0.1, "codecs.amr_nb": 0.1},
             ),
@@ -100,7 +100,7 @@ RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
 
 def chosen(
     name: RecipeName, without: Collection[str] = (), sources: Mapping[str, str] | None = None, lpcnet: bool = False
-) -> Recipe:
+) -> DegradationRecipe:
     """The recipe as a user asks for it: less the components `without`, with `sources` of assets, not looked at.
 
     Raises `UserError` for a name that the recipe has no use for.
@@ -125,7 +125,7 @@ def chosen(
     return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
 
 
-def with_assets(recipe: Recipe) -> Recipe:
+def with_assets(recipe: DegradationRecipe) -> DegradationRecipe:
     """The recipe with all that its components need looked up and hashed.
 
     Raises `MissingError` telling for each component that lacks something what it is, where to get it and its licence.
@@ -156,7 +156,7 @@ def with_assets(recipe: Recipe) -> Recipe:
     return replace(recipe, assets=found)
 
 
-def network_passes(recipe: Recipe) -> int:
+def network_passes(recipe: DegradationRecipe) -> int:
     """How many times a sample's steps change, at most, from ordinary ones to those of networks."""
     ordinary, network, most = 0, 0, 0
     for stage in recipe.stages:

@@ -24,7 +24,7 @@ SEGMENT_S = 7.68
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecipeStage:
     """One draw: `odds` maps components to probabilities, what is left is the stage's 'none'.
 
     A stage that `ends` leaves the sample as it is once one of its components was drawn.
@@ -39,7 +39,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DegradationRecipe:
     """How speech is degraded before it is labelled.
 
     `snr_sigma_db` is 10, or √10 where the paper's "variance 10 dB" is read literally. `whole_files` covers every
@@ -48,7 +48,7 @@ class Recipe:
     """
 
     name: str
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[RecipeStage, ...] = ()
     segment_s: float = SEGMENT_S
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
@@ -107,7 +107,7 @@ class Plans:
     once (or every segment of every clip) and a larger number only adds samples.
     """
 
-    def __init__(self, recipe: Recipe, clips: Clips, seed: int) -> None:
+    def __init__(self, recipe: DegradationRecipe, clips: Clips, seed: int) -> None:
         if seed < 0:
             raise UserError(f"seed {seed}", "give at least 0")
         if recipe.segment_samples <= 0:
@@ -176,7 +176,7 @@ class Plans:
         )
 
 
-def _steps(recipe: Recipe, rng: np.random.Generator, scene: Scene) -> tuple[Step, ...]:
+def _steps(recipe: DegradationRecipe, rng: np.random.Generator, scene: Scene) -> tuple[Step, ...]:
     steps = []
     for stage, u in zip(recipe.stages, rng.random(len(recipe.stages)), strict=True):
         name = _chosen(stage.odds, u)

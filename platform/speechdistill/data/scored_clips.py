@@ -26,7 +26,7 @@ _TRIES = 20  # clips tried in place of one that cannot be used
 _THREADS = 16
 
 
-class Clip(NamedTuple):
+class ScoredClip(NamedTuple):
     """A clip to validate on; `target` is its score on the universal scale."""
 
     clip_id: str
@@ -95,11 +95,11 @@ class Labeled:
         name = self.datasets.names[self.datasets.of[number]]
         raise TableError(f"{_TRIES} clips of dataset {name} in a row cannot be used", "see the warnings above")
 
-    def clips(self) -> Iterator[Clip]:
+    def clips(self) -> Iterator[ScoredClip]:
         """All of them, in order."""
         columns = (self._rows["clip_id"].to_pylist(), self._rows["uri"].to_pylist())
         names = [self.datasets.names[number] for number in self.datasets.of]
-        return map(Clip, *columns, self._lengths.tolist(), names, self._targets.tolist())
+        return map(ScoredClip, *columns, self._lengths.tolist(), names, self._targets.tolist())
 
 
 def manifest(source: str, headers: bool = True) -> pa.Table:

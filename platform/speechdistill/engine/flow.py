@@ -22,10 +22,12 @@ import pyarrow as pa
 import ray
 from tqdm import tqdm
 
-from speechdistill.engine import cluster, shards
+from speechdistill.engine import cluster, limits, shards
 from speechdistill.engine.footers import Footers
 from speechdistill.engine.isolate import CannotWork, CannotWorkByFault, Isolated, Row, Worker
+from speechdistill.engine.limits import Limits
 from speechdistill.engine.monitor import Board, Monitor, Report, Work
+from speechdistill.engine.pools import Pool
 from speechdistill.engine.shards import REJECT, Layout, Totals
 from speechdistill.engine.watch import Watch, stop_on_sigterm
 from speechdistill.io.errors import RunError
@@ -35,31 +37,28 @@ _LOG = logging.getLogger(__name__)
 _IO_CPUS = 0.01
 _TRIAL_ROWS = 8
 _AT_ONCE = 20_000  # parts in one execution of Ray Data, whose driver keeps an object for each
-_EARLY_ROWS = 100  # the reject share is judged against at least so many rows, or all of a smaller run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A pool of actors that do `make()`'s work: rows in; per row the columns `adds`, or an exception, out.
 
-    `num_cpus` and `num_gpus` are Ray's, per actor, and may be fractions. `isolated` runs the work in a child
-    process of the actor, with at most `memory_gb`, for code that may crash. `calls`: batches that an actor works on at
-    once, each in a thread, for work that waits for a GPU: the next ones are decoded meanwhile.
+    `isolated` runs the work in a child process of the actor, with at most `memory_gb`, for code that may crash.
+    `calls`: batches that an actor works on at once, each in a thread, for work that waits for a GPU: the next ones are
+    decoded meanwhile.
     """
 
     name: str
     make: Callable[[], Worker]
     adds: pa.Schema
-    actors: int = 1
-    num_cpus: float = 0.25
-    num_gpus: float = 0.0
+    pool: Pool = Pool()
     batch_rows: int = 8
     isolated: bool = False
     memory_gb: float | None = None
     calls: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flow:
     """What to run. `identity` decides what each id becomes and is kept in `run.json`; the rest only says how.
 
@@ -71,9 +70,7 @@ class Flow:
     layout: Layout
     identity: Mapping[str, Any]
     stages: Callable[[float, float], tuple[Stage, ...]]
-    max_reject_share: float = 0.05
-    retry_rejected: bool = False
-    max_hours: float | None = None
+    limits: Limits = Limits()
     grow_to: tuple[float, float] = (0.0, 0.0)
     on_part: Callable[[Mapping[str, Any]], None] = lambda part: None
     report: Report = lambda figures: None
@@ -82,7 +79,7 @@ class Flow:
     known: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """What a sample of a run's ids cost: what each stage did, and the bytes of their parts."""
 
@@ -96,7 +93,7 @@ class Trial:
 def run(flow: Flow) -> Totals:
     """Make every missing part, and return the totals over all of them, earlier ones included.
 
-    After `max_hours` it ends early: then the totals are not `complete`. Raises
+    After its `max_hours` it ends early: then the totals are not `complete`. Raises
     `RunError` where the folder belongs to another configuration or is not shared by all nodes, the cluster is too
     small for the pools, or more than `max_reject_share` of the rows are rejected. A fault of the program in a worker
     is Ray's error with its traceback. What is committed stays; the same call resumes.
@@ -104,8 +101,8 @@ def run(flow: Flow) -> Totals:
     layout = flow.layout
     shards.claim(layout.out, flow.identity)
     footers = Footers(layout.out)
-    missing, totals = shards.survey(layout, flow.retry_rejected, footers)
-    _judge(flow, totals)
+    missing, totals = shards.survey(layout, flow.limits.rejects.retry_rejected, footers)
+    limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
     if missing:
         shards.reopen(layout)
         stages = _pools(flow)
@@ -113,7 +110,7 @@ def run(flow: Flow) -> Totals:
         with (
             tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
             Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
-            Watch(flow.max_hours, flow.stall_s, monitor.still_s) as watch,
+            Watch(flow.limits.max_hours, flow.stall_s, monitor.still_s) as watch,
         ):
             left = dict.fromkeys(missing)
             while left and not watch.time_is_up:
@@ -127,7 +124,7 @@ def run(flow: Flow) -> Totals:
                         bar.set_postfix(rejected=totals.rejected, refresh=False)
                         bar.update(part["ids"])
                         flow.on_part(part)
-                        _judge(flow, totals)
+                        limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
                         if watch.time_is_up:
                             break
         if left or watch.interrupted:  # perhaps between a commit and its count
@@ -149,7 +146,13 @@ def trial(flow: Flow, num_ids: int = 200) -> Trial:
             totals.add(part)
             size_bytes += part["size_bytes"]
             bar.update(part["ids"])
-    return Trial(totals.done, totals.labelled, _noted(board, totals.done), size_bytes, stages)
+    return Trial(
+        num_ids=totals.done,
+        labelled=totals.labelled,
+        work=_noted(board, totals.done),
+        size_bytes=size_bytes,
+        stages=stages,
+    )
 
 
 def _noted(board: Board, rows: int) -> Mapping[str, Work]:
@@ -178,10 +181,10 @@ def _pools(flow: Flow) -> tuple[Stage, ...]:
 
 def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
     """Raise `RunError` for pools that would wait for ever: Ray Data's own tasks need one CPU beside the actors."""
-    wanted_cpus = sum(stage.actors * stage.num_cpus for stage in stages)
-    wanted_gpus = sum(stage.actors * stage.num_gpus for stage in stages)
-    pools = ", ".join(f"{s.name} {s.actors} × {s.num_cpus:g} CPU + {s.num_gpus:g} GPU" for s in stages)
-    if any(stage.actors < 1 or stage.num_cpus <= 0 or stage.num_gpus < 0 for stage in stages):
+    wanted_cpus = sum(stage.pool.actors * stage.pool.num_cpus for stage in stages)
+    wanted_gpus = sum(stage.pool.actors * stage.pool.num_gpus for stage in stages)
+    pools = ", ".join(f"{s.name} {s.pool.actors} × {s.pool.num_cpus:g} CPU + {s.pool.num_gpus:g} GPU" for s in stages)
+    if any(stage.pool.actors < 1 or stage.pool.num_cpus <= 0 or stage.pool.num_gpus < 0 for stage in stages):
         raise RunError(
             f"a pool without an actor or a share of a CPU ({pools})", "give every pool at least one and a share"
         )
@@ -197,26 +200,6 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
             "lower the number of actors, give each a fraction of a GPU, or say with --grow-to what the cluster may "
             "grow to",
         )
-
-
-def _judge(flow: Flow, totals: Totals) -> None:
-    done = flow.known + totals.done
-    judged = max(done, min(flow.known + flow.layout.num_ids, _EARLY_ROWS))
-    if totals.rejected <= flow.max_reject_share * judged:
-        return
-    again = "" if flow.retry_rejected else " with --retry-rejected"
-    raise RunError(
-        f"{totals.rejected} of {done} samples were rejected, more than --max-reject-share "
-        f"{flow.max_reject_share:g} allows; what was labelled is kept. {_reasons(flow)}",
-        f"Fix the cause and rerun the command{again}, or accept it with a higher share",
-    )
-
-
-def _reasons(flow: Flow) -> str:
-    shards.finish(flow.layout, complete=False)
-    reasons = shards.reject_reasons(flow.layout.out)
-    lines = "".join(f"\n  {count} × {reason}" for reason, count in reasons.most_common(5))
-    return f"The reasons (all are in {flow.layout.out}/rejects/rejects.parquet):{lines}\n"
 
 
 def _parts(
@@ -238,7 +221,7 @@ def _parts(
     # By default Ray Data gives up a run that waits half an hour for nodes; here `Watch` looks after that.
     dataset.context.execution_no_progress_timeout_s = -1
     # By default an actor that dies while it starts, with its node say, ends the run.
-    dataset.context.max_consecutive_actor_init_deaths = 3 + 2 * max(stage.actors for stage in stages)
+    dataset.context.max_consecutive_actor_init_deaths = 3 + 2 * max(stage.pool.actors for stage in stages)
     columns = [pa.field("id", pa.int64())]
     for stage in stages:
         columns += list(stage.adds)
@@ -249,15 +232,15 @@ def _parts(
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
-                max_size=stage.actors,
+                max_size=stage.pool.actors,
                 max_concurrent_calls_per_actor=stage.calls,
                 enable_true_multi_threading=stage.calls > 1,
             ),
-            num_cpus=stage.num_cpus,
-            num_gpus=stage.num_gpus,
+            num_cpus=stage.pool.num_cpus,
+            num_gpus=stage.pool.num_gpus,
         )
     write = partial(_write, layout=layout, board=board, publish=publish)
-    writers = ray.data.TaskPoolStrategy(size=min(max(2, stages[-1].actors // 4), len(missing)))
+    writers = ray.data.TaskPoolStrategy(size=min(max(2, stages[-1].pool.actors // 4), len(missing)))
     dataset = dataset.map_batches(write, batch_size=None, batch_format="pyarrow", compute=writers, num_cpus=_IO_CPUS)
     try:
         for row in dataset.iter_rows():

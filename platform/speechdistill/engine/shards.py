@@ -31,7 +31,7 @@ ROW_GROUP = 16
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the parts of a run are, and which ids each has. `totals` maps a part's rows to additive numbers.
 

@@ -2,9 +2,29 @@
 
 import hashlib
 import json
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from speechdistill.io import storage
+
+ADDED = {"speechdistill": "added"}
+"""Metadata of a field that was added to a class after instances of it had been stored: see `identity`."""
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON values, those of nested dataclasses too.
+
+    Fields marked `field(metadata=ADDED)` are left out at their default, so that a new option does not turn every run
+    that is stored into one with another configuration.
+    """
+    kept = {field.name: getattr(config, field.name) for field in fields(config) if not _is_left_out(config, field)}
+    return {name: identity(value) if is_dataclass(value) else value for name, value in kept.items()}
+
+
+def _is_left_out(config: Any, field: Field[Any]) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    is_added = all(field.metadata.get(key) == value for key, value in ADDED.items())
+    return is_added and bool(getattr(config, field.name) == default)
 
 
 def of(value: Any) -> str:

@@ -17,6 +17,7 @@ from speechdistill.data.clips import Clips
 from speechdistill.data.scored_clips import split
 from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
+from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.shards import Totals
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
@@ -36,7 +37,7 @@ _ROWS_PER_PART = 64
 _SEGMENT_S = 7.68
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Features:
     """What to compute. `clips` is a table that `scored_clips` made, `encoder` an address of `speech_encoder.load`."""
 
@@ -46,8 +47,7 @@ class Features:
     layer: int
     sha256: str
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_reject_share: float = 0.05
-    retry_rejected: bool = False
+    rejects: Rejects = Rejects()
     grow_to: tuple[float, float] = (0.0, 0.0)
 
 
@@ -69,7 +69,15 @@ def scored_clips(clips: pa.Table) -> pa.Table:
 def compute(config: Features) -> Totals:
     """Make, or go on making, the features; raises `RunError` as `flow.run` does."""
     num_clips = len(table.read(config.clips, "clip.v1", columns=["clip_id"]))
-    layout = shards.Layout(config.out, SCHEMA, "number", num_clips, _ROWS_PER_PART, _totals, row_group=1)
+    layout = shards.Layout(
+        out=config.out,
+        schema=SCHEMA,
+        id_column="number",
+        num_ids=num_clips,
+        rows_per_part=_ROWS_PER_PART,
+        totals=_totals,
+        row_group=1,
+    )
     identity = {
         "job": "features",
         "clips_sha256": fingerprint.of_file(config.clips),
@@ -77,7 +85,9 @@ def compute(config: Features) -> Totals:
         "libraries": audio.codec_versions(),
     }
     stages = partial(_stages, config)
-    job = flow.Flow(layout, identity, stages, config.max_reject_share, config.retry_rejected, grow_to=config.grow_to)
+    job = flow.Flow(
+        layout=layout, identity=identity, stages=stages, limits=Limits(rejects=config.rejects), grow_to=config.grow_to
+    )
     totals = flow.run(job)
     if totals.complete:
         storage.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
@@ -85,13 +95,19 @@ def compute(config: Features) -> Totals:
 
 
 def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
-    sizes = pools.sized(pools.Wanted(), 0, cpus, gpus)
-    rows = 64 if sizes.heavy_gpus else 8
+    sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
+    rows = 64 if sizes.teach.num_gpus else 8
     encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
-    return (
-        flow.Stage("load", partial(Load, config.clips), _LOADED, sizes.degrade, sizes.degrade_cpus, 0, 16, True, 4),
-        flow.Stage("encode", encode, _ENCODED, sizes.teach, sizes.heavy_cpus, sizes.heavy_gpus, rows, isolated=True),
+    load = flow.Stage(
+        name="load",
+        make=partial(Load, config.clips),
+        adds=_LOADED,
+        pool=sizes.degrade,
+        batch_rows=16,
+        isolated=True,
+        memory_gb=4,
     )
+    return load, flow.Stage(name="encode", make=encode, adds=_ENCODED, pool=sizes.teach, batch_rows=rows, isolated=True)
 
 
 class Load:

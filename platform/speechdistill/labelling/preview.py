@@ -7,14 +7,14 @@ import soundfile
 from speechdistill.data import components
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import with_assets
-from speechdistill.data.plan import Plan, Plans, Recipe
+from speechdistill.data.plan import DegradationRecipe, Plan, Plans
 from speechdistill.io import audio, storage
 from speechdistill.io.assets import Need
 from speechdistill.io.errors import UserError
 from speechdistill.labelling.samples import make_sample
 
 
-def show(recipe: Recipe) -> str:
+def show(recipe: DegradationRecipe) -> str:
     """A line per component, with its stage and probability, and a line for each thing that they need."""
     lines = [f"{recipe.name}: segments of {recipe.segment_s:g} s, {'whole files' if recipe.whole_files else 'drawn'}"]
     if any("noise.noise" in stage.odds for stage in recipe.stages):
@@ -40,7 +40,7 @@ def files(out: str) -> tuple[str, str]:
     return out, f"{out.removesuffix('.wav')}-clean.wav"
 
 
-def listen(recipe: Recipe, clips: str, seed: int, index: int, out: str) -> Plan:
+def listen(recipe: DegradationRecipe, clips: str, seed: int, index: int, out: str) -> Plan:
     """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
 
     Raises `UserError` for a recipe whose components lack something or a sample that does not exist, `TableError` for a

@@ -13,7 +13,7 @@ import pyarrow as pa
 from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clip, Clips
 from speechdistill.data.degradation import Neural, Step
-from speechdistill.data.plan import Plan, Plans, Recipe
+from speechdistill.data.plan import DegradationRecipe, Plan, Plans
 from speechdistill.engine.isolate import CannotWork, Row, cannot_work
 from speechdistill.io import audio, file_cache, fingerprint, table
 from speechdistill.io.errors import AudioError, UnreadableError, UserError
@@ -33,7 +33,7 @@ TAUGHT = pa.schema([field for field in _FIELDS if field.name in _LABELS])
 _OTHERS, _ANSWERS_WITHIN_S = 3, 60.0
 
 
-def libraries(recipe: Recipe) -> dict[str, str]:
+def libraries(recipe: DegradationRecipe) -> dict[str, str]:
     """Versions that decide the bits of a recipe's samples; part of a run's fingerprint."""
     names = components.library_versions(recipe.components)
     return {"speechdistill": __version__, **audio.codec_versions(), **names}
@@ -79,7 +79,13 @@ class Degrade:
     """
 
     def __init__(
-        self, clips: str, recipe: Recipe, seed: int, audio_format: str, reference: bool, expected: Mapping[str, str]
+        self,
+        clips: str,
+        recipe: DegradationRecipe,
+        seed: int,
+        audio_format: str,
+        reference: bool,
+        expected: Mapping[str, str],
     ) -> None:
         import torch
 
@@ -190,7 +196,7 @@ class Enhance:
     Raises `UserError` where this node lacks weights of the recipe, or has others.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: DegradationRecipe) -> None:
         import torch
 
         torch.set_num_threads(1)

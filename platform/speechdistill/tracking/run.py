@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from speechdistill.io import storage
 from speechdistill.io.errors import UserError
@@ -101,7 +101,10 @@ class Tracking:
     below that one, in the same MLflow.
 
     No method waits for MLflow or the storage, or raises because of them; only `end` waits, for as long as it is told.
+    As a context manager it ends with `status`, or as what was raised: KILLED by Ctrl-C, else FAILED.
     """
+
+    status = "FINISHED"
 
     def __init__(
         self,
@@ -127,6 +130,12 @@ class Tracking:
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._write, self._send)]
         for thread in self._threads:
             thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end(ended_as(kind) if kind else self.status)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """One point for each value, at this time and `step`; what is no number is left out with a warning."""
@@ -235,6 +244,11 @@ class Tracking:
                 self._written.set()
             self._all_written.wait(pause)
             pause = pause if complete else min(2 * pause, _SEND_AT_MOST_S)
+
+
+def ended_as(kind: type[BaseException]) -> str:
+    """The status of a run that an exception of this class ended."""
+    return "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
 
 
 def _text(value: Any) -> str:

@@ -29,7 +29,7 @@ _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps
 _PATTERN = 1_000  # steps after which the mixture of several runs repeats, so its weights are exact to a thousandth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mix:
     """What batches are made of.
 

@@ -20,7 +20,7 @@ _THREADS = 32
 _AHEAD_BYTES = 1 << 16  # of storage, beyond a clip's own
 
 
-class Clip(NamedTuple):
+class FeatureClip(NamedTuple):
     """A clip to validate on: its dataset's name, the listeners' score, its features (384, dim) float16."""
 
     dataset: str
@@ -80,11 +80,11 @@ class FeatureBatches:
         """A worker's share of the clips to validate on."""
         return [int(number) for number in self._validation[rank::world]]
 
-    def clip(self, number: int) -> Clip:
+    def clip(self, number: int) -> FeatureClip:
         """One of the clips to validate on."""
         features = np.zeros((_FRAMES, self.dim), np.float16)
         self._read_into(features, number)
-        return Clip(self._names[number], float(self._mos[number]), features)
+        return FeatureClip(self._names[number], float(self._mos[number]), features)
 
     def _read_into(self, features: np.ndarray, clip: int) -> None:
         path = self._paths[self._file[clip]]

@@ -9,13 +9,14 @@ from typing import Any
 import ray
 
 from speechdistill.data import heard, scored_clips
-from speechdistill.engine import cost, held_out
+from speechdistill.engine import held_out
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.held_out import HeldOut
+from speechdistill.engine.place import Place, grown
 from speechdistill.io import checkpoint, fingerprint, storage, table
 from speechdistill.io.errors import RunError, UserError
 from speechdistill.tracking import registry
-from speechdistill.tracking.run import Tracking, run_id, tracking_uri
+from speechdistill.tracking.run import Tracking, ended_as, run_id, tracking_uri
 from speechdistill.training import side_by_side
 from speechdistill.training.side_by_side import Run
 
@@ -28,7 +29,7 @@ def train(parent: Tracking, title: str, runs: Sequence[Run], at_once: int) -> li
         side_by_side.train(list(runs), at_once)
     except BaseException as error:
         for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
-            tracking.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience_s=5)
+            tracking.end(ended_as(type(error)), patience_s=5)
         raise
     rows = [_row(run) for run in runs]
     parent.document({title: rows}, f"{title}.json")
@@ -38,18 +39,16 @@ def train(parent: Tracking, title: str, runs: Sequence[Run], at_once: int) -> li
     return rows
 
 
-def capacity(
-    workers: str, cpus: float, gpus_per_worker: float | None, grow_to: str | None, runs: int
-) -> tuple[tuple[int, int], float, int]:
+def capacity(place: Place, runs: int) -> tuple[tuple[int, int], float, int]:
     """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
-    fewest, most = _range(workers)
-    now, later = ray.cluster_resources(), cost.amounts("--grow-to", grow_to)
-    has_cpus, has_gpus = (max(now.get(unit.upper(), 0.0), later.get(unit, 0.0)) for unit in ("cpu", "gpu"))
-    gpus = gpus_per_worker
+    fewest, most = place.range
+    now = (ray.cluster_resources().get(unit, 0.0) for unit in ("CPU", "GPU"))
+    has_cpus, has_gpus = map(max, now, grown(place.grow_to))
+    cpus, gpus = place.cpus_per_worker, place.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if has_gpus else 0.0
     if 0 < gpus < 1 and most > 1:
-        reason = f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL wants a GPU each)"
+        reason = f"--gpus-per-worker {gpus:g} is for one worker a run (NCCL needs a GPU each)"
         raise RunError(reason, "give --workers 1")
     fits = int(has_cpus / cpus + 1e-6)
     if gpus:
@@ -115,17 +114,6 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # installed, or on a cluster
         return None
-
-
-def _range(text: str) -> tuple[int, int]:
-    fewest, _, most = text.partition(":")
-    try:
-        numbers = int(fewest), int(most or fewest)
-    except ValueError:
-        numbers = (0, 0)
-    if not 1 <= numbers[0] <= numbers[1]:
-        raise RunError(f"--workers is {text!r}", "give a number from 1, or FEWEST:MOST such as 1:8")
-    return numbers
 
 
 def _log_model(run: Run) -> None:

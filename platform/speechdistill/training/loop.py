@@ -22,7 +22,7 @@ from speechdistill.training.pruning import Pruner
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How a recipe is trained; the defaults are those of Distill-MOS (section IV-D).
 
@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
 
-class Recipe(Protocol):
+class TrainingRecipe(Protocol):
     """What is trained: a kind of network, on a kind of batches, with a loss for each sample.
 
     One that prunes has a method `pruner` besides, from a network to its `Pruner`.
@@ -108,7 +108,7 @@ class Loop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         training: Training,
         wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
         device: str = "cpu",

@@ -22,7 +22,7 @@ _CHUNK = 1 << 22  # scores looked at together, so that little memory is needed b
 _LARGEST = 0x7FFF_FFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pruning:
     """What is removed, and when; the defaults are the paper's, which does not say of what the 0.5% are.
 

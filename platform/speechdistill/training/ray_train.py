@@ -20,7 +20,7 @@ import torch
 from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
-from speechdistill.training.loop import Loop, NotFiniteError, Recipe, Training
+from speechdistill.training.loop import Loop, NotFiniteError, Training, TrainingRecipe
 
 _STATE = "state.pt"
 _TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
@@ -28,14 +28,14 @@ _UNTOLD = "no error was told; a worker may have been killed"
 _NOT_VALIDATED = 1e30  # of no use as the best; an infinity is null in Ray Train's JSON, and a resumed run fails on it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What to train, and where. `identity` decides the result and is kept in `OUT/run.json`; the rest says how.
 
     `workers` is (fewest, most); each has `cpus` CPUs, and `gpus` GPUs, where a fraction is for one worker only.
     """
 
-    make: Callable[[], Recipe]
+    make: Callable[[], TrainingRecipe]
     training: Training
     out: str
     identity: Mapping[str, Any]
@@ -263,7 +263,7 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
     return {}
 
 
-def _keep(job: Job, loop: Loop, recipe: Recipe, name: str, figures: Mapping[str, float], rank: int) -> None:
+def _keep(job: Job, loop: Loop, recipe: TrainingRecipe, name: str, figures: Mapping[str, float], rank: int) -> None:
     """What the network has become, written by worker 0 to a folder of its own; `figures.json` is written last."""
     if rank == 0:
         recipe.save(loop.network, f"{job.out}/{name}")
@@ -277,7 +277,7 @@ def _told_by_first(value: str | None, world: int) -> str | None:
     return values[0]
 
 
-def _report(loop: Loop, recipe: Recipe, figures: Mapping[str, float], rank: int) -> None:
+def _report(loop: Loop, recipe: TrainingRecipe, figures: Mapping[str, float], rank: int) -> None:
     """A checkpoint, written by worker 0 and taken to its place by another thread."""
     from ray.train import Checkpoint, CheckpointUploadMode, report
 

@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distill:
     """What a student learns from.
 
@@ -48,9 +48,9 @@ class Distill:
     provenance: Mapping[str, Any] | None = None
     held_out: tuple[HeldOut, ...] | None = None
 
-    def make(self) -> "Recipe":
+    def make(self) -> "DistillRecipe":
         """Read what the sources say of themselves; raises `UserError` for what cannot be used."""
-        return Recipe(self)
+        return DistillRecipe(self)
 
 
 def tiny() -> ConvTransformerConfig:
@@ -66,8 +66,8 @@ def student(name: str) -> ConvTransformerConfig:
     return known[name]()
 
 
-class Recipe:
-    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
+class DistillRecipe:
+    """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
 
     def __init__(self, config: Distill) -> None:
         self._config = config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
-from speechdistill.data.scored_clips import Clip, Labeled
+from speechdistill.data.scored_clips import Labeled, ScoredClip
 from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, checkpoint, table
 from speechdistill.io.errors import TableError, UserError
@@ -26,7 +26,7 @@ from speechdistill.training.pruning import Pruner, Pruning
 _AT_ONCE_S = 64 * 7.68  # of audio, in a validation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pruned:
     """What is pruned, on what it is fine-tuned.
 
@@ -44,13 +44,13 @@ class Pruned:
     provenance: Mapping[str, Any] | None = None
     held_out: tuple[HeldOut, ...] | None = None
 
-    def make(self) -> "Recipe":
+    def make(self) -> "PruningRecipe":
         """Raises `TableError` for clips that cannot be used."""
-        return Recipe(self)
+        return PruningRecipe(self)
 
 
-class Recipe:
-    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the score, the logit on the scale of its dataset."""
+class PruningRecipe:
+    """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the score, the logit on the scale of its dataset."""
 
     def __init__(self, config: Pruned) -> None:
         self._config = config
@@ -152,10 +152,10 @@ def least_crop_s(encoder: Any) -> float:
     return float(np.ceil(100 * samples / audio.SAMPLE_RATE) / 100)
 
 
-def _samples(clip: Clip) -> int:
+def _samples(clip: ScoredClip) -> int:
     return min(clip.num_samples, round(WHOLE_S * audio.SAMPLE_RATE))
 
 
-def _wave(clip: Clip) -> np.ndarray:
+def _wave(clip: ScoredClip) -> np.ndarray:
     wanted = _samples(clip)
     return audio.load(clip.uri, (clip.num_samples - wanted) // 2, wanted)

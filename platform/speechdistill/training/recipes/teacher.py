@@ -26,8 +26,8 @@ _AT_ONCE = 32  # clips, in a validation
 _GRID = 41
 
 
-@dataclass(frozen=True)
-class Teacher:
+@dataclass(frozen=True, kw_only=True)
+class TeacherTraining:
     """What a head learns from: `features` is a folder of `features.compute`, of the encoder at `encoder`."""
 
     features: str
@@ -39,9 +39,9 @@ class Teacher:
     seed: int = 0
     provenance: Mapping[str, Any] | None = None
 
-    def make(self) -> "Recipe":
+    def make(self) -> "TeacherRecipe":
         """Raises `TableError` for features that cannot be used."""
-        return Recipe(self)
+        return TeacherRecipe(self)
 
 
 class BiasAware(nn.Module):
@@ -77,10 +77,10 @@ class Plain(nn.Module):
         return logits
 
 
-class Recipe:
-    """A `loop.Recipe`: MSE between 1 + 4 * sigmoid(logit) and the score as it was given."""
+class TeacherRecipe:
+    """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the score as it was given."""
 
-    def __init__(self, config: Teacher) -> None:
+    def __init__(self, config: TeacherTraining) -> None:
         self._config = config
         self.batches = FeatureBatches(config.features, config.batch_size, config.seed)
         self._universal = Scale()
