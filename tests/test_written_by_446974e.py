@@ -74,7 +74,7 @@ def options() -> dict[str, list[str]]:
 def _help(command: tuple[str, ...]) -> str:
     text = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        patch.setenv("COLUMNS", "300")
+        patch.setenv("COLUMNS", "120")  # wider, boxes stand side by side
         cli.main([*command, "--help"])
     return re.sub(r"\x1b\[[\d;]*m", "", text.getvalue())
 
