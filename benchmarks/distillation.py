@@ -34,7 +34,8 @@ from speechdistill.models.label import Label
 from speechdistill.models.student import load_student
 from speechdistill.models.student_scorer import Scorer
 from speechdistill.training.batches import Mix
-from speechdistill.training.loop import Loop, Training
+from speechdistill.training.loop import Loop
+from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, student
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -115,14 +116,13 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
 
 def _phase(recipe: Distill, steps: int, learning_rate: float, folder: Path, device: str) -> None:
     """Train, and keep the best student in `folder`."""
-    made = recipe.make()
-    loop = Loop(made, Training(steps=steps, learning_rate=learning_rate, dtype="bfloat16"), device=device)
+    loop = Loop(recipe.make(), Training(steps=steps, learning_rate=learning_rate, dtype="bfloat16"), device=device)
     start = time.monotonic()
     for step, _, _ in loop.run(steps):
         if step % VALIDATE_EVERY == 0 or step == steps:
             figures = loop.validate()
             if figures["is_best"]:
-                made.save(loop.network, str(folder))
+                loop.save(str(folder))
             left_min = (time.monotonic() - start) / step * (steps - step) / 60
             text = f"MSE {figures['mse']:.3f}, PCC {figures['pcc']:.3f} in validation, {left_min:.0f} min left"
             print(f"{folder.parent.name} {folder.name} {step}/{steps}: {text}", flush=True)

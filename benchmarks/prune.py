@@ -97,7 +97,7 @@ def _update(network: Network, updates: str, waves: torch.Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if pruner:
-            pruner.collect()
+            pruner.after_backward()
         optimizer.step()
         if pruner:
             pruner.hold()

@@ -23,8 +23,9 @@ from speechdistill.models.networks.conv_transformer import ConvTransformer, Conv
 from speechdistill.models.student import load_student
 from speechdistill.models.student_scorer import Scorer
 from speechdistill.training.batches import Mix
-from speechdistill.training.loop import Loop, Training
+from speechdistill.training.loop import Loop
 from speechdistill.training.pruning import Pruner, Pruning
+from speechdistill.training.recipe import Companion, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe
 
 COLUMNS = ("before", "none", "importance", "magnitude", "random")
@@ -63,10 +64,10 @@ class Pruned(DistillRecipe):
         super().__init__(config)
         self._pruning = pruning
 
-    def pruner(self, network: nn.Module) -> Pruner:
+    def companions(self, network: nn.Module) -> dict[str, Companion]:
         assert isinstance(network, ConvTransformer)
         parts = {"cnn": network.cnn, "transformer": network.transformer_pool_attn.transformer}
-        return Pruner(nn.ModuleDict(parts), self._pruning)
+        return {"pruner": Pruner(nn.ModuleDict(parts), self._pruning)}
 
 
 class Test:
@@ -113,8 +114,8 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
     # The samples of the measured table; other speakers judge, and nothing is chosen by validation.
     held = (by_row_groups(LabelRun(f"{options.out}/train"), validates=True),)
     if not Path(folder, "student.json").is_file():
-        recipe = Distill(student=student, mix=mix, held_out=held).make()
-        recipe.save(_train(recipe, options.steps, options.learning_rate), folder)
+        loop = _train(Distill(student=student, mix=mix, held_out=held).make(), options.steps, options.learning_rate)
+        loop.save(folder)
     config = Distill(student=student, mix=replace(mix, seed=seed + 1_000), init=folder, held_out=held)
     figures: dict[str, float] = dict(storage.read_json(f"{folder}/mse.json") or {})
     for name in COLUMNS:
@@ -124,19 +125,18 @@ def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:
             network = load_student(folder).network
         else:
             recipe = config.make() if name == "none" else Pruned(config, replace(pruning, criterion=name))
-            network = _train(recipe, pruning.updates, options.learning_rate / 5)
+            network = _train(recipe, pruning.updates, options.learning_rate / 5).network
         figures[name] = test.mse(network)
         storage.publish_json(figures, f"{folder}/mse.json")
         print(f"seed {seed}, {name}: MSE {figures[name]:.4f}", flush=True)
     return figures
 
 
-def _train(recipe: DistillRecipe, steps: int, learning_rate: float) -> ConvTransformer:
+def _train(recipe: DistillRecipe, steps: int, learning_rate: float) -> Loop:
     loop = Loop(recipe, Training(steps=steps, learning_rate=learning_rate, dtype="bfloat16"))
     for _ in loop.run(steps):
         pass
-    assert isinstance(loop.network, ConvTransformer)
-    return loop.network
+    return loop
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from speechdistill.engine import cluster
 from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
-from speechdistill.training.loop import Training
 from speechdistill.training.ray_train import Job, Progress, _Progress, _work, fit
+from speechdistill.training.recipe import Around, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run
 
@@ -46,11 +46,11 @@ class _Stopped(DistillRecipe):
         super().__init__(stopped.recipe)
         self._marks, self._left = Path(stopped.marks), stopped.step
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
         self._left -= 1
         if self._left == 0:
             self._stop()
-        return super().losses(network, inputs, targets, datasets)
+        return super().losses(network, inputs, targets, datasets, around)
 
     def _stop(self) -> None:
         try:

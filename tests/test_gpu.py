@@ -31,8 +31,9 @@ from speechdistill.models.networks import speech_encoder as encoders
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, QualityHead
 from speechdistill.training.batches import Mix
 from speechdistill.training.global_norm import globalise
-from speechdistill.training.loop import Loop, Training
+from speechdistill.training.loop import Loop
 from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, tiny
 
 DEVICE = os.environ.get("SPEECHDISTILL_GPU", "cuda")

@@ -42,6 +42,7 @@ from speechdistill.models.load import load_teacher
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.speech_encoder import load as load_encoder
 from speechdistill.models.student import load_student, save_student
+from speechdistill.training.recipe import Around
 
 ROOT = Path(__file__).parents[2]
 
@@ -385,12 +386,13 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     )
     recipe = prune._recipe(changed(config, share=0.5, until=0.5))[0].make()
     network = recipe.network()
-    pruner = recipe.pruner(network)
+    around = Around(0, network, companions := recipe.companions(network))
+    pruner: Any = companions["pruner"]
     network(torch.randn(2, 8000)).sum().backward()
-    pruner.collect()
-    recipe.save(network, f"{tmp_path}/before")
+    pruner.after_backward()
+    recipe.save(around, f"{tmp_path}/before", {})
     pruner.prune()
-    recipe.save(network, f"{tmp_path}/after")
+    recipe.save(around, f"{tmp_path}/after", {})
     folders = {name: f"{tmp_path}/{name}" for name in ("teacher", "before", "after")}
     teacher, before, after = candidates.load(folders, str(tmp_path / "out"), {})
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]

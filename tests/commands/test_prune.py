@@ -33,6 +33,7 @@ from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training import ray_train, side_by_side
 from speechdistill.training.batches import Mix
 from speechdistill.training.pruning import Pruning
+from speechdistill.training.recipe import Around
 from speechdistill.training.recipes.pruned import Pruned, normalised
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
     network = recipe.network().eval()
     inputs, targets, datasets = map(torch.from_numpy, (batch.inputs, batch.targets.astype(np.float32), batch.datasets))
     with torch.no_grad():
-        found = recipe.losses(network, inputs, targets, datasets)
+        found = recipe.losses(network, inputs, targets, datasets, Around(0, network, {}))
         logits = network(*normalised(inputs))
     scales = {0: Scale(0.8, -0.3)}  # "b" is a listening test that the teacher has not heard
     for loss, logit, target, dataset in zip(found, logits, targets, batch.datasets, strict=True):

@@ -19,7 +19,8 @@ from processes import spawn
 from speechdistill.io import storage, table
 from speechdistill.training.batches import Mix
 from speechdistill.training.lanes import share
-from speechdistill.training.loop import Loop, NotFiniteError, Training
+from speechdistill.training.loop import Loop, NotFiniteError
+from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, tiny
 
 FLOAT64 = Training(steps=24, dtype="float64", learning_rate=3e-4)
@@ -171,10 +172,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(
 
 
 def test_a_student_can_be_trained_further(config: Distill, tmp_path: Path) -> None:
-    recipe = config.make()
-    loop = Loop(recipe, FLOAT64)
+    loop = Loop(config.make(), FLOAT64)
     list(loop.run(3))
-    recipe.save(loop.network, str(tmp_path))
+    loop.save(str(tmp_path))
     further = Loop(replace(config, init=str(tmp_path)).make(), FLOAT32)
     for key, value in loop.network.state_dict().items():
         torch.testing.assert_close(further.network.state_dict()[key].to(value.dtype), value, atol=1e-6, rtol=1e-6)

@@ -26,8 +26,9 @@ from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import ConvTransformer
 from speechdistill.models.teachers.xlsr import Teacher
 from speechdistill.training.lanes import Batch
-from speechdistill.training.loop import Loop, Training
+from speechdistill.training.loop import Loop
 from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
+from speechdistill.training.recipe import MSE, Around, Best, Companion, Training
 from speechdistill.training.recipes.distill import tiny
 
 Files = tuple[str, str]
@@ -59,6 +60,7 @@ class Recipe:
 
     files: Files
     pruning: Pruning
+    best: Best = MSE
 
     @property
     def batches(self) -> SimpleNamespace:
@@ -73,10 +75,10 @@ class Recipe:
     def network(self) -> Network:
         return network(self.files)
 
-    def pruner(self, network: Network) -> Pruner:
-        return Pruner(network.encoder.model, self.pruning)
+    def companions(self, network: Network) -> dict[str, Companion]:
+        return {"pruner": Pruner(network.encoder.model, self.pruning)}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
         return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
 
 
@@ -137,7 +139,7 @@ def _agreement(model: nn.Module, encoder: nn.Module, loss: Callable[[], Tensor],
     pruner = Pruner(encoder, Pruning())
     before = loss()
     before.backward()
-    pruner.collect()
+    pruner.after_backward()
     places = [(matrix, place) for matrix, weight in enumerate(matrices(encoder)) for place in range(weight.numel())]
     importance, change = [], []
     for number in np.random.default_rng(0).permutation(len(places))[:count]:
@@ -162,7 +164,7 @@ def test_importance_is_averaged_recursively() -> None:
     for _ in range(7):
         linear.weight.data = torch.randn(3, 5)
         linear.weight.grad = torch.randn(3, 5)
-        pruner.collect()
+        pruner.after_backward()
         seen.append((linear.weight.grad * linear.weight.detach()).square())
     closed = sum(0.1 * 0.9 ** (6 - i) * score for i, score in enumerate(seen))
     torch.testing.assert_close(pruner._pools[0][0].average, closed)
@@ -172,8 +174,8 @@ def test_heads_and_neurons_have_the_importance_of_their_weights(files: Files) ->
     model = network(files)
     whole, single = Pruner(model.encoder.model, Pruning(criterion="structured")), Pruner(model.encoder.model, Pruning())
     loss(model).backward()
-    whole.collect()
-    single.collect()
+    whole.after_backward()
+    single.after_backward()
     names = [name for name, weight in model.encoder.model.named_parameters() if weight.ndim > 1]
     of = dict(zip(names, single.units, strict=True))
     block = "encoder.layers.1."
@@ -191,7 +193,7 @@ def test_exactly_the_requested_share_goes_and_nothing_twice(files: Files, criter
     model = network(files)
     pruner = Pruner(model.encoder.model, replace(FAST, criterion=criterion, of=of))
     loss(model).backward()
-    pruner.collect()
+    pruner.after_backward()
     head = copy.deepcopy(model.head.state_dict())
     seen = [masks(pruner)]
     for times in range(1, 8):
@@ -213,7 +215,7 @@ def test_convolutions_whose_memory_is_channels_last_are_pruned_too() -> None:
     student = ConvTransformer(tiny())
     pruner = Pruner(student.cnn, Pruning(share=0.3))
     student(torch.randn(2, 3200)).square().sum().backward()
-    pruner.collect()
+    pruner.after_backward()
     pruner.prune()
     weights = torch.cat([weight.flatten() for weight in matrices(student.cnn)])
     assert int((weights == 0).sum()) == round(0.3 * len(weights))
@@ -251,8 +253,8 @@ def test_a_resumed_run_prunes_the_same_bit_for_bit(files: Files, tmp_path: Path,
     second = Loop(recipe, TRAINING)
     second.load(torch.load(tmp_path / "state.pt", weights_only=True))
     assert start + [stepped.loss for stepped in second.run(8)] == losses
-    assert all(map(torch.equal, masks(second._pruner), masks(whole._pruner)))
-    assert int(second._pruner.done) == 2
+    assert all(map(torch.equal, masks(second.around.companions["pruner"]), masks(whole.around.companions["pruner"])))
+    assert int(second.around.companions["pruner"].done) == 2
     ours, theirs = second.network.state_dict(), whole.network.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
@@ -262,7 +264,7 @@ def test_what_is_gone_stays_zero_under_adamw_and_bfloat16(files: Files) -> None:
     moved = 0
     for step, _, _ in loop.run(8):
         weights = torch.cat([weight.flatten() for weight in matrices(loop.network.encoder)])
-        gone = torch.cat([mask.flatten() for mask in masks(loop._pruner)])
+        gone = torch.cat([mask.flatten() for mask in masks(loop.around.companions["pruner"])])
         assert int(gone.sum()) == round(0.05 * ((step - 1) // 3) * len(gone)) and not weights[gone].any()
         state = [loop._optimizer.state[p]["exp_avg"].flatten() for p in loop.network.encoder.parameters() if p.ndim > 1]
         moved += int(torch.cat(state)[gone].count_nonzero())
@@ -273,7 +275,7 @@ def test_a_run_ends_at_the_share_that_was_asked(files: Files) -> None:
     pruning = Pruning(criterion="random", share=0.2, every=1, until=0.5)
     loop = Loop(Recipe(files, pruning), TRAINING)
     list(loop.run(pruning.updates + 3))
-    assert loop._pruner.remaining == pytest.approx(0.4, abs=0.01)
+    assert loop.around.companions["pruner"].remaining == pytest.approx(0.4, abs=0.01)
 
 
 def pruned(recipe: Recipe) -> list[dict[str, Tensor]]:
@@ -283,7 +285,7 @@ def pruned(recipe: Recipe) -> list[dict[str, Tensor]]:
         pruning = replace(recipe.pruning, criterion=criterion, every=2)
         loop = Loop(replace(recipe, pruning=pruning), replace(TRAINING, dtype="float64"), DistributedDataParallel)
         list(loop.run(7))
-        states.append(loop._pruner.state_dict())
+        states.append(loop.around.companions["pruner"].state_dict())
     return states
 
 
@@ -320,7 +322,7 @@ def halved(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netw
     whole = copy.deepcopy(model).eval()
     pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.25))
     loss(model).backward()
-    pruner.collect()
+    pruner.after_backward()
     pruner.prune()
     pruner.prune()
     twin = copy.deepcopy(model)
@@ -352,7 +354,7 @@ def test_the_slim_model_can_be_pruned_further(halved: tuple[Network, Network, st
     model = trained.scorer(folder, device="cpu").network.train().requires_grad_(True)
     pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.5))
     loss(model).backward()
-    pruner.collect()
+    pruner.after_backward()
     pruner.prune()
     before = model.eval()(torch.from_numpy(batch(1).inputs))
     slim_encoder.slim(model.encoder.model, pruner.kept())
@@ -363,7 +365,7 @@ def test_a_block_keeps_a_head_and_a_neuron(files: Files) -> None:
     model = network(files)
     pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.3, until=0.01))
     loss(model).backward()
-    pruner.collect()
+    pruner.after_backward()
     pruner._pools[0][0].average.zero_()  # a block that does nothing
     for _ in range(4):
         pruner.prune()
@@ -378,7 +380,7 @@ def test_what_would_prune_wrongly_is_refused(files: Files) -> None:
     loss(model).backward()
     model.encoder.model.encoder.layers[1].attention.k_proj.weight.grad = None
     with pytest.raises(ValueError, match=r"layers\.1\.attention\.k_proj\.weight has no gradient"):
-        pruner.collect()
+        pruner.after_backward()
     model.encoder.model.config.layerdrop = 0.1
     with pytest.raises(ValueError, match=r"layerdrop is 0\.1: set it to 0"):
         Pruner(model.encoder.model, FAST)

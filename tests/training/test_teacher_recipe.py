@@ -20,7 +20,8 @@ from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training.feature_batches import FeatureBatches
 from speechdistill.training.lanes import share
-from speechdistill.training.loop import Loop, Training
+from speechdistill.training.loop import Loop
+from speechdistill.training.recipe import Around, Training
 from speechdistill.training.recipes.teacher import (
     TRANSFORM,
     BiasAware,
@@ -132,7 +133,8 @@ def test_the_universal_scale_is_that_of_the_validation_clips(aware: tuple[Linear
     features = torch.from_numpy(np.stack([clip.features for clip in clips])).double()
     with torch.inference_mode():
         logits = network.head(features).numpy()  # type: ignore[operator]
-    assert recipe._universal == universal(logits, np.array([clip.mos for clip in clips])) != Scale()
+    keeps = recipe.validate(Around(0, network, {}), 0, 1).keeps
+    assert Scale(**keeps) == universal(logits, np.array([clip.mos for clip in clips])) != Scale()
 
 
 def test_datasets_are_drawn_by_their_size(features: str, tmp_path: Path) -> None:
@@ -207,8 +209,7 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
     )
     network = recipe.network()
     head: QualityHead = network.head  # type: ignore[assignment]
-    recipe._universal = Scale(2.0, 0.5)
-    recipe.save(network, f"{tmp_path}/best")
+    recipe.save(Around(0, network, {}), f"{tmp_path}/best", vars(Scale(2.0, 0.5)))
     transform = LabelTransform.read(f"{tmp_path}/best/{TRANSFORM}")
     assert transform.universal == Scale(2.0, 0.5) and set(transform.datasets) == set(TRUE)
     wave = (0.1 * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)

@@ -108,7 +108,7 @@ def _pruned(config: Prune) -> list[dict[str, Any]]:
         print(line, flush=True)
     made = recipe.make()
     network = made.network()
-    made.pruner(network)  # what cannot be pruned is told before the work
+    made.companions(network)  # what cannot be pruned is told before the work
     size = parameters.count(network)
     cluster.connect()
     stop_on_sigterm()
@@ -194,8 +194,8 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
 
 
 def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tuple[int, int], gpus: float) -> "Job":
-    from speechdistill.training.loop import Training
     from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipe import Training
 
     steps = recipe.pruning.updates
     kept = sorted(

@@ -195,8 +195,8 @@ def _labelled_by(run: "LabelRun") -> dict[str, Any]:
 
 
 def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int, int], gpus: float) -> "Job":
-    from speechdistill.training.loop import Training
     from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipe import Training
 
     training = Training(
         steps=config.schedule.steps,

@@ -157,8 +157,8 @@ def _recipe(config: TrainTeacher, sha256: str, clips_sha256: str, clips: str) ->
 def _job(
     config: TrainTeacher, recipe: "TeacherTraining", features: str, workers: tuple[int, int], gpus: float
 ) -> "Job":
-    from speechdistill.training.loop import Training
     from speechdistill.training.ray_train import Job
+    from speechdistill.training.recipe import Training
 
     training = Training(
         steps=config.schedule.steps,

@@ -6,86 +6,18 @@ worker's loss is weighted by its share of the batch. (Sums in another order: 1e-
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from speechdistill.io.errors import UserError
 from speechdistill.training.global_norm import globalise
 from speechdistill.training.lanes import Batch
-from speechdistill.training.pruning import Pruner
+from speechdistill.training.recipe import Around, Training, TrainingRecipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a recipe is trained; the defaults are those of Distill-MOS (section IV-D).
-
-    After each of the steps `milestones` it is validated, and what it has become is kept in the folder of that name.
-
-    `dtype` bfloat16 is autocast over float32 parameters, float64 (for tests) is all of it. Time alone decides about a
-    checkpoint between two validations.
-    """
-
-    steps: int = 250_000
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.01
-    validate_every: int = 5_000
-    checkpoint_every_s: float = 300.0
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    compile: bool = False
-    milestones: tuple[tuple[int, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:
-            fix = "give steps and a learning rate above 0, and a weight decay of at least 0"
-            raise UserError(f"{self} cannot train", fix)
-
-    def identity(self) -> dict[str, Any]:
-        """What of it decides the result."""
-        return {**asdict(self), "checkpoint_every_s": None, "compile": None}
-
-
-class Source(Protocol):
-    """Batches that are a pure function of their step, such as `batches.Batches`."""
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
-        """A worker's share of batches `start` to `stop - 1`."""
-        ...
-
-
-class TrainingRecipe(Protocol):
-    """What is trained: a kind of network, on a kind of batches, with a loss for each sample.
-
-    One that prunes has a method `pruner` besides, from a network to its `Pruner`.
-    """
-
-    @property
-    def batches(self) -> Source: ...
-
-    def network(self) -> nn.Module:
-        """A new network, the same in every process."""
-        ...
-
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
-        """(samples,) from inputs (samples, ...), targets (samples,) and numbers of datasets (samples,)."""
-        ...
-
-    def validate(self, network: nn.Module, rank: int, world: int) -> Mapping[str, float]:
-        """Figures over the whole validation set, equal on all workers, each of which takes its share; `mse` decides."""
-        ...
-
-    def save(self, network: nn.Module, folder: str) -> None:
-        """Write what a user takes away from a checkpoint."""
-        ...
 
 
 class Stepped(NamedTuple):
@@ -124,8 +56,9 @@ class Loop:
         )
         model = wrap(self.network)
         self._model: nn.Module = torch.compile(model) if training.compile else model  # type: ignore[assignment]
-        self._pruner: Pruner | None = recipe.pruner(self.network) if hasattr(recipe, "pruner") else None
-        self.step, self.best = 0, math.inf
+        self._companions = recipe.companions(self.network)
+        self.step, self.best = 0, recipe.best.worst
+        self.keeps: Mapping[str, float] = {}
 
     def run(self, stop: int, asks: Callable[[], bool] = lambda: False) -> Iterator[Stepped]:
         """Train up to step `stop`. What `asks` says on worker 0 is told to all.
@@ -136,49 +69,61 @@ class Loop:
         for batch in self._recipe.batches.stream(self.step, stop, self._rank, self._world):
             yield self._update(batch, asks)
 
+    @property
+    def around(self) -> Around:
+        return Around(self.step, self.network, self._companions)
+
     def validate(self) -> dict[str, float]:
-        """The recipe's figures, and `is_best`, 1 where none before had so small an `mse`.
+        """The recipe's figures, and `is_best`, 1 if the one that decides is better than ever before.
 
         Raises `NotFiniteError` on all workers.
         """
         self.network.eval()
         with torch.inference_mode():
-            figures = dict(self._recipe.validate(self.network, self._rank, self._world))
+            validated = self._recipe.validate(self.around, self._rank, self._world)
         self.network.train()
-        if not math.isfinite(figures["mse"]):
+        decides = validated.figures[self._recipe.best.figure]
+        if not math.isfinite(decides):
             raise NotFiniteError(f"the error on the validation set is not finite after step {self.step}")
-        is_best = figures["mse"] < self.best
-        self.best = min(self.best, figures["mse"])
-        return {**figures, "is_best": float(is_best)}
+        is_best = self._recipe.best.is_better(decides, self.best)
+        self.best, self.keeps = decides if is_best else self.best, dict(validated.keeps)
+        return {**validated.figures, "is_best": float(is_best)}
+
+    def save(self, folder: str) -> None:
+        """Write the files that a user takes from a checkpoint."""
+        self._recipe.save(self.around, folder, self.keeps)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, for `torch.save`; it loads with `weights_only=True`."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
             "step": self.step,
             "best": self.best,
-            "pruner": self._pruner.state_dict() if self._pruner else None,
+            "keeps": dict(self.keeps),
+            "companions": {name: companion.state_dict() for name, companion in self._companions.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
-        if self._pruner:
-            self._pruner.load_state_dict(state["pruner"])
-        torch.set_rng_state(state["rng"].cpu())
+        # Checkpoints of earlier versions have a pruner by itself, and an infinity before the first validation.
+        earlier = {"pruner": state.get("pruner")}
+        for name, companion in self._companions.items():
+            companion.load_state_dict(state.get("companions", earlier)[name])
         self.step, self.best = state["step"], state["best"]
+        self.keeps = state.get("keeps", {})
 
     def _update(self, batch: Batch, asks: Callable[[], bool]) -> Stepped:
         inputs = torch.from_numpy(batch.inputs).to(self._device, self._width)
         targets = torch.from_numpy(batch.targets).to(self._device, self._width)
         datasets = torch.from_numpy(batch.datasets).to(self._device)
-        if self._pruner:
-            self._pruner.begin(batch.step)
+        torch.manual_seed(_seed(batch.step, self._rank))  # of dropout; a stored state would be another rank's
+        for companion in self._companions.values():
+            companion.before(batch.step)
         low = self._dtype is torch.bfloat16
         with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
-            losses = self._recipe.losses(self._model, inputs, targets, datasets)
+            losses = self._recipe.losses(self._model, inputs, targets, datasets, self.around)
         total = losses.sum() / self._recipe.batches.batch_size
         asked = self._rank == 0 and asks()
         told = torch.stack([total.detach().double(), total.new_tensor(float(asked)).double()])
@@ -189,12 +134,12 @@ class Loop:
             raise NotFiniteError(self._not_finite(batch, losses))
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total * self._world)  # the workers' gradients are averaged
-        if self._pruner:
-            self._pruner.collect()
+        for companion in self._companions.values():
+            companion.after_backward()
         self._optimizer.step()
-        if self._pruner:
-            self._pruner.hold()
         self.step = batch.step + 1
+        for companion in self._companions.values():
+            companion.after_update(self.step)
         return Stepped(self.step, loss, asked)
 
     def _not_finite(self, batch: Batch, losses: Tensor) -> str:
@@ -205,3 +150,7 @@ class Loop:
             dist.all_gather_object(names, mine)
         found = [name for of_worker in names for name in of_worker]
         return f"the loss is not finite at step {batch.step + 1}, from {len(found)} samples: {', '.join(found[:20])}"
+
+
+def _seed(step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

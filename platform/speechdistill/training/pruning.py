@@ -63,10 +63,9 @@ class Pruning:
 class Pruner(nn.Module):
     """Which weights of an encoder are gone. Its state dict is what a resumed run needs; nothing in it is trained.
 
-    In each update call `begin` before the forward pass, `collect` after the backward pass, and `hold` after the
-    optimiser's step, whose moments would move what was removed. The gradients that `collect` finds must be those of
-    the global batch, in equal bits on all workers, as `DistributedDataParallel` leaves them: equal weights and
-    gradients make equal scores, so all workers remove the same without a word about it.
+    A `Companion` of the encoder: after the optimiser's step, whose moments move removed weights, they are set to zero
+    again. The gradients must be those of the global batch, in equal bits on all workers, as `DistributedDataParallel`
+    leaves them: equal weights and gradients make equal scores, so all workers remove the same without communication.
 
     Matrices and convolutions are pruned. Biases and norms, 0.05% of XLS-R, are not: such a number moves a whole
     channel, and the paper's magnitudes are of matrices, too. Raises `ValueError` for an encoder that drops blocks or
@@ -92,22 +91,25 @@ class Pruner(nn.Module):
         removed = [units.removed for pool in self._pools for units in pool]
         return 1 - sum(int(gone.sum()) for gone in removed) / sum(gone.numel() for gone in removed)
 
-    def begin(self, step: int) -> None:
+    def before(self, step: int) -> None:
         """Prune, where it is time after `step` updates."""
         if step and step % self._config.every == 0 and int(self.done) < self._config.times:
             self.prune()
 
     @torch.no_grad()
-    def collect(self) -> None:
+    def after_backward(self) -> None:
         """Take the gradients into the averages; raises `ValueError` where a weight has none."""
         if self._learns:
             for pool in self._pools:
                 for units in pool:
                     units.collect()
 
+    def after_update(self, step: int) -> None:
+        self.hold()
+
     @torch.no_grad()
     def hold(self) -> None:
-        """Set what was removed to zero, again."""
+        """Set removed weights to zero, again."""
         for pool in self._pools:
             for units in pool:
                 units.hold()

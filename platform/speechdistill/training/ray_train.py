@@ -20,12 +20,12 @@ import torch
 from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
-from speechdistill.training.loop import Loop, NotFiniteError, Training, TrainingRecipe
+from speechdistill.training.loop import Loop, NotFiniteError
+from speechdistill.training.recipe import MSE, Best, Training, TrainingRecipe
 
 _STATE = "state.pt"
 _TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
 _UNTOLD = "no error was told; a worker may have been killed"
-_NOT_VALIDATED = 1e30  # of no use as the best; an infinity is null in Ray Train's JSON, and a resumed run fails on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Job:
     training: Training
     out: str
     identity: Mapping[str, Any]
+    best: Best = MSE
     workers: tuple[int, int] = (1, 1)
     cpus: float = 1.0
     gpus: float = 0.0
@@ -151,7 +152,8 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     failure = (result.return_value or {}).get("failure")
     if failure:
         raise RunError(failure, f"progress so far is saved in {job.out}")
-    checkpoint, figures = min(result.best_checkpoints, key=lambda pair: float(pair[1]["mse"]))
+    choose = min if job.best.direction == "min" else max
+    checkpoint, figures = choose(result.best_checkpoints, key=lambda pair: float(pair[1][job.best.figure]))
     with checkpoint.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
             if file.name != _STATE and not file.name.startswith("."):
@@ -195,7 +197,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
             failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those that bring nothing
             # The best and, always, the last.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="mse", checkpoint_score_order="min"
+                num_to_keep=1, checkpoint_score_attribute=job.best.figure, checkpoint_score_order=job.best.direction
             ),
         ),
     )
@@ -240,14 +242,13 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
     step = state["step"] if state else 0
     if failure := _told_by_first(progress.started(step, world) if rank == 0 else None, world):
         return {"failure": failure}
-    recipe = job.make()
-    loop = Loop(recipe, job.training, prepare_model, str(get_device()))
+    loop = Loop(job.make(), job.training, prepare_model, str(get_device()))
     if state:
         loop.load(state)
     pace = _Pace(loop.step)
     milestones = dict(job.training.milestones)
     if loop.step == 0 and 0 in milestones:
-        _keep(job, loop, recipe, milestones[0], loop.validate(), rank)
+        _keep(job, loop, milestones[0], loop.validate(), rank)
     for step, loss, asked in loop.run(job.training.steps, lambda: pace.since_saved() > job.training.checkpoint_every_s):
         if rank == 0 and pace.tells(step):
             progress.stepped(step, loss, pace.steps_per_s)
@@ -257,16 +258,16 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
             if rank == 0 and figures:
                 progress.point(step, {f"validation/{key}": value for key, value in figures.items()})
             if step in milestones:
-                _keep(job, loop, recipe, milestones[step], figures, rank)
-            _report(loop, recipe, figures, rank)
+                _keep(job, loop, milestones[step], figures, rank)
+            _report(job.best, loop, figures, rank)
             pace.saved()
     return {}
 
 
-def _keep(job: Job, loop: Loop, recipe: TrainingRecipe, name: str, figures: Mapping[str, float], rank: int) -> None:
+def _keep(job: Job, loop: Loop, name: str, figures: Mapping[str, float], rank: int) -> None:
     """What the network has become, written by worker 0 to a folder of its own; `figures.json` is written last."""
     if rank == 0:
-        recipe.save(loop.network, f"{job.out}/{name}")
+        loop.save(f"{job.out}/{name}")
         storage.publish_json({"step": loop.step, **figures}, f"{job.out}/{name}/figures.json")
 
 
@@ -277,7 +278,7 @@ def _told_by_first(value: str | None, world: int) -> str | None:
     return values[0]
 
 
-def _report(loop: Loop, recipe: TrainingRecipe, figures: Mapping[str, float], rank: int) -> None:
+def _report(best: Best, loop: Loop, figures: Mapping[str, float], rank: int) -> None:
     """A checkpoint, written by worker 0 and taken to its place by another thread."""
     from ray.train import Checkpoint, CheckpointUploadMode, report
 
@@ -285,9 +286,9 @@ def _report(loop: Loop, recipe: TrainingRecipe, figures: Mapping[str, float], ra
     if rank == 0:
         folder = tempfile.mkdtemp(prefix="checkpoint-")  # Ray Train removes it
         torch.save(loop.state(), Path(folder) / _STATE)
-        recipe.save(loop.network, folder)
+        loop.save(folder)
         checkpoint = Checkpoint.from_directory(folder)
-    metrics = {"step": loop.step, "mse": _NOT_VALIDATED, **figures}
+    metrics = {"step": loop.step, best.figure: best.worst, **figures}
     report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
 

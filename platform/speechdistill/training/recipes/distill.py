@@ -26,6 +26,7 @@ from speechdistill.models.student import load_student, save_student
 from speechdistill.models.windowed import segment_starts
 from speechdistill.training import validation
 from speechdistill.training.batches import Batches, Mix
+from speechdistill.training.recipe import MSE, Around, Companion, Validated
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
@@ -69,6 +70,8 @@ def student(name: str) -> ConvTransformerConfig:
 class DistillRecipe:
     """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the target, a MOS."""
 
+    best = MSE
+
     def __init__(self, config: Distill) -> None:
         self._config = config
         self._student = replace(config.student, segment_samples=config.mix.crop_samples)
@@ -93,20 +96,23 @@ class DistillRecipe:
         torch.manual_seed(self._config.mix.seed)
         return ConvTransformer(self._student)
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+    def companions(self, network: nn.Module) -> dict[str, Companion]:
+        return {}
+
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
         return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
 
-    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+    def validate(self, around: Around, rank: int, world: int) -> Validated:
         """`validation.figures`."""
-        mine = [(dataset, target, _score(network, wave)) for dataset, target, wave in self._clips(rank, world)]
+        mine = [(dataset, target, _score(around.network, wave)) for dataset, target, wave in self._clips(rank, world)]
         results = validation.gathered(mine, world)
         if not results:
             raise TableError("none of the clips to validate on can be used", "see the warnings above")
-        return validation.figures(results)
+        return Validated(validation.figures(results))
 
-    def save(self, network: nn.Module, folder: str) -> None:
-        assert isinstance(network, ConvTransformer)
-        save_student(network, folder, self._config.provenance or {})
+    def save(self, around: Around, folder: str, keeps: Mapping[str, float]) -> None:
+        assert isinstance(around.network, ConvTransformer)
+        save_student(around.network, folder, self._config.provenance or {})
 
     def _too_few(self) -> str:
         few = [held.about["too_few"] for held in self.batches.held if held.about and "too_few" in held.about]

@@ -22,6 +22,7 @@ from speechdistill.models.networks.speech_encoder import by_length
 from speechdistill.training import validation
 from speechdistill.training.batches import Batches, Mix
 from speechdistill.training.pruning import Pruner, Pruning
+from speechdistill.training.recipe import MSE, Around, Companion, Validated
 
 _AT_ONCE_S = 64 * 7.68  # of audio, in a validation
 
@@ -52,6 +53,8 @@ class Pruned:
 class PruningRecipe:
     """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the score, the logit on the scale of its dataset."""
 
+    best = MSE
+
     def __init__(self, config: Pruned) -> None:
         self._config = config
         rows = scored_clips.split(table.read(config.labeled, "clip.v1"))
@@ -65,17 +68,14 @@ class PruningRecipe:
         of = [self._transform.datasets.get(name, universal) for name in self.batches.datasets]
         # The universal one last, where the number -1 of a teacher's label finds it.
         self._scales = torch.tensor([(scale.a, scale.b) for scale in (*of, universal)])
-        self._pruner: Pruner | None = None
-        self._normalises = True
 
     def network(self) -> nn.Module:
         config = self._config
         files = checkpoint.read(config.teacher)
         network = encoder_scorer.network(files, config.teacher, config.encoder)
-        self._normalises = network.encoder.normalises
         return network.train().requires_grad_(True)
 
-    def pruner(self, network: nn.Module) -> Pruner:
+    def companions(self, network: nn.Module) -> dict[str, Companion]:
         """Raises `UserError` for crops so short that some weights get no gradient: they would be the first to go."""
         assert isinstance(network, Network)
         least_s = least_crop_s(network.encoder.model.config)
@@ -83,17 +83,17 @@ class PruningRecipe:
             raise UserError(
                 f"crops of {self._config.mix.crop_s:g} s do not reach all weights", f"give --crop-s {least_s:g}"
             )
-        self._pruner = Pruner(network.encoder.model, self._config.pruning)
-        return self._pruner
+        return {"pruner": Pruner(network.encoder.model, self._config.pruning)}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
+        assert isinstance(around.network, Network)
         scales = self._scales.to(targets)[datasets]
-        logits = network(*normalised(inputs, self._normalises))
+        logits = network(*normalised(inputs, around.network.encoder.normalises))
         return (1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1]) - targets).square()
 
-    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+    def validate(self, around: Around, rank: int, world: int) -> Validated:
         """`validation.figures` on the universal scale, which scores are mapped to, and the share that remains."""
-        assert isinstance(network, Network) and self._pruner is not None
+        network, pruner = _parts(around)
         mine: list[validation.Result] = []
         clips = self._validation[rank::world]
         for numbers in by_length([_samples(clip) for clip in clips], round(_AT_ONCE_S * audio.SAMPLE_RATE)):
@@ -104,20 +104,26 @@ class PruningRecipe:
             universal = self._transform.universal
             scores = (1 + 4 * torch.sigmoid(universal.a * logits + universal.b)).tolist()
             mine += [(clip.dataset, clip.target, score) for clip, score in zip(some, scores, strict=True)]
-        return {**validation.figures(validation.gathered(mine, world)), "remaining": self._pruner.remaining}
+        return Validated({**validation.figures(validation.gathered(mine, world)), "remaining": pruner.remaining})
 
-    def save(self, network: nn.Module, folder: str) -> None:
-        """The pruned teacher; of heads and neurons that are gone nothing is stored."""
-        assert isinstance(network, Network) and self._pruner is not None
+    def save(self, around: Around, folder: str, keeps: Mapping[str, float]) -> None:
+        """Write the pruned teacher, without the heads and neurons that are removed."""
+        network, pruner = _parts(around)
         provenance = {
             **(self._config.provenance or {}),
-            "pruning": {**asdict(self._config.pruning), "remaining": self._pruner.remaining},
+            "pruning": {**asdict(self._config.pruning), "remaining": pruner.remaining},
             "label_transform": self._transform.to_json(),
         }
         if self._config.pruning.criterion == "structured":
             network = copy.deepcopy(network)
-            slim_encoder.slim(network.encoder.model, self._pruner.kept())
+            slim_encoder.slim(network.encoder.model, pruner.kept())
         TrainedTeacher.of(network, self._transform.universal).save(network, folder, provenance)
+
+
+def _parts(around: Around) -> tuple[Network, Pruner]:
+    network, pruner = around.network, around.companions["pruner"]
+    assert isinstance(network, Network) and isinstance(pruner, Pruner)
+    return network, pruner
 
 
 def transform(teacher: str) -> LabelTransform:

@@ -18,6 +18,7 @@ from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training import validation
 from speechdistill.training.feature_batches import FeatureBatches
+from speechdistill.training.recipe import MSE, Around, Companion, Validated
 
 TRANSFORM = "label_transform.v1.json"
 """The file beside a checkpoint that maps scores of its listening tests to the universal scale."""
@@ -80,40 +81,43 @@ class Plain(nn.Module):
 class TeacherRecipe:
     """A `TrainingRecipe`: MSE between 1 + 4 * sigmoid(logit) and the score as it was given."""
 
+    best = MSE
+
     def __init__(self, config: TeacherTraining) -> None:
         self._config = config
         self.batches = FeatureBatches(config.features, config.batch_size, config.seed)
-        self._universal = Scale()
 
     def network(self) -> nn.Module:
         torch.manual_seed(self._config.seed)
         head = QualityHead(self.batches.dim, *HEAD)
         return BiasAware(head, len(self.batches.datasets.names)) if self._config.bias_aware else Plain(head)
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor) -> Tensor:
+    def companions(self, network: nn.Module) -> dict[str, Companion]:
+        return {}
+
+    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
         return (1 + 4 * torch.sigmoid(network(inputs, datasets)) - targets).square()
 
-    def validate(self, network: nn.Module, rank: int, world: int) -> dict[str, float]:
+    def validate(self, around: Around, rank: int, world: int) -> Validated:
         """`mse` on the scales of the tests: the universal one is found after training in the paper, so that cannot be
         what chose its checkpoint. `universal_mse` is on that one, and so is `pcc`.
         """
-        results = validation.gathered(self._heads_logits(network, rank, world), world)
+        results = validation.gathered(self._heads_logits(around.network, rank, world), world)
         datasets, mos, logits = [list(column) for column in zip(*results, strict=True)]
-        scales = self._scales(network)
-        if scales:
-            self._universal = universal(np.array(logits), np.array(mos))
-        own = [_mos(scales.get(dataset, self._universal), z) for dataset, z in zip(datasets, logits, strict=True)]
+        scales = self._scales(around.network)
+        common = universal(np.array(logits), np.array(mos)) if scales else Scale()
+        own = [_mos(scales.get(dataset, common), z) for dataset, z in zip(datasets, logits, strict=True)]
         figures = validation.figures(list(zip(datasets, mos, own, strict=True)))
-        scores = [_mos(self._universal, z) for z in logits]
+        scores = [_mos(common, z) for z in logits]
         on_universal = validation.figures(list(zip(datasets, mos, scores, strict=True)))
         correlations = {key: value for key, value in on_universal.items() if key.startswith("pcc")}
-        return {**figures, **correlations, "universal_mse": on_universal["mse"]}
+        return Validated({**figures, **correlations, "universal_mse": on_universal["mse"]}, vars(common))
 
-    def save(self, network: nn.Module, folder: str) -> None:
-        config = self._config
-        about = TrainedHead(config.encoder, config.encoder_sha256, config.layer, self._universal)
-        transform = LabelTransform(self._scales(network), self._universal).to_json()
-        head: Any = network.head
+    def save(self, around: Around, folder: str, keeps: Mapping[str, float]) -> None:
+        config, common = self._config, Scale(**keeps)
+        about = TrainedHead(config.encoder, config.encoder_sha256, config.layer, common)
+        transform = LabelTransform(self._scales(around.network), common).to_json()
+        head: Any = around.network.head
         about.save(head, folder, {**(config.provenance or {}), "label_transform": transform})
         table.check_json(transform, SCHEMA, TRANSFORM)
         storage.publish_json(transform, f"{folder}/{TRANSFORM}")
