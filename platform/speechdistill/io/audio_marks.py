@@ -124,13 +124,15 @@ def _checked(file: Readable, place: int, name: str) -> str:
 
 def _chain(data: bytes, place: int, frames: int) -> str:
     """MP3 (any layer) or AAC if so many MPEG frames of one kind follow one another, else empty."""
-    start, names = data[place + 1 : place + 2], set()
-    for _ in range(frames):
-        header = data[place : place + 6]
-        name, length = _frame(header)
-        names.add(name if header[1:2] == start else "")
+    start = data[place + 1 : place + 2]
+    first, length = _frame(data[place : place + 6])
+    for _ in range(frames - 1):
         place += length
-    return names.pop() if len(names) == 1 else ""
+        following = data[place : place + 6]
+        name, length = _frame(following)
+        if not first or name != first or following[1:2] != start:
+            return ""
+    return first
 
 
 def _frame(header: bytes) -> tuple[str, int]:
