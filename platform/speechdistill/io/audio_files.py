@@ -22,6 +22,7 @@ SAMPLE_RATE = 16_000
 CONVERT = "convert it (`ffmpeg -i IN -ar 16000 OUT.flac`) or leave it out"
 COPY = "copy it again from its source"
 REWRITE = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
+EXPORT = "export it again as 16-bit PCM from what wrote it"
 SPLIT = "split it, or convert its parts to one format and join them again (`sox A B OUT.flac`)"
 # One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
 _BLOCK_BYTES = 1 << 18
@@ -44,6 +45,10 @@ class Info:
     def num_samples(self) -> int:
         """Length after resampling to 16 kHz, rounded down."""
         return self.num_frames * SAMPLE_RATE // self.sample_rate
+
+    def columns(self) -> dict[str, float | int]:
+        """What a manifest keeps of a file."""
+        return {"duration_s": self.duration_s, "sample_rate": self.sample_rate, "channels": self.channels}
 
 
 class Source:
