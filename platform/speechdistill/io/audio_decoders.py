@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 from speechdistill.io import audio_ends, audio_files, audio_marks, audio_streams
-from speechdistill.io.audio_files import CONVERT, COPY, REWRITE, SPLIT, Source, one_line
+from speechdistill.io.audio_files import CONVERT, COPY, EXPORT, REWRITE, SPLIT, Source, one_line
 from speechdistill.io.audio_pyav import AvReader
 from speechdistill.io.audio_soundfile import SoundFileReader
 from speechdistill.io.errors import AudioError
@@ -18,6 +18,10 @@ from speechdistill.io.errors import AudioError
 MAX_DURATION_S = 24 * 3600.0
 MAX_CHANNELS = 32
 SAMPLE_RATES = range(1_000, 768_001)
+_NO_AUDIO = {
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run `git lfs pull` in its repository"),
+    **dict.fromkeys((b"<!doctype html", b"<html"), ("a web page, not audio", "download it again from its source")),
+}
 _SEARCHED_BYTES = 1 << 23  # of which a section costs a search of the whole file
 _SLACK_S = 0.25  # a length that an earlier version read from a container, rounded and with the codec's padding
 
@@ -155,6 +159,12 @@ class Recordings:
 def _reader(uri: str, source: Source) -> Reader:
     source.seek(0)
     header = source.read(audio_marks.HEADER_BYTES)
+    if no_audio := next((told for start, told in _NO_AUDIO.items() if header.lstrip().lower().startswith(start)), None):
+        raise AudioError(uri, *no_audio)
+    if header.startswith(b"OggS") and (fault := audio_streams.opus_fault(source, source.size)):
+        raise AudioError(uri, fault, "encode it again, or repair it with opus-tools")
+    if header.startswith(b"RIFF") and (fault := audio_streams.wav_fault(source, source.size)):
+        raise AudioError(uri, fault, EXPORT)
     if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size)):
         reason = f"its header leaves out {more} bytes behind the samples, which are no chunk"
         raise AudioError(uri, reason, REWRITE)

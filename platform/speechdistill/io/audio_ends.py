@@ -59,8 +59,9 @@ def chunks(file: Readable, place: int, size: int, order: _Order, width: int = 4)
             length = data
         yield name, place + 4 + width, length
         place += 4 + width + length
-        if width == 4 and length % 2 and not _NAME.fullmatch(at(file, place, 4)):  # some writers leave out the pad
-            place += 1
+        if width == 4 and length % 2:
+            following = at(file, place, 5)  # some writers leave out the pad
+            place += not _NAME.fullmatch(following[:4]) or bool(_NAME.fullmatch(following[1:]))
 
 
 def _known(data: int, length: int, size: int) -> tuple[int, bool]:

@@ -81,6 +81,16 @@ def at(file: Readable, place: int, size: int) -> bytes:
     return file.read(size)
 
 
+def behind_tags(file: Readable, place: int) -> int:
+    """Return the first byte behind the ID3v2 tags at byte `place`, one or several, and the padding behind each."""
+    while length := id3_end(at(file, place, 10)):
+        place += length
+        while (padding := at(file, place, HEADER_BYTES)) and not padding.strip(b"\0"):
+            place += len(padding)
+        place += len(padding) - len(padding.lstrip(b"\0"))
+    return place
+
+
 def id3_end(tag: bytes) -> int:
     """Return the length of the ID3v2 tag that `tag` begins with; 0 if there is none."""
     if not tag.startswith(b"ID3") or len(tag) < 10:
@@ -109,8 +119,8 @@ def _chained(data: bytes, first: str) -> Iterator[tuple[int, str]]:
 def _checked(file: Readable, place: int, name: str) -> str:
     """The format of the file that begins with a mark, empty if the mark stands for none."""
     if name == "MP3":  # a tag, perhaps at the end of a file, or AAC's
-        tag = at(file, place, 10)
-        return _chain(at(file, place + id3_end(tag), _OVERLAP_BYTES), 0, 2) if tag[:3] == b"ID3" else name
+        frames = behind_tags(file, place)
+        return _chain(at(file, frames, _OVERLAP_BYTES), 0, 2) if frames > place else name
     if name != "FLAC":
         return name
     block, last = place + 4, False

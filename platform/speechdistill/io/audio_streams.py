@@ -5,6 +5,7 @@ only if the end or the middle does not fit the header, since a long file on an o
 """
 
 import re
+import struct
 from typing import NamedTuple
 
 from speechdistill.io import audio_ends, audio_flac, audio_marks
@@ -49,12 +50,13 @@ def layout(file: Readable, size: int, header: bytes) -> Layout:
     own = [mark.place for mark in found if mark.kind == kind and kind not in _READ_ON]
     if kind == "Ogg":  # streams that begin together, such as a film's, are one recording
         own = [place for place, before in zip(own, [begin, *own], strict=False) if place != _page_end(file, before)]
-    return Layout(kind, starts + own, next((mark for mark in found if mark.kind != kind), None))
+    passed = (kind, "MP3", "AAC") if kind == "" else (kind,)  # frames behind what may be junk, which decoders skip
+    return Layout(kind, starts + own, next((mark for mark in found if mark.kind not in passed), None))
 
 
 def xing_end(file: Readable) -> int | None:
     """Return the byte behind the frames that the Xing tag of an MP3 file counts; None without such a count."""
-    begin = id3_end(at(file, 0, 10))
+    begin = audio_marks.behind_tags(file, 0)
     head = at(file, begin, 4096)
     match = re.search(rb"(?:Xing|Info)...(.)", head, re.DOTALL)
     if match is None or not match[1][0] & 2:  # flags: 1, a count of frames follows; 2, then one of bytes
@@ -68,6 +70,29 @@ def goes_on_at(file: Readable, end: int) -> bool:
     behind = at(file, end, 3)
     is_tag, is_frame = behind == b"ID3", behind[:1] == b"\xff" and behind[1:2] >= b"\xe0"
     return is_frame or (is_tag and audio_marks.kind(file, end) == "MP3")  # else it is a tag of the whole file
+
+
+def wav_fault(file: Readable, size: int) -> str | None:
+    """Return the reason if the header of a WAV file leaves open how wide a sample is: decoders guess, and differ."""
+    for name, place, _ in audio_ends.chunks(file, 12, size, "little"):
+        if name != b"fmt ":
+            continue
+        tag, channels, _, _, block, bits = struct.unpack("<HHIIHH", at(file, place, 16).ljust(16, b"\0"))
+        if tag in (1, 3, 0xFFFE) and channels and block != channels * -(-bits // 8):
+            return f"its header says {bits} bits a sample, but {block} bytes for {channels}"
+    return None
+
+
+def opus_fault(file: Readable, size: int) -> str | None:
+    """Return the reason if the pages of an Ogg Opus file do not say where they are: FFmpeg then drops the last ones."""
+    last = _last_page(file, size)
+    is_lost = b"OpusHead" in at(file, 0, 64) and int.from_bytes(last[18:22], "little") > 1 and last[6:14] == bytes(8)
+    return "the granule positions of its pages are 0, so that its length is unknown" if is_lost else None
+
+
+def ogg_position(file: Readable, size: int) -> int:
+    """Return the granule position of the last page: where in its stream an Ogg file ends (RFC 3533, section 6)."""
+    return int.from_bytes(_last_page(file, size)[6:14], "little", signed=True)
 
 
 def ogg_is_cut(file: Readable, size: int) -> bool:
@@ -100,7 +125,9 @@ def _behind(file: Readable, begin: int, size: int, kind: str) -> int:
         return begin + 1 if size - begin <= _SEARCHED_BYTES or _ogg_goes_on(file, begin, size) else size
     if kind == "FLAC":
         return begin + 1 if audio_flac.goes_on(file, begin, size, at(file, begin, 42)) else size
-    return (xing_end(file) if kind == "MP3" else None) or begin + 1
+    if kind == "MP3":
+        return xing_end(file) or audio_marks.behind_tags(file, begin) + 1
+    return begin + 1
 
 
 def _ogg_goes_on(file: Readable, first: int, size: int) -> bool:
@@ -110,6 +137,11 @@ def _ogg_goes_on(file: Readable, first: int, size: int) -> bool:
     last = tail.rfind(b"OggS\x00")
     ends = last >= 0 and _page_end(file, begin + last) == size
     return not ends or tail[last + 14 : last + 18] != at(file, first + 14, 4)
+
+
+def _last_page(file: Readable, size: int) -> bytes:
+    tail = at(file, max(0, size - _TAIL_BYTES), _TAIL_BYTES)
+    return tail[max(0, tail.rfind(b"OggS\x00")) :]
 
 
 def _page_end(file: Readable, place: int) -> int:
