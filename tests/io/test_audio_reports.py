@@ -3,7 +3,7 @@
 import io
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -102,16 +102,22 @@ def test_what_is_no_audio_at_all_is_named(write: Write) -> None:
 
 def ogg_with(data: bytes, position: Callable[[int], int]) -> bytes:
     """Pages with other granule positions (RFC 3533, section 6)."""
-    found, place = b"", 0
-    while place < len(data):
-        segments = data[place + 26]
-        end = place + 27 + segments + sum(data[place + 27 : place + 27 + segments])
-        page = bytearray(data[place:end])
+    found = b""
+    for page in map(bytearray, _pages(data)):
         page[6:14] = struct.pack("<q", position(struct.unpack("<q", page[6:14])[0]))
         page[22:26] = bytes(4)
         page[22:26] = struct.pack("<I", _checksum(page))
-        found, place = found + page, end
+        found += page
     return found
+
+
+def _pages(data: bytes) -> Iterator[bytes]:
+    place = 0
+    while place < len(data):
+        segments = data[place + 26]
+        end = place + 27 + segments + sum(data[place + 27 : place + 27 + segments])
+        yield data[place:end]
+        place = end
 
 
 def _checksum(page: bytes) -> int:
@@ -129,6 +135,15 @@ def test_a_recording_of_a_running_stream(write: Write, subtype: str) -> None:
     late = 3600 * (48_000 if subtype == "OPUS" else SAMPLE_RATE)
     path = write("a.ogg", ogg_with(coded(tone(4.0), "OGG", subtype), lambda at: at + late if at > 0 else at))
     agrees(path, 4.0, 0.03)
+
+
+def test_pages_that_are_missing_are_told(write: Write) -> None:
+    """wasm-audio-decoders#4, zello-channel-api#155: for lost pages decoders invent sound, up to seconds of it."""
+    pages = list(_pages(muxed("ogg", "libopus", tone(4, rate=48_000), 48_000, {"page_duration": "200000"})))
+    with pytest.raises(AudioError, match="5 pages are missing before byte"):
+        probe(write("a.opus", b"".join(pages[:10] + pages[15:])))
+    agrees(write("b.opus", b"".join(pages)), 4.0)
+    agrees(write("c.opus", b"".join(pages[:2] + pages[12:])), 2.0, 0.5)  # cut out of a running stream
 
 
 def test_opus_without_positions_is_refused(write: Write) -> None:

@@ -163,6 +163,8 @@ def _reader(uri: str, source: Source) -> Reader:
         raise AudioError(uri, *no_audio)
     if header.startswith(b"OggS") and (fault := audio_streams.opus_fault(source, source.size)):
         raise AudioError(uri, fault, "encode it again, or repair it with opus-tools")
+    if header.startswith(b"OggS") and (gap := audio_streams.ogg_gap(source, source.size)):
+        raise AudioError(uri, gap, COPY)
     if header.startswith(b"RIFF") and (fault := audio_streams.wav_fault(source, source.size)):
         raise AudioError(uri, fault, EXPORT)
     if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size)):

@@ -90,6 +90,28 @@ def opus_fault(file: Readable, size: int) -> str | None:
     return "the granule positions of its pages are 0, so that its length is unknown" if is_lost else None
 
 
+def ogg_gap(file: Readable, size: int) -> str | None:
+    """Return the reason if pages are missing inside an Ogg file of one request: decoders invent what was on them.
+
+    Behind headers the numbers may go on anywhere, as they do in a part of a running stream.
+    """
+    place, before = (
+        0,
+        dict[bytes, tuple[int, bool]](),
+    )  # of each stream: the last page's number, and whether it is audio
+    while place < size <= _SEARCHED_BYTES:
+        page = at(file, place, 27)
+        if page[:4] != b"OggS" or len(page) < 27:
+            return None
+        stream, number = page[14:18], int.from_bytes(page[18:22], "little")
+        last, is_audio = before.get(stream, (number - 1, False))
+        if is_audio and number > last + 1:
+            return f"corrupt ({number - last - 1} pages are missing before byte {place})"
+        before[stream] = number, page[6:14] not in (bytes(8), b"\xff" * 8)
+        place = _page_end(file, place)
+    return None
+
+
 def ogg_position(file: Readable, size: int) -> int:
     """Return the granule position of the last page: where in its stream an Ogg file ends (RFC 3533, section 6)."""
     return int.from_bytes(_last_page(file, size)[6:14], "little", signed=True)
