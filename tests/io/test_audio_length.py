@@ -4,14 +4,13 @@ import io
 import logging
 import struct
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile
 
+from sounds import agrees, coded, film, muxed, tone, wav
 from speechdistill.io import audio, audio_streams
 from speechdistill.io.audio import SAMPLE_RATE, load, probe
 from speechdistill.io.errors import AudioError
@@ -28,68 +27,7 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def tone(duration_s: float, pitch: float = 300.0, rate: int = SAMPLE_RATE) -> np.ndarray:
-    return (0.3 * np.sin(2 * np.pi * pitch * np.arange(round(duration_s * rate)) / rate)).astype(np.float32)
-
-
-def coded(wave: np.ndarray, form: str, subtype: str | None = None, rate: int = SAMPLE_RATE) -> bytes:
-    data = io.BytesIO()
-    soundfile.write(data, wave, rate, format=form, subtype=subtype)
-    return data.getvalue()
-
-
-def muxed(form: str, codec: str, wave: np.ndarray, rate: int, options: dict[str, str] | None = None) -> bytes:
-    return film(form, codec, [(0.0, wave)], rate, picture_s=0.0, options=options)
-
-
-def film(
-    form: str,
-    codec: str,
-    parts: list[tuple[float, np.ndarray]],
-    rate: int,
-    picture_s: float,
-    options: dict[str, str] | None = None,
-) -> bytes:
-    """A container whose audio has `parts`, each from its own second on, and a picture of `picture_s`."""
-    data = io.BytesIO()
-    with av.open(data, "w", format=form, options=options or {}) as container:
-        sound = container.add_stream(codec, rate=rate, layout="mono", bit_rate=64_000)
-        if picture_s:
-            picture = container.add_stream("mpeg4", rate=10)
-            picture.width = picture.height = 16
-            for number in range(round(10 * picture_s)):
-                image = av.VideoFrame(16, 16, "yuv420p")
-                image.pts, image.time_base = number, Fraction(1, 10)
-                container.mux(picture.encode(image))
-            container.mux(picture.encode())
-        for start_s, wave in parts:
-            frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
-            frame.rate, frame.pts, frame.time_base = rate, round(start_s * rate), Fraction(1, rate)
-            for resampled in av.AudioResampler(sound.format, "mono", rate).resample(frame):
-                container.mux(sound.encode(resampled))
-        container.mux(sound.encode())
-    return data.getvalue()
-
-
-def agrees(path: str, duration_s: float, tolerance_s: float = 0.001) -> np.ndarray:
-    """The whole wave, which has the length that the probe says and that is expected, as its sections have."""
-    whole = load(path)
-    info = probe(path)
-    planned = int(np.floor(info.duration_s * SAMPLE_RATE + 1e-6))  # from the manifest, as plans and training crop
-    assert len(whole) == info.num_samples == planned
-    assert len(whole) / SAMPLE_RATE == pytest.approx(duration_s, abs=tolerance_s)
-    start = max(0, len(whole) - SAMPLE_RATE)
-    np.testing.assert_allclose(load(path, start, len(whole) - start), whole[start:], atol=0.01)
-    return whole
-
-
 # Sizes in headers
-
-
-def wav(data: bytes, size: int, form: int = 1) -> bytes:
-    fmt = struct.pack("<HHIIHH", form, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
-    riff = struct.pack("<4sI4s4sI", b"RIFF", min(size + 36, 0xFFFFFFFF), b"WAVE", b"fmt ", 16)
-    return riff + fmt + b"data" + struct.pack("<I", size) + data
 
 
 @pytest.mark.parametrize(
@@ -161,7 +99,7 @@ def test_long_concatenated_flacs_are_told_without_reading_all(write: Write, same
     path = write("a.flac", first + second)
     assert probe(path).duration_s == (40.0 if same else 30.0)
     file = CountingBytes(first)
-    assert audio_streams.starts(file, len(first), first[:1024]) == [0]
+    assert audio_streams.layout(file, len(first), first[:4096]).starts == [0]
     assert file.count < len(first) / 4
 
 

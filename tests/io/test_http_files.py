@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from speechdistill.io import http_files
+from sounds import wav
+from speechdistill.io import audio, http_files
 
-DATA = np.random.default_rng(0).bytes(1_300_000)
+DATA = wav(np.random.default_rng(0).bytes(1_300_000), 1_300_000)
 
 
 class Server(BaseHTTPRequestHandler):
@@ -68,6 +69,15 @@ def test_every_part_of_a_file_is_read_from_any_server(url: str, kind: str) -> No
         assert (Server.sent < 500_000) == (kind == "ranges"), Server.sent
         file.seek(7)
         assert file.read() == DATA[7:]
+
+
+@pytest.mark.parametrize("kind", ["ranges", "none", "refused", "chunked"])
+def test_audio_is_read_from_any_server(url: str, kind: str) -> None:
+    """Headers as `ingest` reads them, whole waves as `score` does, sections as `pseudolabel` does."""
+    wave = np.frombuffer(DATA[44:], "<i2") / np.float32(32_768)
+    assert audio.probe(f"{url}/{kind}").num_samples == len(wave) == 650_000
+    np.testing.assert_array_equal(audio.load(f"{url}/{kind}"), wave)
+    np.testing.assert_array_equal(audio.load(f"{url}/{kind}", 400_000, 5_000), wave[400_000:405_000])
 
 
 def test_a_file_that_is_not_there_stays_an_error(url: str) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill.io import file_cache, storage, table
-from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io import audio, file_cache, storage, table
 from speechdistill.io.errors import TableError
 
 _KINDS = ("speech", "noise", "rir")
@@ -194,8 +193,7 @@ def _arranged(batches: Callable[[list[str]], Iterable[pa.RecordBatch]]) -> list[
 
 
 def _batch(arrays: dict[str, pa.Array]) -> pa.RecordBatch:
-    seconds = arrays.pop("duration_s").to_numpy()
-    arrays["num_samples"] = pa.array(np.floor(seconds * SAMPLE_RATE + 1e-6).astype(np.int64))
+    arrays["num_samples"] = pa.array(audio.num_samples(arrays.pop("duration_s").to_numpy()))
     arrays["by_speaker"] = pa.array(_sorted(arrays["speaker"]))
     return pa.RecordBatch.from_arrays([arrays[name] for name in _LAYOUT.names], schema=_LAYOUT)
 

@@ -100,6 +100,7 @@ def _reason(error: Exception) -> Row:
 
 
 def clip(row: Row) -> Row:
+    """Return a row of the manifest for a file; raises `AudioError` if the file is unusable."""
     uri = row["uri"]
     if "error" in row:  # what its corpus found out already
         raise row["error"]
@@ -108,13 +109,7 @@ def clip(row: Row) -> Row:
     info = audio.probe(uri)
     if row["kind"] == "speech" and info.duration_s < MIN_DURATION_S:
         raise AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
-    return {
-        **row,
-        "duration_s": info.duration_s,
-        "sample_rate": info.sample_rate,
-        "channels": info.channels,
-        **_version(row),
-    }
+    return {**row, **info.columns(), **_version(row)}
 
 
 def _version(row: Row) -> Row:

@@ -67,7 +67,7 @@ class Labeled:
         self._rows = rows
         self.datasets = Datasets(datasets)
         self._targets = np.array([transform(*pair) for pair in zip(rows["mos"].to_pylist(), datasets, strict=True)])
-        self._lengths = np.floor(rows["duration_s"].to_numpy() * audio.SAMPLE_RATE + 1e-6).astype(np.int64)
+        self._lengths = audio.num_samples(rows["duration_s"].to_numpy())
         self._warned: set[int] = set()
 
     def __len__(self) -> int:
@@ -221,8 +221,5 @@ def _merged(source: str, read: Callable[[], Iterable[dict[str, Any]]], told: Cou
 
 
 def _with_header(is_read: bool, row: dict[str, Any]) -> dict[str, Any]:
-    header = {"duration_s": 0.0, "sample_rate": 0, "channels": 0}
-    if is_read:
-        info = audio.probe(row["uri"])
-        header = {"duration_s": info.duration_s, "sample_rate": info.sample_rate, "channels": info.channels}
+    header = audio.probe(row["uri"]).columns() if is_read else {"duration_s": 0.0, "sample_rate": 0, "channels": 0}
     return {**row, **header, "clip_id": clip_id(row["kind"], row["uri"])}

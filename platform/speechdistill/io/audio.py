@@ -34,6 +34,8 @@ __all__ = [
     "encode",
     "fit",
     "load",
+    "load_middle",
+    "num_samples",
     "probe",
     "quantise",
     "resample",
@@ -70,8 +72,9 @@ def load(uri: str, start: int = 0, num_samples: int | None = None, channel: int 
 
     `start` and `num_samples` count samples at 16 kHz. Only that section is decoded if the format can seek, and it
     equals that section of the whole file (AAC, AC-3, WMA and low-rate Opus decoders add noise of their own, which
-    differs by 1e-2; the same call gives the same bits). Channels are averaged, or one is taken with `channel` (impulse
-    responses must not be averaged); if they cancel each other, the loudest is taken, with a warning. Waves above
+    differs by 1e-2, and behind a pause in Matroska a section may be 2 ms off; the same call gives the same bits).
+    Channels are averaged, or one is taken with `channel` (impulse responses must not be averaged); if they cancel each
+    other, the loudest is taken, with a warning. Waves above
     10 minutes are a read-only memory map of an unlinked temporary file. Raises `AudioError` for a file that is missing,
     corrupt, truncated, empty, absurd or not finite, and for a section or channel that it does not have.
     """
@@ -80,6 +83,16 @@ def load(uri: str, start: int = 0, num_samples: int | None = None, channel: int 
         _LOG.warning("%s: its channels cancel each other; channel %d, the loudest, is taken alone", uri, loudest)
         wave, _ = _decoded(uri, start, num_samples, loudest)
     return wave
+
+
+def load_middle(uri: str, length: int, most: int) -> np.ndarray:
+    """`load` at most `most` samples from the middle of a file of `length` samples at 16 kHz."""
+    return load(uri, max(0, length - most) // 2, min(most, length))
+
+
+def num_samples(durations_s: np.ndarray) -> np.ndarray:
+    """Lengths at 16 kHz, int64, of files whose lengths in seconds are in a manifest: those of `load`'s waves."""
+    return np.floor(durations_s * SAMPLE_RATE + 1e-6).astype(np.int64)  # the quotient may be a bit below the integer
 
 
 def fit(wave: np.ndarray, num_samples: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import soundfile
 
-from speechdistill.io import audio_files, audio_streams
-from speechdistill.io.audio_files import CONVERT, COPY, REWRITE, Source, one_line
+from speechdistill.io import audio_ends, audio_files, audio_marks, audio_streams
+from speechdistill.io.audio_files import CONVERT, COPY, EXPORT, REWRITE, SPLIT, Source, one_line
 from speechdistill.io.audio_pyav import AvReader
 from speechdistill.io.audio_soundfile import SoundFileReader
 from speechdistill.io.errors import AudioError
@@ -18,6 +18,10 @@ from speechdistill.io.errors import AudioError
 MAX_DURATION_S = 24 * 3600.0
 MAX_CHANNELS = 32
 SAMPLE_RATES = range(1_000, 768_001)
+_NO_AUDIO = {
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run `git lfs pull` in its repository"),
+    **dict.fromkeys((b"<!doctype html", b"<html"), ("a web page, not audio", "download it again from its source")),
+}
 _SEARCHED_BYTES = 1 << 23  # of which a section costs a search of the whole file
 _SLACK_S = 0.25  # a length that an earlier version read from a container, rounded and with the codec's padding
 
@@ -60,7 +64,7 @@ class Recordings:
     def __init__(self, uri: str, source: Source) -> None:
         self._uri, self._source = uri, source
         self._starts: list[int] | None = None
-        self._header = source.read(audio_streams.HEADER_BYTES)
+        self._header = source.read(audio_marks.HEADER_BYTES)
         begin = audio_streams.first(source, self._header)
         self._readers = [_reader(uri, source if begin == 0 else source.section(begin))]
         self.sample_rate, self.channels = self._readers[0].sample_rate, self._readers[0].channels
@@ -108,7 +112,7 @@ class Recordings:
             return True
         if self._starts is None:
             with self._source.kept():
-                self._starts = audio_streams.starts(self._source, self._source.size, self._header)
+                self._starts = self._looked_for()
         if number >= len(self._starts):
             return False
         if number == 1:
@@ -116,6 +120,16 @@ class Recordings:
         for begin, end in list(pairwise([*self._starts, self._source.size]))[len(self._readers) : number + 1]:
             self._readers.append(self._further(begin, end))
         return True
+
+    def _looked_for(self) -> list[int]:
+        size = self._source.size
+        kind, starts, other = audio_streams.layout(self._source, size, self._header)
+        if other:
+            end = f"the end of its {kind} stream" if kind else "its end"
+            raise AudioError(
+                self._uri, f"{size - other.place:,} bytes after {end} are another file ({other.kind})", SPLIT
+            )
+        return starts
 
     def _further(self, begin: int, end: int) -> Reader:
         reader = _reader(self._uri, self._source.section(begin, end))
@@ -144,10 +158,22 @@ class Recordings:
 
 def _reader(uri: str, source: Source) -> Reader:
     source.seek(0)
-    header = source.read(audio_streams.HEADER_BYTES)
-    if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size, header)):
+    header = source.read(audio_marks.HEADER_BYTES)
+    if no_audio := next((told for start, told in _NO_AUDIO.items() if header.lstrip().lower().startswith(start)), None):
+        raise AudioError(uri, *no_audio)
+    if header.startswith(b"OggS") and (fault := audio_streams.opus_fault(source, source.size)):
+        raise AudioError(uri, fault, "encode it again, or repair it with opus-tools")
+    if header.startswith(b"OggS") and (gap := audio_streams.ogg_gap(source, source.size)):
+        raise AudioError(uri, gap, COPY)
+    if header.startswith(b"RIFF") and (fault := audio_streams.wav_fault(source, source.size)):
+        raise AudioError(uri, fault, EXPORT)
+    if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size)):
         reason = f"its header leaves out {more} bytes behind the samples, which are no chunk"
         raise AudioError(uri, reason, REWRITE)
+    if header.startswith(b".snd") and header[8:12] == bytes(4):  # a streaming writer's
+        source = source.patched(8, b"\xff\xff\xff\xff")
+    if (end := audio_ends.trimmed(source, source.size)) < source.size:
+        source = source.section(0, end)
     source.seek(0)
     try:
         sound = SoundFileReader(uri, source, header)

@@ -22,6 +22,8 @@ SAMPLE_RATE = 16_000
 CONVERT = "convert it (`ffmpeg -i IN -ar 16000 OUT.flac`) or leave it out"
 COPY = "copy it again from its source"
 REWRITE = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
+EXPORT = "export it again as 16-bit PCM from what wrote it"
+SPLIT = "split it, or convert its parts to one format and join them again (`sox A B OUT.flac`)"
 # One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
 _BLOCK_BYTES = 1 << 18
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
@@ -43,6 +45,10 @@ class Info:
     def num_samples(self) -> int:
         """Length after resampling to 16 kHz, rounded down."""
         return self.num_frames * SAMPLE_RATE // self.sample_rate
+
+    def columns(self) -> dict[str, float | int]:
+        """What a manifest keeps of a file."""
+        return {"duration_s": self.duration_s, "sample_rate": self.sample_rate, "channels": self.channels}
 
 
 class Source:
@@ -76,6 +82,10 @@ class Source:
         size = (self.size if end is None else end) - begin
         return Source(self._uri, Section(self, begin, size), size)
 
+    def patched(self, place: int, data: bytes) -> "Source":
+        """The same bytes with `data` at `place`, for a header that a decoder would misunderstand."""
+        return Source(self._uri, _Patched(self, place, data), self.size)
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Return to this position afterwards: a decoder that reads the file does not expect to be moved."""
@@ -89,6 +99,23 @@ class Source:
         """Raise `AudioError` if reading failed: the decoder only saw a file that ended early."""
         if self._error is not None:
             raise unreadable(self._uri, self._error) from self._error
+
+
+class _Patched(Section):
+    """A source with other bytes at one place."""
+
+    def __init__(self, source: Source, place: int, data: bytes) -> None:
+        super().__init__(source, 0, source.size)
+        self._place, self._data = place, data
+
+    def read(self, size: int = -1) -> bytes:
+        begin = self.tell()
+        read = super().read(size)
+        first, last = max(begin, self._place), min(begin + len(read), self._place + len(self._data))
+        if first >= last:
+            return read
+        inside = self._data[first - self._place : last - self._place]
+        return read[: first - begin] + inside + read[last - begin :]
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class AvReader:
         if not self._fresh:
             self._container.close()
             self._open()
+        if (others := len(self._container.streams.audio) - 1) and (first, frames) == (0, None):
+            _LOG.warning("%s: the first of its %d audio streams is taken", self._uri, others + 1)
         self._fresh = False
         end = None if frames is None else first + frames
         position = 0

@@ -18,6 +18,7 @@ _NIST = re.compile(rb"^NIST_1A.*^sample_count -i (\d+)", re.MULTILINE | re.DOTAL
 # Sizes that mean "read to the end": writers to a pipe fill in the largest number, with or without a sign, from which
 # some subtract the header, and SoX and others a round number.
 _LARGEST, _HEADER_BYTES, _ROUND = (1 << 31, 1 << 32), 1 << 13, 100_000_000
+_LATE_S = 0.25  # more than the samples that an Opus decoder is to drop at the beginning
 _HEADER_ALONE = 128  # bytes
 _XING_SLACK_BYTES = 4096  # some encoders count a frame or a tag too many
 
@@ -26,7 +27,7 @@ class SoundFileReader:
     """A recording that libsndfile reads; raises `soundfile.LibsndfileError` for what it does not know."""
 
     def __init__(self, uri: str, source: Source, header: bytes) -> None:
-        self._uri = uri
+        self._uri, self._source = uri, source
         self._sound = soundfile.SoundFile(source)
         self._was_read = False
         self.sample_rate: int = self._sound.samplerate
@@ -80,7 +81,16 @@ class SoundFileReader:
         near_end = self.num_frames() - first < 10 * self.sample_rate
         if self._sound.subtype == "VORBIS" and near_end:  # libsndfile is some samples off after a seek to the last page
             return 10 * self.sample_rate
+        if self._sound.format == "OGG" and self._begins_late():
+            return first  # libsndfile seeks to somewhere else
         return self.sample_rate if self._sound.format in ("MP3", "OGG") else 0
+
+    def _begins_late(self) -> bool:
+        """Whether an Ogg file is a part of a running stream, whose positions do not begin at 0."""
+        with self._source.kept():
+            position = audio_streams.ogg_position(self._source, self._source.size)
+        rate = 48_000 if self._sound.subtype == "OPUS" else self.sample_rate  # RFC 7845, section 4
+        return position / rate > self.num_frames() / self.sample_rate + _LATE_S
 
     def _read(self, left: int) -> Iterator[np.ndarray]:
         while left > 0:

@@ -27,6 +27,7 @@ from speechdistill.models.label import problem
 
 SCHEMA = "feature.v1"
 LONGEST_S = 15.0
+_LONGEST = round(LONGEST_S * audio.SAMPLE_RATE)  # samples
 """Of a longer clip the middle is taken: the encoder hears as much, and the head the middle 7.68 s of that."""
 
 _ABOUT = ("clip_id", "dataset", "split", "mos")
@@ -124,7 +125,7 @@ class Load:
         (clip,) = self._clips.slice(number, 1).to_pylist()
         try:
             with unchanged([Ingested(clip["uri"], clip["size_bytes"], clip["etag"])]):
-                wave = _middle(clip["uri"], int(clip["duration_s"] * audio.SAMPLE_RATE + 1e-6))
+                wave = audio.load_middle(clip["uri"], int(audio.num_samples(clip["duration_s"])), _LONGEST)
         except UnreadableError as error:
             check_storage(Clips.read(self._source), error)
             return error
@@ -132,11 +133,6 @@ class Load:
             return error
         about = {name: clip[name] for name in _ABOUT}
         return problem(wave) or {**about, "wave": wave.astype(np.float32).tobytes()}
-
-
-def _middle(uri: str, num_samples: int) -> np.ndarray:
-    most = round(LONGEST_S * audio.SAMPLE_RATE)
-    return audio.load(uri, max(0, num_samples - most) // 2, min(most, num_samples))
 
 
 class Encode:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
-from speechdistill.data.scored_clips import Labeled, ScoredClip
+from speechdistill.data.scored_clips import Labeled
 from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, checkpoint, table
 from speechdistill.io.errors import TableError, UserError
@@ -25,6 +25,7 @@ from speechdistill.training.pruning import Pruner, Pruning
 from speechdistill.training.recipe import MSE, Around, Companion, Validated
 
 _AT_ONCE_S = 64 * 7.68  # of audio, in a validation
+_MOST = round(WHOLE_S * audio.SAMPLE_RATE)  # samples of a clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,14 @@ class PruningRecipe:
         network, pruner = _parts(around)
         mine: list[validation.Result] = []
         clips = self._validation[rank::world]
-        for numbers in by_length([_samples(clip) for clip in clips], round(_AT_ONCE_S * audio.SAMPLE_RATE)):
+        for numbers in by_length(
+            [min(clip.num_samples, _MOST) for clip in clips], round(_AT_ONCE_S * audio.SAMPLE_RATE)
+        ):
             some = [clips[i] for i in numbers]
             with torch.inference_mode():
-                waves = network.encoder.prepared([_wave(clip) for clip in some])
+                waves = network.encoder.prepared(
+                    [audio.load_middle(clip.uri, clip.num_samples, _MOST) for clip in some]
+                )
                 logits = network(waves[0].to(next(network.parameters()).dtype), waves[1]).double()
             universal = self._transform.universal
             scores = (1 + 4 * torch.sigmoid(universal.a * logits + universal.b)).tolist()
@@ -156,12 +161,3 @@ def least_crop_s(encoder: Any) -> float:
     for kernel, stride in zip(reversed(encoder.conv_kernel), reversed(encoder.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel
     return float(np.ceil(100 * samples / audio.SAMPLE_RATE) / 100)
-
-
-def _samples(clip: ScoredClip) -> int:
-    return min(clip.num_samples, round(WHOLE_S * audio.SAMPLE_RATE))
-
-
-def _wave(clip: ScoredClip) -> np.ndarray:
-    wanted = _samples(clip)
-    return audio.load(clip.uri, (clip.num_samples - wanted) // 2, wanted)
