@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speechdistill.data import corpus
-from speechdistill.io import user_table
+from speechdistill.io import storage, user_table
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _absolute(path: str, folder: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    if "://" in folder and {".", ".."} & set(path.split("/")):  # an object store takes them for names
-        scheme, place = folder.split("://", 1)
-        return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
-    return f"{folder}/{path}"
+    if "://" not in path and not path.startswith("/"):
+        path = f"{folder}/{path}"
+        if "://" in path and {".", ".."} & set(path.split("/")):  # an object store takes them for names
+            scheme, place = path.split("://", 1)
+            return f"{scheme}://{posixpath.normpath(place)}"
+    return storage.one_name(path)
