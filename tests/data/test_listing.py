@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from manifests import voice
-from speechdistill.data import listening_tests
+from speechdistill.comparing import judged
+from speechdistill.data import listening_tests, scored_clips
 from speechdistill.data.corpora import listing
 from speechdistill.io.errors import TableError
 
@@ -69,3 +70,21 @@ def test_bytes_that_are_no_text_are_told_with_their_row(clips: Path) -> None:
     pq.write_table(pa.table({"path": [b"c\xe9.flac"]}), clips / "list.parquet")
     with pytest.raises(TableError, match=r"list\.parquet, row 1: path b'c\\xe9\.flac' is not UTF-8"):
         list(listing.rows(f"{clips}/list.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.txt", r"x\.txt: (a list of another type|no list of scored clips, nor the folder .*); give .*\.csv, "),
+        ("x.txt/sub.csv", r"sub\.csv: no such list"),
+        ("x.txt/sub", r"sub: no such file; check the path"),
+        ("nothing", r"nothing: no such file; check the path"),
+        ("folder", r"folder is a folder; run `speechdistill ingest"),
+    ],
+)
+def test_what_is_no_list_is_told_with_what_to_give(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "x.txt").write_text("path,mos\na.wav,3\n")
+    (tmp_path / "folder").mkdir()
+    for reader in (judged.clips, scored_clips.held_out, scored_clips.manifest):  # compare, promote, training
+        with pytest.raises(TableError, match=message):
+            reader(f"{tmp_path}/{name}")  # type: ignore[operator]

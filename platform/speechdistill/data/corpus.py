@@ -64,7 +64,7 @@ def read(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -
     """The rows of a table that lies in the folder of a corpus (`user_table.rows`); `TableError` if it is missing."""
     try:
         yield from user_table.rows(file, needed, names)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked") from error
 
 

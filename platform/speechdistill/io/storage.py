@@ -60,10 +60,10 @@ def _write_file(data: bytes | IO[bytes], target: Path) -> None:
 def read_json(uri: str) -> Any | None:
     """The parsed file, or None where there is none."""
     try:
-        with access(uri, FileNotFoundError), opened(uri) as file:
+        with access(uri, FileNotFoundError, NotADirectoryError), opened(uri) as file:
             data = file.read()
         return json.loads(data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise TableError(

@@ -48,12 +48,12 @@ def rows(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -
     """The rows of a table with at least the columns `needed` (`path/uri`: one of them), blank ones left out.
 
     `names` are the columns of a CSV without a header. Raises `TableError` for a table that cannot be read or lacks a
-    column, naming those it has, and `FileNotFoundError`.
+    column, naming those it has, and `FileNotFoundError` or `NotADirectoryError`.
     """
     suffix = splitext(file)[1].lower()  # noqa: PTH122 (a URL is no path)
     wrong = (UnicodeError, pa.ArrowInvalid)
     try:
-        with storage.access(file, FileNotFoundError, *wrong):
+        with storage.access(file, FileNotFoundError, NotADirectoryError, *wrong):
             if suffix == ".parquet":
                 yield from _parquet(file, needed)
             elif suffix in (".jsonl", ".ndjson"):
