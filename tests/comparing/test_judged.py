@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from comparisons import compared
 from manifests import voice
+from mlflow_runs import student
 from speechdistill.comparing import judged, scoring
 from speechdistill.data.corpora import webdataset
 from speechdistill.io import audio, storage, table
@@ -43,6 +45,15 @@ def test_clips_of_any_name_are_hashed_and_read(folder: Path) -> None:
     for clip in clips:
         assert clip.sha256 == hashlib.sha256(Path(clip.uri).read_bytes()).hexdigest()
         np.testing.assert_array_equal(judged.read(clip.uri), soundfile.read(clip.uri, dtype="float32")[0])
+
+
+def test_clips_of_any_name_from_a_list_of_any_name_are_compared(folder: Path) -> None:
+    names = [f"{folder}/{name}" for name in NAMES]
+    with (folder / "x::y.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "mos"], *([name, f"{1 + i / 2}"] for i, name in enumerate(names))])
+    found = compared(f"{folder}/x::y.csv", student(folder.parent / "student", 0), folder.parent)
+    assert [clip.uri for clip in found.clips] == names and not found.left_out
+    assert all(np.isfinite(scores).all() for scores in found.scores.values())
 
 
 def test_members_of_a_tar_are_hashed_and_read(folder: Path) -> None:

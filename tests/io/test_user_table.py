@@ -182,6 +182,28 @@ def test_parquet_of_every_type_of_text_is_read(tmp_path: Path, kind: Any) -> Non
     assert lines == [(1, {"path": "a.wav", "mos": 4.0}, None), (2, {"path": "b.wav", "mos": None}, None)]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())])
+def test_texts_that_parquet_holds_as_bytes_are_texts(tmp_path: Path, kind: Any) -> None:
+    """Some writers mark no column as text: rapidsai/cudf#5593, hardwood-hq/hardwood#203."""
+    texts = pa.array(["ä.wav".encode(), b"latin-\xe9.wav", None]).cast(kind)
+    pq.write_table(pa.table({"path": texts}), tmp_path / "l.parquet")
+    found = [line.values["path"] for line in user_table.rows(str(tmp_path / "l.parquet"), ["path/uri"])]
+    assert found == ["ä.wav", b"latin-\xe9.wav", None]
+
+
+@pytest.mark.parametrize("name", ["a::b", "~", "a%20b", "take[1]", "a*b", "a#b", "{0..1}", "http:", "ä\n"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_list_may_have_any_name(tmp_path: Path, name: str, suffix: str) -> None:
+    """fsspec takes some for globs and archives: fsspec/filesystem_spec#1476 and #1782."""
+    file = tmp_path / f"{name}{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"path": ["a.wav", "b.wav"], "mos": ["4.0", "2.5"]}), file)
+        assert [line.values for line in user_table.rows(str(file), ["path/uri"])] == EXPECTED
+    else:
+        text = CSV if suffix == ".csv" else "\n".join(map(json.dumps, EXPECTED))
+        assert [line.values for line in read(file, text)] == EXPECTED
+
+
 def test_parquet_without_the_column_or_damaged_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"file": ["a"], "mos": [4.0]}), tmp_path / "l.parquet")
     with pytest.raises(TableError, match=r"\['path or uri'\] are missing; it has \['file', 'mos'\]"):

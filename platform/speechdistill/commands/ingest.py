@@ -7,7 +7,7 @@ clips that have changed. `clips.parquet`, the good rows of all parts as one file
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,7 +26,7 @@ from speechdistill.data.headers import Probed, Row
 from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
-from speechdistill.io import lease, outputs, storage
+from speechdistill.io import lease, outputs, storage, tar_files
 from speechdistill.io.errors import RunError
 from speechdistill.io.places import Seen, Skipped
 
@@ -55,7 +55,9 @@ class Ingest:
     list: tuple[str, ...] = ()
     """CSV, TSV, JSONL or Parquet lists with a column path, and optionally kind, corpus, speaker, mos, ...; and
     WebDataset tars, read in place, whose .json members may give the same columns. Paths, URLs, globs such as 's3://bucket/*.tar',
-    and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too."""
+    and ranges such as 's3://bucket/shard-{000000..000099}.tar'. A list's paths may be URLs or tars, too. A file that
+    several lists, --corpus and folders give is one clip: lists and corpora are read as one list, whose rows of a file
+    are its mean score and must agree otherwise, and what they leave out of it is taken from its folder."""
     corpus: CorpusName | None = None
     """A corpus that listeners scored, read from --root as it is distributed, with its scores, systems and splits. Here
     csv is a folder with a labels.csv (wav_path, score, and where known system_id, input_id, dataset, split)."""
@@ -78,7 +80,7 @@ def command(config: Annotated[Ingest, tyro.conf.arg(name="")]) -> int:
     if summary.get("without_speaker"):
         print(f"--speaker-from {config.speaker_from} names no speaker of {summary['without_speaker']:,} files")
     if config.list:
-        print(f"lists: {listed.summary(Counter(summary['lists']))}")
+        print(f"lists{' and corpus' if config.corpus else ''}: {listed.summary(Counter(summary['lists']))}")
     return 0
 
 
@@ -98,15 +100,15 @@ def run(config: Ingest) -> dict[str, Any]:
     files = webdataset.files(config.list, skipped)  # missing ones are told before the work
     folder.speaker("", config.speaker_from)
     told: Counter[str] = Counter()
-    lines = listed.merged(lambda: chain.from_iterable(map(_lines, files)), told)
     labeled = scored_rows(config)
+    lines = listed.merged(lambda: chain(labeled, chain.from_iterable(map(_lines, files))), told)
     config = replace(config, out=out, list=tuple(files))
     with lease.held(config.out, "ingest") as held:
         cluster.connect()
         stop_on_sigterm()
         whole: set[tuple[str, str]] = set()
         nameless: Counter[str] = Counter()
-        rows = chain(labeled, _rows(config, lines, skipped, whole, nameless))
+        rows = _rows(config, lines, skipped, whole, nameless)
         changes = ingest_rows(rows, config.out, before_commit=held.check)
         manifest_parts.forget_rejects((clip_id(kind, tar) for kind, tar in whole), config.out)
         counts: dict[str, Any] = {"changes": dict(changes), "ignored_extensions": dict(skipped), "lists": dict(told)}
@@ -120,15 +122,16 @@ def run(config: Ingest) -> dict[str, Any]:
     return summary
 
 
-def scored_rows(config: Ingest) -> Iterator[Row]:
+def scored_rows(config: Ingest) -> Sequence[Row]:
     """The rows of the corpus that `config` names, if it names one; raises `RunError` for half of a choice."""
     if (config.corpus is None) != (config.root is None):
         raise RunError(
             "one of --corpus and --root", "--corpus NAME and --root DIR, the folder of that corpus, are given together"
         )
     if config.corpus is None or config.root is None:
-        return iter(())
-    return iter(listening_tests.rows(config.corpus, config.root, config.held_out))
+        return ()
+    rows = listening_tests.rows(config.corpus, config.root, config.held_out)
+    return [{**row, listed.PLACE: f"--corpus {config.corpus}"} for row in rows]
 
 
 def ingest_rows(
@@ -160,7 +163,13 @@ def _probed(chunk: list[Row], probe: Callable[[Row], Row]) -> Probed:
 def _rows(
     config: Ingest, lines: Iterator[Row], skipped: Skipped, whole: set[tuple[str, str]], nameless: Counter[str]
 ) -> Iterator[Row]:
-    for kind, roots in (("speech", config.speech), ("noise", config.noise), ("rir", config.rir)):
+    folders = {"speech": config.speech, "noise": config.noise, "rir": config.rir}
+    names = {kind: folder.names(roots) for kind, roots in folders.items()}
+    # Lists come first: of two rows of a file the first is kept, and what its folder knows of it is in that row.
+    for row in webdataset.rows(lines, skipped, whole):
+        is_member = tar_files.parse(row["uri"]) is not None
+        yield row if is_member else folder.known(row, names.get(row["kind"], {}), config.speaker_from)
+    for kind, roots in folders.items():
         seen = Seen()
         for root in roots:
             for row in folder.rows(root, kind, skipped, seen):
@@ -168,7 +177,6 @@ def _rows(
                     row["speaker"] = speaker
                 nameless[kind] += kind == "speech" and speaker is None
                 yield row
-    yield from webdataset.rows(lines, skipped, whole)
 
 
 def _lines(file: str) -> Iterator[Row]:

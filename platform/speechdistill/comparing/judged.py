@@ -66,8 +66,8 @@ def clips(source: str) -> Judged:
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
         manifest_path.check(source)
-        reason = f"{source}: no list of scored clips ({', '.join(user_table.SUFFIXES)}), nor the folder of a label run"
-        raise TableError(reason, "give one of these with --clips")
+        reason = f"{source}: no list of scored clips, nor the folder of a label run"
+        raise TableError(reason, f"give one of these with --clips (a list ends in {', '.join(user_table.SUFFIXES)})")
     return _labelled(source)
 
 

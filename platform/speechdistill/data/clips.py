@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -136,7 +135,7 @@ class Clips:
             return cls._mapped(str(on_node))
         if not is_copy:
             return cls(table.read(uri, "clip.v1", ["kind", *_COLUMNS]))
-        with storage.access(uri), fsspec.open(uri, "rb") as file:
+        with storage.access(uri), storage.opened(uri) as file:
             return cls(_batches(pa.BufferReader(file.read())))
 
     @classmethod

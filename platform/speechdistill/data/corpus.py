@@ -49,17 +49,22 @@ def given(values: Mapping[str, Any]) -> Row:
     """The known ones of `values` that are not empty, numbers as they were given and the others as text."""
     known = columns()
     return {
-        key: value if key in _NUMBERS else str(value).strip()
+        key: value if key in _NUMBERS else _text(value)
         for key, value in values.items()
         if key in known and not listed.is_empty(value)
     }
+
+
+def _text(value: Any) -> str:
+    """A label as text: speaker 17 also from a list whose writer, pandas, made it 17.0 because another is missing."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def read(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -> Iterator[user_table.Line]:
     """The rows of a table that lies in the folder of a corpus (`user_table.rows`); `TableError` if it is missing."""
     try:
         yield from user_table.rows(file, needed, names)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked") from error
 
 
@@ -79,19 +84,24 @@ def path_of(file: str, line: user_table.Line, *names: str) -> str:
     """The path of a row, in the first of some columns that is not empty, which it loses; `TableError` if none."""
     for name in names:
         if not listed.is_empty(path := line.values.pop(name, None)):
+            if isinstance(path, bytes):
+                raise TableError(f"{file}, row {line.number}: {name} {path!r:.60} is not UTF-8", "rename the file")
             return str(path)
     raise TableError(f"{file}, line {line.number} has no path", f"fill in {' or '.join(names)}, or delete the row")
 
 
 def described(file: str, line: user_table.Line, uri: str, values: Mapping[str, Any]) -> Row:
     """The row of the clip at `uri` by the known `values` of a line, of kind speech unless they say another."""
-    return listed.described(uri, f"{file}, line {line.number}", given(values), line.fault)
+    columns_given, fault = given(values), line.fault
+    if wrong := [key for key in columns_given if isinstance(values[key], bytes)]:
+        fault = fault or f"has a {wrong[0]} that is not UTF-8"
+    return listed.described(uri, f"{file}, line {line.number}", columns_given, fault)
 
 
 def under(root: str, path: str) -> str:
     """The address of a path that a corpus gives relative to its folder, however it writes it."""
     path = path.strip().replace("\\", "/")
-    return path if "://" in path or path.startswith("/") else f"{root}/{posixpath.normpath(path)}"
+    return storage.one_name(path if "://" in path or path.startswith("/") else f"{root}/{posixpath.normpath(path)}")
 
 
 def exist(uris: Sequence[str]) -> list[bool]:

@@ -41,6 +41,15 @@ def of_file(uri: str) -> str:
     return digest.hexdigest()
 
 
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of a text: one that is cut ends in its length and hash, which tell it from others."""
+    if len(text) <= limit:
+        return text
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    end = f"… (cut: {len(text):,} characters, sha256 {digest[:16]})"
+    return text[: limit - len(end)] + end
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Where two JSON values differ, as lines `recipe.seed: 1 -> 2`."""
     if isinstance(old, dict) and isinstance(new, dict):

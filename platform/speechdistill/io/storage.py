@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -59,10 +60,10 @@ def _write_file(data: bytes | IO[bytes], target: Path) -> None:
 def read_json(uri: str) -> Any | None:
     """The parsed file, or None where there is none."""
     try:
-        with access(uri, FileNotFoundError), opened(uri) as file:
+        with access(uri, FileNotFoundError, NotADirectoryError), opened(uri) as file:
             data = file.read()
         return json.loads(data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise TableError(
@@ -110,6 +111,25 @@ def absolute(uri: str) -> str:
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
+
+
+def one_name(path: str) -> str:
+    """The name that a local file has however a list writes its path: its folder resolved, as `absolute` resolves those
+    of commands. The file's own name stays: what it links to may have another suffix. A URL is returned as it is.
+    """
+    path = path.removeprefix("file://")
+    if "://" in path:
+        return path
+    folder, _, name = path.rpartition("/")
+    return f"{_resolved(folder)}/{name}" if name not in ("", ".", "..") else path
+
+
+@lru_cache(maxsize=10_000)  # the files of a folder mostly follow each other
+def _resolved(folder: str) -> str:
+    try:
+        return os.path.realpath(folder or "/").rstrip("/")
+    except ValueError:  # NUL, or half a character: no folder has such a name
+        return folder
 
 
 def private_folder(name: str) -> Path:

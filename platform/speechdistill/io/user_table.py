@@ -11,12 +11,12 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from itertools import chain
 from os.path import splitext
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -48,12 +48,12 @@ def rows(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -
     """The rows of a table with at least the columns `needed` (`path/uri`: one of them), blank ones left out.
 
     `names` are the columns of a CSV without a header. Raises `TableError` for a table that cannot be read or lacks a
-    column, naming those it has, and `FileNotFoundError`.
+    column, naming those it has, and `FileNotFoundError` or `NotADirectoryError`.
     """
     suffix = splitext(file)[1].lower()  # noqa: PTH122 (a URL is no path)
     wrong = (UnicodeError, pa.ArrowInvalid)
     try:
-        with storage.access(file, FileNotFoundError, *wrong):
+        with storage.access(file, FileNotFoundError, NotADirectoryError, *wrong):
             if suffix == ".parquet":
                 yield from _parquet(file, needed)
             elif suffix in (".jsonl", ".ndjson"):
@@ -215,9 +215,17 @@ def _parquet(file: str, needed: Sequence[str]) -> Iterator[Line]:
         number = 0
         for batch in parquet.iter_batches(batch_size=2_000):
             columns = [column.to_pylist() for column in batch.columns]
-            for values in zip(*columns, strict=True):
+            for values in zip(*(map(_decoded, column) for column in columns), strict=True):
                 number += 1
                 yield Line(number, dict(zip(names, values, strict=True)))
+
+
+def _decoded(value: Any) -> Any:
+    """A value; texts that their writer stored as plain bytes as texts, if they are UTF-8."""
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
 
 
 def _columns(place: str, found: Sequence[str], needed: Sequence[str], fix: str) -> list[str]:
@@ -234,10 +242,11 @@ def _columns(place: str, found: Sequence[str], needed: Sequence[str], fix: str) 
 @contextmanager
 def _text(file: str) -> Iterator[Iterator[str]]:
     """The lines of a text with their ends, which may be LF, CR LF or CR."""
-    with fsspec.open(file, "rb") as data:
+    with storage.opened(file) as data:
         is_utf16 = data.read(2) in (b"\xff\xfe", b"\xfe\xff")
     encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
-    with fsspec.open(file, "rt", newline="", encoding=encoding, errors=errors) as text:
+    # Opened again: a web server without ranges does not go back.
+    with storage.opened(file) as data, TextIOWrapper(data, encoding, errors, newline="") as text:
         yield _checked(file, text)
 
 

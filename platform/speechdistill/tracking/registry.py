@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Self
 
-from speechdistill.io import checkpoint, storage
+from speechdistill.io import checkpoint, fingerprint, storage
 from speechdistill.io.errors import UserError
 from speechdistill.tracking import database, model_code
 from speechdistill.tracking.mlflow_sender import failure, without_password
@@ -307,4 +307,4 @@ def _version(found: Any) -> Version:
 
 
 def _text(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[:5_000]
+    return fingerprint.shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 5_000)

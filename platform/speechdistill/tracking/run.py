@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
-from speechdistill.io import storage
+from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import UserError
 from speechdistill.tracking import database
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
@@ -253,7 +253,7 @@ def ended_as(kind: type[BaseException]) -> str:
 
 def _text(value: Any) -> str:
     """A parameter as MLflow holds it: at most 6000 characters."""
-    return (value if isinstance(value, str) else json.dumps(value, default=str))[:6000]
+    return fingerprint.shortened(value if isinstance(value, str) else json.dumps(value, default=str), 6000)
 
 
 def _number(value: Any) -> float | str:

@@ -7,8 +7,8 @@ from os.path import splitext
 from pathlib import Path
 from typing import Any
 
-from speechdistill.data import corpus
-from speechdistill.io import user_table
+from speechdistill.data import corpus, manifest_path
+from speechdistill.io import storage, user_table
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
     left out. Raises `TableError` for a file of another kind or without paths.
     """
     if splitext(file)[1].lower() not in user_table.SUFFIXES:  # noqa: PTH122 (a URL is no path)
+        manifest_path.check(file)
         raise TableError(f"{file}: a list of another type", f"give a file of {', '.join(user_table.SUFFIXES)}")
     folder = str(Path(file).resolve().parent) if "://" not in file else file.rsplit("/", 1)[0]
     is_first = True
@@ -31,14 +32,14 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
                 _LOG.warning("%s: columns %s are left out; known are %s", file, unknown, sorted(corpus.columns()))
             is_first = False
             yield corpus.described(file, line, _absolute(path, folder), line.values)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise TableError(f"{file}: no such list", "give a file with a column path, and mos for scored clips") from error
 
 
 def _absolute(path: str, folder: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    if "://" in folder and {".", ".."} & set(path.split("/")):  # an object store takes them for names
-        scheme, place = folder.split("://", 1)
-        return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
-    return f"{folder}/{path}"
+    if "://" not in path and not path.startswith("/"):
+        path = f"{folder}/{path}"
+        if "://" in path and {".", ".."} & set(path.split("/")):  # an object store takes them for names
+            scheme, place = path.split("://", 1)
+            return f"{scheme}://{posixpath.normpath(place)}"
+    return storage.one_name(path)

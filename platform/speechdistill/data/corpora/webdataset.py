@@ -2,14 +2,13 @@
 
 Members with one key (the name up to the first dot of its last part) that follow each other are a sample: the columns
 that its `.json` member gives are those of its clips. Where names have more dots, `a.b.json` gives those of `a.b.flac`
-alone, above those of `a.json`.
+alone, above those of `a.json`. Members of one name in a sample are rejected: which labels are whose is unknown.
 """
 
 import glob
-import json
 import logging
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from tarfile import TarError, TarInfo
 from typing import IO, Any, NamedTuple
 
-from speechdistill.data import corpus, listed
+from speechdistill.data import corpus, tar_json
 from speechdistill.io import audio_files, places, storage, tar_files
 from speechdistill.io.errors import AudioError, TableError
 from speechdistill.io.places import Skipped
@@ -28,7 +27,6 @@ _THREADS = 16  # a tar on an object store is one small request after another: mo
 _BATCH_ROWS = 1_000
 _SAMPLE_MEMBERS = 1_000  # a larger one is taken apart, so that memory stays bounded
 _BLOCK_BYTES = 1 << 13  # holds a sample's .json and the header behind it
-_MAX_JSON_BYTES = 1 << 20
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -36,6 +34,7 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 _IS_COMPRESSED = "compressed, so its members cannot be read by byte ranges"
 _UNPACK = "unpack it (`gunzip`) to a plain .tar"
+_TWICE = "several {} behind each other, so it is unknown which labels are whose"
 Row = dict[str, Any]
 _Member = tuple[TarInfo, bytes | None]  # audio; or .json, with its bytes
 
@@ -156,7 +155,7 @@ class _Tar:
                 self._skip("(link in a tar)", info)
             elif extension == ".json":
                 file.seek(info.offset_data)
-                yield info, file.read(min(info.size, _MAX_JSON_BYTES + 1))
+                yield info, file.read(min(info.size, tar_json.MAX_BYTES + 1))
             elif places.is_audio(name):
                 yield info, None
             else:
@@ -170,7 +169,7 @@ class _Tar:
     ) -> Generator[Row, None, tuple[Row, str | None]]:
         """The clips of a sample, or of a part; returns what its .json members give to all of it, for its next part."""
         audio = [info for info, data in sample if data is None]
-        stems = {_stem(info.name) for info in audio}
+        stems, repeated = {_stem(info.name) for info in audio}, _repeated(sample)
         own: dict[str, tuple[Row, str | None]] = {}
         for info, text in ((info, text) for info, text in sample if text is not None):
             stem = _stem(info.name)
@@ -179,34 +178,32 @@ class _Tar:
             elif stem == _key(info.name):
                 if not is_first:
                     self._skip(".json of more than 1,000 members before it", info)
-                given, problem = self._given(text)
+                given, problem = self._given(info, text, repeated)
                 line, wrong = line | given, problem or wrong
             else:
-                own[stem] = self._given(text)
+                own[stem] = self._given(info, text, repeated)
         for info in audio:
             given, problem = own.get(_stem(info.name), ({}, None))
             row = line | given | {"uri": tar_files.Member(self._uri, info.offset_data, info.size, info.name).uri}
             sparse = "a sparse member, which lies in the tar in pieces" if info.issparse() else None
-            if reason := sparse or problem or wrong:
+            twice = _TWICE.format(info.name) if info.name in repeated else None
+            if reason := sparse or twice or problem or wrong:
                 row["error"] = AudioError(row["uri"], reason, "pack the tar again, or leave it out")
             yield row
         return line, wrong
 
-    def _given(self, text: bytes) -> tuple[Row, str | None]:
+    def _given(self, info: TarInfo, text: bytes, repeated: set[str]) -> tuple[Row, str | None]:
         """The columns that a .json member gives, or what is wrong with it."""
-        try:
-            if len(text) > _MAX_JSON_BYTES:
-                raise ValueError("it is larger")
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError(type(values).__name__)
-        except ValueError as error:
-            return {}, f"its .json member is not a JSON object of at most 1 MiB ({audio_files.one_line(error)})"
-        self._unknown |= {key for key in values if key not in corpus.columns() and not key.startswith("__")}
-        try:
-            return listed.normalised(corpus.given(values)), None
-        except TableError as error:
-            return {}, f"its .json member: {error.reason}"
+        if info.name in repeated:
+            return {}, _TWICE.format(info.name)
+        given, unknown, problem = tar_json.columns(text)
+        self._unknown |= unknown
+        return given, problem
+
+
+def _repeated(sample: list[_Member]) -> set[str]:
+    """Names that several members of a sample have."""
+    return {name for name, count in Counter(info.name for info, _ in sample).items() if count > 1}
 
 
 def _taken_apart(sample: Iterable[_Member]) -> Iterator[list[_Member]]:
