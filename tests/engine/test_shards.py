@@ -1,20 +1,19 @@
 """Parts that users move, copy and edit: none counts twice, and none of another run counts."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_footers import commit
 
 from label_runs import label_run
 from milli import milli_flow
-from speechdistill.engine import parts, shards
+from speechdistill.engine import shards
 from speechdistill.engine.finished_run import LabelRun
-from speechdistill.io import fingerprint, storage, table
+from speechdistill.io import fingerprint
 from speechdistill.io.errors import RunError, TableError
-from test_footers import commit
 
 
 def part(out: Path, k: int, ids: int = 8) -> Path:
@@ -53,7 +52,7 @@ def test_a_part_of_another_run_is_refused_and_one_of_an_earlier_version_is_not(t
     assert shards.survey(one)[0] == [], "earlier versions wrote no name of the run"
     commit(other, 1)
     shutil.copy(part(tmp_path / "other", 1), part(tmp_path / "one", 1))
-    with pytest.raises(RunError, match="part-00000001-00000008.parquet is a part of another run"):
+    with pytest.raises(RunError, match=r"part-00000001-00000008.parquet is a part of another run"):
         shards.survey(one)
 
 

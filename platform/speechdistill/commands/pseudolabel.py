@@ -187,7 +187,7 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     weights, head = (path and storage.absolute(path) for path in (config.weights, config.head))
     clips, out = storage.absolute(config.clips), storage.absolute(config.out)
     if not config.dry_run:
-        outputs.try_job(out, *_FILES)
+        outputs.try_job(out, "pseudolabel", *_FILES)
     config = replace(config, clips=clips, out=out, weights=weights, head=head)
     recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
     recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
@@ -267,6 +267,9 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
     fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
+    if is_there and fingerprint.of_file(copy) != sha256:
+        _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, config.clips)
+        is_there = False
     if not is_there:
         with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()

@@ -199,7 +199,9 @@ def _check_unchanged(rows: pa.Table, source: str) -> None:
     with ThreadPoolExecutor(_THREADS) as threads:
         changed = [uri for uri in threads.map(_if_changed, *columns) if uri]
     if changed:
-        reason = f"{len(changed):,} of its {len(rows):,} clips have changed since they were ingested, {changed[0]} first"
+        reason = (
+            f"{len(changed):,} of its {len(rows):,} clips have changed since they were ingested, {changed[0]} first"
+        )
         raise TableError(f"{source}: {reason}", "rerun ingest, with their scores if these are others now")
 
 
