@@ -59,9 +59,7 @@ def test_ingest_leaves_the_manifest_of_a_label_run_alone(tmp_path: Path, capsys:
     assert [file.name for file in (tmp_path / "labels").iterdir()] == ["run.json"]
 
 
-def test_a_changed_copy_of_the_manifest_is_not_labelled_from(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_copy_of_the_manifest_is_not_labelled_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips, copy = str(tmp_path / "clips.parquet"), tmp_path / "run/clips.parquet"
     storage.publish(table.parquet_bytes(manifest()), clips)
     config, sha256 = Pseudolabel(clips, str(tmp_path / "run")), fingerprint.of_file(clips)

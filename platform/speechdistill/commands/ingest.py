@@ -45,7 +45,7 @@ _KNOWN_ROWS = 50_000  # known clips that are sorted by their parts, so that each
 _LISTED_ROWS = 500
 _CONTENT = {"duration_s": "length", **dict.fromkeys(("size_bytes", "etag", "sample_rate", "channels"), "content")}
 _THREADS = 8  # per task: reading a header is mostly waiting
-_PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet$")
+_PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet")
 Row = dict[str, Any]
 
 
@@ -455,7 +455,7 @@ def _parts(out: str, what: str) -> list[tuple[int, str]]:
     fs.invalidate_cache()
     with storage.access(f"{out}/parts"):
         names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
-    found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
+    found = [(int(match[2]), match[0]) for name in names if (match := _PART.fullmatch(name)) and match[1] == what]
     return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
 
 

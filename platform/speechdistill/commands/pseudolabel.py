@@ -14,7 +14,7 @@ import tyro
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, manifest_path, plan
-from speechdistill.data.clips import Clips, share
+from speechdistill.data.clips import Clips, check_each_once, share
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
@@ -271,6 +271,7 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
         _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, config.clips)
         is_there = False
     if not is_there:
+        check_each_once(config.clips)
         with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
