@@ -50,6 +50,14 @@ def test_a_folder_that_two_share_already_is_left_to_both(tmp_path: Path) -> None
         outputs.check_own(str(tmp_path), "prune")
 
 
+def test_the_shards_of_a_run_are_no_output_and_no_run(tmp_path: Path) -> None:
+    out = label_run(tmp_path, 16)
+    with pytest.raises(RunError, match=r"/shards holds the parts of a run; give pseudolabel an --out of its own"):
+        outputs.check_own(f"{out}/shards/", "pseudolabel")
+    with pytest.raises(TableError, match=r"/shards is a folder inside the run (.*); give \1$"):
+        LabelRun(f"{out}/shards")
+
+
 def test_ingest_leaves_the_manifest_of_a_label_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun(tmp_path / "labels", "pseudolabel")
     corpus_manifest(tmp_path / "corpus")

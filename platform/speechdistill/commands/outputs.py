@@ -33,7 +33,10 @@ def check_own(out: str, command: str) -> None:
     Two commands in one folder replace each other's files (`clips.parquet`, `summary.json`) and go on with each other's
     MLflow run. A folder that earlier versions let two share is left to both.
     """
-    owners = _owners(storage.absolute(out))
+    out = storage.absolute(out)
+    if out.endswith("/shards") and _has(f"{out.removesuffix('/shards')}/run.json"):
+        raise RunError(f"{out} holds the parts of a run", f"give {command} an --out of its own")
+    owners = _owners(out)
     if owners and command not in owners:
         others = " and ".join(f"`speechdistill {owner}`" for owner in sorted(owners))
         raise RunError(f"{out} holds the output of {others}", f"give {command} an --out of its own")

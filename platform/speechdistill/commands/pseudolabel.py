@@ -127,6 +127,8 @@ def run(config: Pseudolabel) -> dict[str, Any]:
 
 
 def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any]) -> dict[str, Any]:
+    if shards.configuration(config.out) is None:
+        check_each_once(config.clips)
     shards.claim(config.out, identity)
     clips = _keep_manifest(config, identity["clips_sha256"])
     config = _keep_teacher(config)
@@ -271,7 +273,6 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
         _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, config.clips)
         is_there = False
     if not is_there:
-        check_each_once(config.clips)
         with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:

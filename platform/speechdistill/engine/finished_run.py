@@ -33,6 +33,9 @@ class LabelRun:
 
     def __init__(self, place: str) -> None:
         self.out, self.weight = _weighted(place)
+        above = self.out.rpartition("/")[0]
+        if storage.read_json(f"{above}/run.json") and not storage.read_json(f"{self.out}/run.json"):
+            raise TableError(f"{self.out} is a folder inside the run {above}", f"give {above}")
         identity = configuration(self.out)
         if identity is None or storage.read_json(f"{self.out}/summary.json") is None:
             raise TableError(f"{self.out}: not a complete label run (no summary.json)", "finish it first")
