@@ -14,7 +14,7 @@ import tyro
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import degradation_recipes, manifest_path, plan
-from speechdistill.data.clips import Clips, share
+from speechdistill.data.clips import Clips, check_each_once, share
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import Plans, Recipe
 from speechdistill.engine import cluster, cost, flow, pools, shards
@@ -127,6 +127,8 @@ def run(config: Pseudolabel) -> dict[str, Any]:
 
 
 def _labelled(config: Pseudolabel, recipe: Recipe, num_samples: int, identity: dict[str, Any]) -> dict[str, Any]:
+    if shards.configuration(config.out) is None:
+        check_each_once(config.clips)
     shards.claim(config.out, identity)
     clips = _keep_manifest(config, identity["clips_sha256"])
     config = _keep_teacher(config)
@@ -187,7 +189,7 @@ def _prepared(config: Pseudolabel) -> tuple[Pseudolabel, Recipe, int, dict[str, 
     weights, head = (path and storage.absolute(path) for path in (config.weights, config.head))
     clips, out = storage.absolute(config.clips), storage.absolute(config.out)
     if not config.dry_run:
-        outputs.try_job(out, *_FILES)
+        outputs.try_job(out, "pseudolabel", *_FILES)
     config = replace(config, clips=clips, out=out, weights=weights, head=head)
     recipe = degradation_recipes.chosen(config.recipe, config.without, config.assets, config.lpcnet)
     recipe = replace(recipe, segment_s=config.segment_s, snr_sigma_db=config.snr_sigma_db)
@@ -267,6 +269,9 @@ def _keep_manifest(config: Pseudolabel, sha256: str) -> str:
     fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
+    if is_there and fingerprint.of_file(copy) != sha256:
+        _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, config.clips)
+        is_there = False
     if not is_there:
         with storage.access(config.clips), storage.opened(config.clips) as file:
             data = file.read()

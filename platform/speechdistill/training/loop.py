@@ -5,6 +5,7 @@ worker's loss is weighted by its share of the batch. (Sums in another order: 1e-
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -94,6 +95,10 @@ class Stepped(NamedTuple):
     step: int
     loss: float
     asked: bool
+
+
+class DamagedStateError(RuntimeError):
+    """A checkpoint that no new start could read, either."""
 
 
 class NotFiniteError(RuntimeError):
@@ -205,3 +210,15 @@ class Loop:
             dist.all_gather_object(names, mine)
         found = [name for of_worker in names for name in of_worker]
         return f"the loss is not finite at step {batch.step + 1}, from {len(found)} samples: {', '.join(found[:20])}"
+
+
+def read_state(file: str, out: str) -> dict[str, Any]:
+    """What `Loop.state` gave, from a checkpoint of the run in `out`; raises `DamagedStateError` for a file that was cut
+    or overwritten.
+    """
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedStateError(f"{file} is damaged ({reason}); delete {out}/ray to train from the start") from error
+    return state
