@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from manifests import corpus, voice
+from manifests import corpus, row, voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
 from speechdistill.data import manifest_parts
@@ -352,3 +352,11 @@ def test_many_new_chunks_find_every_duplicate(tmp_path: Path) -> None:
     rows = ({"uri": f"/{i}.wav", "kind": "speech"} for i in order)
     found = [row["uri"] for chunk in manifest_parts.chunks(rows, str(tmp_path)) for row in chunk]
     assert sorted(found) == sorted({f"/{i}.wav" for i in order})
+
+
+def test_copies_of_parts_under_other_names_double_no_clip(tmp_path: Path) -> None:
+    rows = table.from_rows([row(f"/s/{i}.wav") for i in range(3)], "clip.v1")
+    for name in ("clips-000000", "Copy of clips-000000", "old-clips-000001"):
+        storage.publish(table.parquet_bytes(rows), f"{tmp_path}/parts/{name}.parquet")
+    assert ingest.merge(str(tmp_path))["clips"] == {"speech": 3}
+    assert len(manifest_of(tmp_path)) == 3

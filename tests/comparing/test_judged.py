@@ -10,11 +10,13 @@ import pytest
 import soundfile
 
 from comparisons import compared
-from manifests import voice
+from manifests import row, voice
 from mlflow_runs import student
 from speechdistill.comparing import judged, scoring
+from speechdistill.data import scored_clips
 from speechdistill.data.corpora import webdataset
-from speechdistill.io import audio, storage, table
+from speechdistill.io import audio, audio_files, storage, table
+from speechdistill.io.errors import AudioError, TableError
 from speechdistill.io.places import Skipped
 
 NAMES = [
@@ -65,6 +67,33 @@ def test_members_of_a_tar_are_hashed_and_read(folder: Path) -> None:
     (clip,) = judged.clips(f"{folder}/clips.parquet").clips
     assert clip.sha256 == hashlib.sha256((folder / NAMES[0]).read_bytes()).hexdigest()
     np.testing.assert_array_equal(judged.read(clip.uri), audio.load(f"{folder}/{NAMES[0]}"))
+
+
+def test_a_clip_that_changes_between_hashing_and_decoding_has_no_score_under_its_old_hash(folder: Path) -> None:
+    file = folder / NAMES[0]
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    np.testing.assert_array_equal(judged.read_if_same(str(file), before), judged.read(str(file)))
+    soundfile.write(file, voice(0.5, seed=99), 16_000, format="FLAC")
+    with pytest.raises(AudioError, match="changed while it was to be scored"):
+        judged.read_if_same(str(file), before)
+    (answer,) = scoring.Decode([scoring.Task(before, str(file), ("model",))])([{"id": 0}])
+    assert isinstance(answer, AudioError)
+
+
+def test_a_manifests_clip_that_has_changed_since_is_not_judged_by_its_old_score(folder: Path) -> None:
+    rows = []
+    for name in NAMES[:2]:
+        size, etag = audio_files.version(f"{folder}/{name}")
+        rows.append(row(f"{folder}/{name}", duration_s=0.5, mos=3.0, size_bytes=size, etag=etag))
+    source = f"{folder}/clips.parquet"
+    storage.publish(table.parquet_bytes(table.from_rows(rows, "clip.v1")), source)
+    assert len(judged.clips(source).clips) == len(scored_clips.manifest(source)) == 2
+    soundfile.write(folder / NAMES[1], voice(0.5, seed=99), 16_000, format="FLAC")
+    for read in (judged.clips, scored_clips.manifest):
+        with pytest.raises(TableError, match=r"1 of its 2 clips have changed since .*x\.parquet#1\.flac first; rerun"):
+            read(source)
+    (folder / NAMES[1]).unlink()
+    assert len(judged.clips(source).clips) == 2, "a file that is gone is rejected alone, with its reason"
 
 
 def test_scores_are_found_again_in_a_folder_of_any_name(folder: Path) -> None:

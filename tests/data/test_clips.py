@@ -18,7 +18,7 @@ from speechdistill.data import plan
 from speechdistill.data.clips import Clip, Clips, Pool, share
 from speechdistill.data.degradation_recipes import as_is, voip, weights_free
 from speechdistill.data.plan import Plans
-from speechdistill.io import file_cache, fingerprint, table
+from speechdistill.io import file_cache, fingerprint, storage, table
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import TableError
 
@@ -226,3 +226,13 @@ def test_other_files_of_a_storage_are_far_apart() -> None:
     many = Clips(manifest(3000, 5, 3))
     assert len(many.others("/s/7.wav", 3)) == 3
     assert isinstance(many.noise, Pool) and many.noise.uris("/s") == []
+
+
+def test_a_manifest_that_has_a_clip_twice_is_refused(tmp_path: Path) -> None:
+    once, twice = str(tmp_path / "once.parquet"), str(tmp_path / "twice.parquet")
+    storage.publish(table.parquet_bytes(manifest()), once)
+    clips_module.check_each_once(once)
+    storage.publish(table.parquet_bytes(pa.concat_tables([manifest(), manifest(speech=2, noise=0, rir=0)])), twice)
+    first = min(row["clip_id"] for row in manifest(speech=2, noise=0, rir=0).to_pylist())
+    with pytest.raises(TableError, match=rf"has 2 clips in a second row, {first} first; each would be labelled"):
+        clips_module.check_each_once(twice)

@@ -337,3 +337,14 @@ def test_faults_are_errors_that_travel(clips: Path) -> None:
     (row,) = listing.rows(listing_of(clips, "path,mos\nc0.flac,9\n"))
     error = pickle.loads(pickle.dumps(row["error"]))
     assert isinstance(error, AudioError) and error.path == row["uri"]
+
+
+@pytest.mark.parametrize("later", [["a", "b"], ["a", "b", "c", "d"], ["a", "c", "b"]])
+def test_a_list_that_changes_between_its_two_readings_is_refused(
+    later: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listed, "_HELD_ROWS", 1)
+    answers = iter([["a", "b", "c"], later])
+    rows = listed.merged(lambda: [{"uri": f"/{name}.wav", "kind": "speech"} for name in next(answers)])
+    with pytest.raises(TableError, match=r"a list changed while it was read, at row \d of 3; rerun the command"):
+        list(rows)

@@ -55,6 +55,14 @@ def test_a_holder_elsewhere_is_dead_once_it_was_not_renewed(tmp_path: Path, quic
         assert [path.name for path in tmp_path.iterdir()] == [".lease-000008"]
 
 
+def test_a_holder_elsewhere_with_a_time_in_the_future_is_not_waited_for_until_then(tmp_path: Path, quick: None) -> None:
+    file = tmp_path / ".lease-000007"
+    file.write_bytes(of_another_machine())
+    os.utime(file, (time.time() + 86_400,) * 2)
+    with held(str(tmp_path), "ingest"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lease-000008"]
+
+
 def test_a_holder_elsewhere_lives_while_it_is_renewed(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

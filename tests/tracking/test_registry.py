@@ -285,6 +285,19 @@ def test_a_moved_folder_of_runs_has_its_models(store: Store, logged: Logged, che
         )
 
 
+def test_weights_that_were_swapped_in_the_store_are_not_used_under_its_name(
+    store: Store, logged: Logged, tmp_path: Path
+) -> None:
+    shutil.copytree(Path(store.uri.removeprefix("sqlite:///")).parent, tmp_path / "copy")
+    there = Registry(f"sqlite:///{tmp_path}/copy/mlflow.db")
+    version = there.register("swapped", there.logged(logged.run_id)[0])
+    (file,) = (tmp_path / "copy").glob(f"**/{logged.model_id}/**/model.safetensors")
+    shutil.copy(Path(student(tmp_path / "other", seed=5)) / "model.safetensors", file)
+    for address in (logged.uri, f"runs:/{logged.run_id}/student", version.uri):
+        with pytest.raises(RegistryError, match="not those that were logged"), student_folder(address, there.uri):
+            pass
+
+
 def test_without_an_mlflow_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(RegistryError, match="set MLFLOW_TRACKING_URI"):

@@ -1,6 +1,7 @@
 """Which samples make a batch: a pure function of seed and step, whoever reads it."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,7 +19,8 @@ from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.data.scored_clips import Labeled
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import audio, table
-from speechdistill.io.errors import AudioError, TableError
+from speechdistill.io.errors import AudioError, TableError, UserError
+from speechdistill.training import launch
 from speechdistill.training.batches import Batches, Mix, Ref, Walk
 from speechdistill.training.lanes import share
 
@@ -130,6 +132,15 @@ def test_runs_are_mixed_by_weight(run: str, tmp_path: Path) -> None:
 def test_a_weight_that_is_none_is_refused(run: str, place: str) -> None:
     with pytest.raises(ValueError, match=r"the weight is .*; give a number above 0"):
         LabelRun(run + place)
+
+
+def test_a_label_run_that_is_given_twice_is_refused_even_as_a_copy(run: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    other = label_run(tmp_path / "other", 24, seed=7)
+    assert len(launch.label_runs([f"{run}=0.5", other], [], validate=False)[0]) == 2
+    for again in (f"{run}/", f"{run}=0.5", str(tmp_path / "copy")):
+        with pytest.raises(UserError, match="give it once; for more of it a weight"):
+            launch.label_runs([run, again], [], validate=False)
 
 
 def test_a_run_that_is_not_complete_is_refused_by_name(tmp_path: Path) -> None:

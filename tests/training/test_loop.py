@@ -19,7 +19,7 @@ from processes import spawn
 from speechdistill.io import storage, table
 from speechdistill.training.batches import Mix
 from speechdistill.training.lanes import share
-from speechdistill.training.loop import Loop, NotFiniteError
+from speechdistill.training.loop import DamagedStateError, Loop, NotFiniteError, read_state
 from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, tiny
 
@@ -184,3 +184,13 @@ def test_low_precision_and_compilation_train_too(config: Distill) -> None:
     low = [stepped.loss for stepped in Loop(config.make(), replace(FLOAT32, dtype="bfloat16")).run(3)]
     full = [stepped.loss for stepped in Loop(config.make(), FLOAT32).run(3)]
     assert low == pytest.approx(full, rel=0.02) and low != full
+
+
+@pytest.mark.parametrize("kept", [0, 100, 4_000])
+def test_a_checkpoint_that_was_cut_is_no_reason_to_start_again_for_ever(kept: int, tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    torch.save({"step": 3, "weights": torch.zeros(2_000)}, file)
+    assert read_state(str(file), "OUT")["step"] == 3
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(DamagedStateError, match=r"state.pt is damaged .*; delete OUT/ray to train from"):
+        read_state(str(file), "OUT")

@@ -89,7 +89,7 @@ def run(config: Compare) -> Comparison:
     cluster.be_patient()
     out = storage.absolute(config.out)
     wanted = candidates.listed(config.models)
-    outputs.try_job(out, *_FILES)
+    outputs.try_job(out, "compare", *_FILES)
     with lease.held(out, "compare"):
         return _compared(config, wanted, out)
 

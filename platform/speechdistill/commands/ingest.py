@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
+from speechdistill.commands.outputs import check_own
 from speechdistill.data import headers, listed, listening_tests, manifest_parts
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
@@ -93,6 +94,7 @@ def run(config: Ingest) -> dict[str, Any]:
         )
     cluster.be_patient()
     out = storage.absolute(config.out)
+    check_own(out, "ingest")
     outputs.try_outputs(
         *(f"{out}/{name}" for name in ("clips.parquet", "rejects.parquet", "ingest.json", "parts/clips"))
     )

@@ -93,7 +93,7 @@ def run(config: Prune) -> list[dict[str, Any]]:
     """
     cluster.be_patient()
     config = _absolute(config)
-    outputs.try_job(config.out, f"{NAME}/run.json")
+    outputs.try_job(config.out, "prune", f"{NAME}/run.json")
     with lease.held(config.out, "prune"):
         return _pruned(config)
 

@@ -11,7 +11,7 @@ import tyro
 
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
-from speechdistill.data.clips import share
+from speechdistill.data.clips import check_each_once, share
 from speechdistill.engine import cluster, cost, flow, place, shards
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
@@ -71,7 +71,8 @@ def run(config: Pseudolabel) -> dict[str, Any]:
     with the cause and the fix; what was labelled is kept.
     """
     out = storage.absolute(config.out)
-    outputs.try_job(out, *_FILES)
+    cluster.be_patient()
+    outputs.try_job(out, "pseudolabel", *_FILES)
     prepared = _prepared(config)
     with lease.held(out, "pseudolabel"):
         return _labelled(replace(config, out=out), prepared)
@@ -95,6 +96,8 @@ def _prepared(config: Pseudolabel) -> Prepared:
 
 def _labelled(config: Pseudolabel, prepared: Prepared) -> dict[str, Any]:
     identity = prepared.identity
+    if shards.configuration(config.out) is None:
+        check_each_once(prepared.clips)
     shards.claim(config.out, identity)
     prepared = _with_copies(prepared, config.out)
     earlier = shards.listed(config.out)
@@ -153,6 +156,9 @@ def _keep_manifest(prepared: Prepared, out: str) -> str:
     fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
+    if is_there and fingerprint.of_file(copy) != prepared.clips_sha256:
+        _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, prepared.clips)
+        is_there = False
     if not is_there:
         with storage.access(prepared.clips), storage.opened(prepared.clips) as file:
             data = file.read()

@@ -73,7 +73,7 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
     """
     cluster.be_patient()
     config = _absolute(config)
-    outputs.try_job(config.out, "labeled")
+    outputs.try_job(config.out, "train-students", "labeled")
     with lease.held(config.out, "train-students"):
         return _trained(config)
 

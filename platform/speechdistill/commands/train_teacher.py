@@ -72,7 +72,7 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
     cluster.be_patient()
     config = _absolute(config)
     features_files = [f"{config.features}/{name}" for name in ("run.json", "shards/part", "manifest.parquet")]
-    outputs.try_job(config.out, f"{NAME}/run.json", *features_files)
+    outputs.try_job(config.out, "train-teacher", f"{NAME}/run.json", *features_files)
     with lease.held(config.out, "train-teacher"), lease.held(str(config.features), "train-teacher"):
         return _trained(config)
 

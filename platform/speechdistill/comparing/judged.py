@@ -80,6 +80,21 @@ def read(uri: str) -> np.ndarray:
     return audio.decode(rows[0][row], rows[1][row])
 
 
+def read_if_same(uri: str, sha256: str) -> np.ndarray:
+    """Like `read`; raises `AudioError` for a clip that has other bytes by now, whose score would be kept as that of the
+    bytes with this `sha256` (of a clip that could not be hashed it is empty).
+    """
+    wave = read(uri)
+    sample = _SAMPLE.fullmatch(uri)
+    if sample:
+        digest = hashlib.sha256(_group(sample[1], int(sample[2]))[0][int(sample[3])]).hexdigest()
+    else:
+        digest = _sha256(uri)  # after it was decoded: a change before or meanwhile is seen
+    if sha256 and digest != sha256:
+        raise AudioError(uri, "changed while it was to be scored", "rerun the command")
+    return wave
+
+
 def _scored(source: str) -> Judged:
     rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
     uris = rows["uri"].to_pylist()

@@ -199,7 +199,7 @@ class Decode:
 
     def _one(self, task: Task) -> Row | Exception:
         try:
-            wave = judged.read(task.uri)
+            wave = judged.read_if_same(task.uri, task.sha256)
         except Exception as error:
             return error
         return {

@@ -146,6 +146,19 @@ class Clips:
             raise TableError(f"{path} is damaged or gone ({error})", "delete it and rerun the command") from error
 
 
+def check_each_once(manifest: str) -> None:
+    """Raise `TableError` if a manifest has a clip in two rows, as several manifests put together may have."""
+    numbers = [np.zeros(0, ">u8")]
+    with table.streamed(manifest, "clip.v1", ["clip_id"]) as batches:
+        for batch in batches(["clip_id"]):  # 8 bytes a clip, and few strings at a time
+            numbers.append(np.frombuffer(bytes.fromhex("".join(batch["clip_id"].to_pylist())), ">u8"))
+    ordered = np.sort(np.concatenate(numbers))
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        reason = f"{manifest} has {len(again):,} clips in a second row, {again[0]:016x} first"
+        raise TableError(reason, "each would be labelled as often: remove those rows, or ingest into one folder")
+
+
 def share(manifest: str, folder: str, sha256: str) -> str:
     """Make the copy of a manifest that processes map, in `folder`, unless it is there, and return its address.
 

@@ -107,7 +107,20 @@ def merged(read: Callable[[], Iterable[Row]], told: Counter[str] | None = None) 
     repeated = {f"{identity:016x}" for identity in found[counts > 1].tolist()}
     told = Counter() if told is None else told
     told["rows"] += len(ids)
-    return _merged(held if len(held) == len(ids) else read(), repeated, told)
+    return _merged(held if len(held) == len(ids) else _same(read(), ids), repeated, told)
+
+
+def _same(rows: Iterable[Row], ids: np.ndarray) -> Iterator[Row]:
+    """The rows as they are read again; raises `TableError` if they are not those of the first time."""
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if number > len(ids) or int(_identity(row), 16) != ids[number - 1]:
+            break
+        yield row
+    else:
+        if number == len(ids):
+            return
+    raise TableError(f"a list changed while it was read, at row {number:,} of {len(ids):,}", "rerun the command")
 
 
 def _merged(rows: Iterable[Row], repeated: set[str], told: Counter[str]) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from speechdistill.io import storage, table
 _CHUNK_ROWS = 2_000
 _KNOWN_ROWS = 50_000  # known clips that are sorted by their parts, so that each part is read seldom
 _LISTED_ROWS = 500
-_PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet$")
+_PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet")
 
 
 def merge(out: str) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _parts(out: str, what: str) -> list[tuple[int, str]]:
     fs.invalidate_cache()
     with storage.access(f"{out}/parts"):
         names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
-    found = [(int(match[2]), match[0]) for name in names if (match := _PART.search(name)) and match[1] == what]
+    found = [(int(match[2]), match[0]) for name in names if (match := _PART.fullmatch(name)) and match[1] == what]
     return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
 
 

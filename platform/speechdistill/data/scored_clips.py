@@ -16,8 +16,8 @@ from speechdistill.data import listed
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import listing
 from speechdistill.data.label_scale import LabelTransform
-from speechdistill.io import audio, table
-from speechdistill.io.errors import AudioError, TableError, UnreadableError
+from speechdistill.io import audio, audio_files, table
+from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 
 _LOG = logging.getLogger(__name__)
 _CAP = 7_000  # a dataset counts as at most so many clips (Distill-MOS caps above 7,000; the form is ours)
@@ -181,11 +181,35 @@ def _tell(about: str, used: int, left: Mapping[str, int]) -> None:
 def _stored(source: str) -> tuple[pa.Table, str]:
     """A manifest, which an earlier version or somebody else may have stored: several ones as one, for example."""
     rows = _normalised(table.read(source, "clip.v1"), source)
+    _check_unchanged(rows, source)
     told = Counter(rows=len(rows), files=len(rows), scored=len(rows) - rows["mos"].null_count)
     if len(rows["clip_id"].unique()) < len(rows):
         told = Counter()
         rows = table.from_rows(_merged(source, rows.to_pylist, told), "clip.v1")
     return rows, f"{source}: {listed.summary(told)}"
+
+
+def _check_unchanged(rows: pa.Table, source: str) -> None:
+    """Raise `TableError` if local files have changed since they were ingested: their scores are of other audio.
+
+    Objects would take a request each, and files that are gone are told when they are read.
+    """
+    known = rows.filter(pc.and_(pc.is_valid(rows["etag"]), pc.invert(pc.match_substring(rows["uri"], "://"))))
+    columns = (known[name].to_pylist() for name in ("uri", "etag"))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        changed = [uri for uri in threads.map(_if_changed, *columns) if uri]
+    if changed:
+        reason = (
+            f"{len(changed):,} of its {len(rows):,} clips have changed since they were ingested, {changed[0]} first"
+        )
+        raise TableError(f"{source}: {reason}", "rerun ingest, with their scores if these are others now")
+
+
+def _if_changed(uri: str, etag: str) -> str | None:
+    try:
+        return uri if audio_files.version(uri)[1] != etag else None  # of a local file it has the size, too
+    except (OSError, UserError):
+        return None
 
 
 def _normalised(rows: pa.Table, source: str) -> pa.Table:

@@ -3,8 +3,10 @@
 The place of a sample is its number in the order of the row groups.
 """
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from speechdistill.engine.shards import ROW_GROUP
+from speechdistill.engine.shards import ROW_GROUP, configuration
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError, UserError
 
@@ -31,12 +33,16 @@ class LabelRun:
 
     def __init__(self, place: str) -> None:
         self.out, self.weight = _weighted(place)
-        identity = storage.read_json(f"{self.out}/run.json")
+        above = self.out.rpartition("/")[0]
+        if storage.read_json(f"{above}/run.json") and not storage.read_json(f"{self.out}/run.json"):
+            raise TableError(f"{self.out} is a folder inside the run {above}", f"give {above}")
+        identity = configuration(self.out)
         if identity is None or storage.read_json(f"{self.out}/summary.json") is None:
             raise TableError(f"{self.out}: not a complete label run (no summary.json)", "finish it first")
-        self.configuration: dict[str, Any] = identity["configuration"]
+        self.configuration = identity
         files = table.read(f"{self.out}/manifest.parquet", "shard.v1")
         self.paths: list[str] = files["path"].to_pylist()
+        self._hashes = dict(zip(self.paths, files["content_sha256"].to_pylist(), strict=True))
         rows = files["rows"].to_numpy()
         counts = -(-rows // ROW_GROUP)
         self.file = np.repeat(np.arange(len(rows)), counts)
@@ -50,16 +56,10 @@ class LabelRun:
 
     def read_group(self, group: int, *more: str) -> pa.Table:
         """The rows of a group, with what training reads of them and the columns `more`."""
-        path = f"{self.out}/{self.paths[self.file[group]]}"
+        path = self.paths[self.file[group]]
         columns = ["sample_id", "audio", "audio_format", "num_samples", "score", *more]
-        try:
-            with table.open_parquet(path) as file:
-                rows = pq.ParquetFile(file).read_row_group(int(self.in_file[group]), columns)
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise _lost(path, error) from error
-        if len(rows) != self.sizes[group]:
-            raise TableError(f"{path}: row group {self.in_file[group]} has {len(rows)} rows: it was rewritten", _AGAIN)
-        return rows
+        with self._opened(path) as file:
+            return file.read_row_group(int(self.in_file[group]), columns)
 
     def read(self, places: np.ndarray, *more: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The row group and the row (as `read_group` has it, with its number `row`) of each sample at sorted places."""
@@ -71,13 +71,34 @@ class LabelRun:
 
     def columns(self, *names: str) -> pa.Table:
         """Columns of all samples in the order of their places."""
-        paths = [f"{self.out}/{path}" for path in self.paths]
         with ThreadPoolExecutor(_THREADS) as threads:
-            told = {"total": len(paths), "unit": "file", "desc": "clips of labels", "dynamic_ncols": True}
-            parts = list(tqdm(threads.map(partial(_columns, names), paths), delay=_SILENT_S, **told))
+            told = {"total": len(self.paths), "unit": "file", "desc": "clips of labels", "dynamic_ncols": True}
+            parts = list(tqdm(threads.map(partial(self._columns, names), self.paths), delay=_SILENT_S, **told))
         if sum(map(len, parts)) != self.sizes.sum():
             raise TableError(f"{self.out}: its shards have other rows than its manifest", _AGAIN)
         return pa.concat_tables(parts)
+
+    def _columns(self, names: tuple[str, ...], path: str) -> pa.Table:
+        with self._opened(path, _AHEAD_BYTES) as file:
+            return file.read(list(names))
+
+    @contextmanager
+    def _opened(self, path: str, ahead_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
+        """A shard of the manifest; raises `TableError` if it is lost, damaged or another than the manifest lists.
+
+        A part that was made again since (more samples, rejects that were retried) has other samples in its places, so
+        that held-out ones would train.
+        """
+        place = f"{self.out}/{path}"
+        try:
+            with table.open_parquet(place, *filter(None, [ahead_bytes])) as opened:
+                file = pq.ParquetFile(opened)
+                footer = (file.metadata.metadata or {}).get(b"part")
+                if footer is None or json.loads(footer).get("content_sha256") != self._hashes[path]:
+                    raise TableError(f"{place} is not the file that the run's manifest lists", _AGAIN)
+                yield file
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise _lost(place, error) from error
 
 
 def _weighted(place: str) -> tuple[str, float]:
@@ -91,14 +112,6 @@ def _weighted(place: str) -> tuple[str, float]:
     if not 0 < value < float("inf"):
         raise UserError(f"--shards {place}: the weight is {value:g}", "give a number above 0")
     return storage.absolute(out), value
-
-
-def _columns(names: tuple[str, ...], path: str) -> pa.Table:
-    try:
-        with table.open_parquet(path, _AHEAD_BYTES) as file:
-            return pq.read_table(file, columns=list(names))
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise _lost(path, error) from error
 
 
 def _lost(path: str, error: Exception) -> TableError:

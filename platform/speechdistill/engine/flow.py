@@ -30,6 +30,7 @@ from speechdistill.engine.monitor import Board, Monitor, Report, Work
 from speechdistill.engine.pools import Pool
 from speechdistill.engine.shards import REJECT, Layout, Totals
 from speechdistill.engine.watch import Watch, stop_on_sigterm
+from speechdistill.io import fingerprint
 from speechdistill.io.errors import RunError
 
 _LOG = logging.getLogger(__name__)
@@ -98,8 +99,12 @@ def run(flow: Flow) -> Totals:
     small for the pools, or more than `max_reject_share` of the rows are rejected. A fault of the program in a worker
     is Ray's error with its traceback. What is committed stays; the same call resumes.
     """
+    flow = replace(flow, layout=replace(flow.layout, run=fingerprint.of(flow.identity)))
     layout = flow.layout
     shards.claim(layout.out, flow.identity)
+    if others := shards.strangers(layout.out):
+        text = "%s/shards has %d files that are not parts of this run (%s); they are ignored"
+        _LOG.warning(text, layout.out, len(others), ", ".join(others[:3]))
     footers = Footers(layout.out)
     missing, totals = shards.survey(layout, flow.limits.rejects.retry_rejected, footers)
     limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import fingerprint, storage, table
+from speechdistill.io.errors import TableError
 
 _SHARE, _NOT_ENOUGH = 2**32 // 40, 2**32  # of all hashes: a part has the groups whose hash is at most the first
 _ENOUGH, _FEWEST, _SMALL = 16, 3, 8  # samples of a part: at least 16; of a small run an eighth, but at least 3
@@ -113,6 +114,9 @@ def _recordings(run: LabelRun) -> pa.Array:
     with storage.access(manifest):
         if not fs.exists(path):
             return pa.array([], pa.string())
+    if run.configuration.get("clips_sha256") not in (None, fingerprint.of_file(manifest)):
+        reason = f"{manifest} was changed since the run was started: which clips are speech is not known"
+        raise TableError(reason, "rerun pseudolabel, which restores it")
     clips = table.read(manifest, "clip.v1", ["clip_id", "kind"])
     return clips.filter(pc.not_equal(clips["kind"], "speech"))["clip_id"].combine_chunks()
 

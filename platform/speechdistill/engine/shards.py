@@ -9,9 +9,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 
 from speechdistill.engine.footers import File, Footers
 from speechdistill.io import fingerprint, storage, table
-from speechdistill.io.errors import RunError
+from speechdistill.io.errors import RunError, TableError
 
 REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()), ("reject_message", pa.string())])
 """The status columns of a row on its way: all null while the row is good."""
@@ -28,14 +27,15 @@ REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()),
 ROW_GROUP = 16
 """Rows of a shard that a training lane reads at once."""
 
-_NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet$")
+_NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the parts of a run are, and which ids each has. `totals` maps a part's rows to additive numbers.
 
-    `row_group` are the rows that a reader has at once.
+    `row_group` are the rows that a reader has at once. `run` is the fingerprint of the run's identity, which each part
+    carries, so that one of another run is not taken for its own; empty if it is not to be checked.
     """
 
     out: str
@@ -45,6 +45,7 @@ class Layout:
     rows_per_part: int
     totals: Callable[[pa.Table], dict[str, Any]]
     row_group: int = ROW_GROUP
+    run: str = ""
 
     @property
     def num_parts(self) -> int:
@@ -82,17 +83,31 @@ class Totals:
 def claim(out: str, identity: Mapping[str, Any]) -> None:
     """Write `run.json`, or find the same identity in it; raises `RunError` naming what differs."""
     mine = json.loads(json.dumps(identity))
-    theirs = storage.read_json(f"{out}/run.json")
+    theirs = configuration(out)
     if theirs is None:
         if listed(out):
             raise RunError(f"{out} holds shards but no run.json", "choose another --out")
         storage.publish_json({"fingerprint": fingerprint.of(mine), "configuration": mine}, f"{out}/run.json")
-    elif theirs["fingerprint"] != fingerprint.of(mine):
-        lines = "\n  ".join(fingerprint.differences(theirs["configuration"], mine))
+    elif fingerprint.of(theirs) != fingerprint.of(mine):
+        lines = "\n  ".join(fingerprint.differences(theirs, mine))
         raise RunError(
             f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n",
             "give the same configuration to resume that run, or another --out to start a new one",
         )
+
+
+def configuration(out: str) -> dict[str, Any] | None:
+    """Return the identity of the run in a folder, or None if there is no run; raises `TableError` if `run.json` was
+    edited: the parts are still those of the identity that it had.
+    """
+    stored = storage.read_json(f"{out}/run.json")
+    if stored is None:
+        return None
+    known = stored.get("configuration") if isinstance(stored, dict) else None
+    if not isinstance(known, dict) or stored.get("fingerprint") != fingerprint.of(known):
+        reason = f"{out}/run.json was edited: its configuration does not have its fingerprint"
+        raise TableError(reason, "restore the file, or use a new folder")
+    return known
 
 
 def listed(out: str) -> dict[int, int]:
@@ -100,12 +115,18 @@ def listed(out: str) -> dict[int, int]:
     return {file.part: file.ids for file in _files(out)}
 
 
+def strangers(out: str) -> list[str]:
+    """Parquet files among the parts that are none, such as copies under other names: manifests do not list them."""
+    names = (entry["name"].rpartition("/")[2] for entry in _entries(out))
+    return sorted(name for name in names if name.endswith(".parquet") and not _NAME.fullmatch(name))
+
+
 def survey(layout: Layout, retry_rejected: bool = False, footers: Footers | None = None) -> tuple[list[int], Totals]:
     """The parts still to make, and the totals of those that are there; `footers` are those known already."""
     there = {file.part: file for file in _files(layout.out)}
     present = [there[k] for k in range(layout.num_parts) if k in there and there[k].ids >= len(layout.ids(k))]
     totals, again = Totals(), set()
-    for file, part in zip(present, (footers or Footers(layout.out)).of(present), strict=True):
+    for file, part in _with_footers(layout, present, footers):
         if retry_rejected and part["rejects"]:
             again.add(file.part)
         else:
@@ -117,12 +138,11 @@ def write_parts(block: pa.Table, layout: Layout, publish: bool = True) -> pa.Tab
     """Commit the parts in a block with the columns id, those of the schema, and `REJECT`; returns their footers,
     each with its file's `size_bytes`. Without `publish` nothing is written.
 
-    Raises `RunError` if the folder is not the run's on this node, `AssertionError` if the ids are not those of whole
-    parts: then nothing is written.
+    Raises `RunError` if the folder is not the run's on this node, or has another run in it by now, `AssertionError` if
+    the ids are not those of whole parts: then nothing is written.
     """
-    if publish and "://" not in layout.out and not Path(layout.out, "run.json").exists():
-        reason = f"{layout.out} is not the run's folder on this node"
-        raise RunError(reason, "--out must be storage that all nodes share")
+    if publish and "://" not in layout.out:
+        _check_folder(layout)
     numbers = pc.divide(block["id"], layout.rows_per_part)
     parts = {k: block.filter(pc.equal(numbers, k)) for k in pc.unique(numbers).to_pylist()}
     for k, rows in parts.items():
@@ -144,6 +164,7 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
         "rejects": _rejects(block.filter(pc.invert(is_good))),
         "totals": layout.totals(rows),
         "content_sha256": content_hash(rows),
+        **({"run": layout.run} if layout.run else {}),
     }
     data = table.parquet_bytes(rows, {"part": json.dumps(part)}, layout.row_group)
     if publish:
@@ -179,7 +200,7 @@ def finish(layout: Layout, complete: bool = True, footers: Footers | None = None
         )
     rejects, files = [], []
     present = list(there.values())
-    for file, part in zip(present, (footers or Footers(layout.out)).of(present), strict=True):
+    for file, part in _with_footers(layout, present, footers):
         rejects += part["rejects"]
         files.append(
             {
@@ -212,6 +233,30 @@ def content_hash(rows: pa.Table) -> str:
     return digest.hexdigest()
 
 
+def _check_folder(layout: Layout) -> None:
+    stored = storage.read_json(f"{layout.out}/run.json")
+    if stored is None:
+        reason = f"{layout.out} is not the run's folder on this node"
+        raise RunError(reason, "--out must be storage that all nodes share")
+    if layout.run and stored["fingerprint"] != layout.run:
+        reason = f"{layout.out} was moved or deleted, and another run has begun there"
+        raise RunError(reason, "rerun this command with the folder's new name, or with another --out")
+
+
+def _with_footers(
+    layout: Layout, files: Sequence[File], footers: Footers | None
+) -> Iterator[tuple[File, dict[str, Any]]]:
+    """The files with their footers; raises `RunError` for one that is another part, or a part of another run."""
+    for file, part in zip(files, (footers or Footers(layout.out)).of(files), strict=True):
+        theirs = "part {part} of {ids} ids".format(**part) if (part["part"], part["ids"]) != file[:2] else ""
+        if layout.run and part.get("run", layout.run) != layout.run:  # earlier versions wrote none
+            theirs = "a part of another run"
+        if theirs:
+            path = layout.path(file.part, file.ids)
+            raise RunError(f"{path} is {theirs}, copied under this name", "delete it and rerun the command")
+        yield file, part
+
+
 def _rejects(bad: pa.Table) -> list[dict[str, str]]:
     return [
         {
@@ -226,9 +271,13 @@ def _rejects(bad: pa.Table) -> list[dict[str, str]]:
 
 def _files(out: str) -> list[File]:
     """Every committed file, in the order of parts; of a part that has grown the largest comes last."""
+    # A name that only ends like a part's ("Copy of part-...") is none: a manifest would list the part's own name.
+    matches = [(_NAME.fullmatch(entry["name"].rpartition("/")[2]), entry) for entry in _entries(out)]
+    return sorted(File(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m)
+
+
+def _entries(out: str) -> list[dict[str, Any]]:
     fs, path = storage.file_system(f"{out}/shards")
     fs.invalidate_cache()
     with storage.access(f"{out}/shards"):
-        entries = fs.ls(path, detail=True) if fs.exists(path) else []
-    matches = [(_NAME.search(entry["name"]), entry) for entry in entries]
-    return sorted(File(int(m[1]), int(m[2]), entry["size"], entry["name"]) for m, entry in matches if m)
+        return list(fs.ls(path, detail=True)) if fs.exists(path) else []

@@ -119,7 +119,8 @@ class Lease:
         renewed, began = self._modified(name), _now_s()
         if renewed is None:
             return
-        age_s = (self._store_time() - renewed).total_seconds()
+        # A folder that was restored or moved may carry a time in the future, which says nothing of a holder's life.
+        age_s = max(0.0, (self._store_time() - renewed).total_seconds())
         if age_s < _DEAD_S and not is_here:
             text = "%s may still be in use by %s; waiting up to %.0f s for a sign of life"
             _LOG.warning(text, self._out, _told(holder), _DEAD_S - age_s)

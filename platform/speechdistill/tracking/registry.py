@@ -161,8 +161,13 @@ class Registry:
         from mlflow.artifacts import download_artifacts
 
         with self._asked(address), _patience():
-            source = f"{self._location(address)}/artifacts/{MODEL}"
+            location, tags = self._found(address)
+            source = f"{location}/artifacts/{MODEL}"
             fetched: str = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+            logged = tags.get("weights_sha256")
+            if logged and logged != fingerprint.of_file(f"{fetched}/{checkpoint.WEIGHTS}"):
+                reason = f"{address}: the weights at {self.place} are not those that were logged"
+                raise RegistryError(reason, "restore the model's artifacts, or give another version")
             return fetched
 
     def by_alias(self, name: str, alias: str) -> Version | None:
@@ -223,23 +228,25 @@ class Registry:
         reason = f"model {name!r} at {self.place} has no version with the alias {alias!r}; its aliases: {aliases}"
         return RegistryError(reason, "give models:/NAME/NUMBER; `speechdistill promote` sets `champion`")
 
-    def _location(self, address: str) -> str:
-        """The URL of a model's files."""
+    def _found(self, address: str) -> tuple[str, Mapping[str, str]]:
+        """The URL of a model's files, and its tags."""
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
             models = self.logged(match[1])
             if not models:
                 reason = f"{address}: run {match[1]} has logged no model {MODEL!r} at {self.place}"
                 raise RegistryError(reason, "give the run of a student, once its training has ended")
-            return models[0].location
+            return models[0].location, models[0].tags
         if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", address):
             version = self.by_alias(match[1], match[2])
             if version is None:
                 raise self.lacks(match[1], match[2])
             address = version.uri
         if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", address):
-            return str(self._client.get_model_version_download_uri(match[1], match[2]))
+            location = str(self._client.get_model_version_download_uri(match[1], match[2]))
+            return location, self._client.get_model_version(match[1], match[2]).tags
         if match := re.fullmatch(r"models:/(m-\w+)", address):
-            return str(self._client.get_logged_model(match[1]).artifact_location)
+            found = self._client.get_logged_model(match[1])
+            return str(found.artifact_location), found.tags
         raise RegistryError(
             f"{address!r} is no address of a student",
             f"choose from models:/NAME@ALIAS, models:/NAME/VERSION, models:/MODEL_ID and runs:/RUN_ID/{MODEL}",

@@ -93,6 +93,7 @@ def label_runs(
     validate (`validate`) and a clip may be on both sides.
     """
     runs = [LabelRun(place) for place in places]
+    _check_each_once(runs)
     if any(map(_is_earlier, outs)):
         _LOG.warning(
             "a run that an earlier version began is resumed: its held-out samples are of clips that train, too"
@@ -100,6 +101,16 @@ def label_runs(
         return runs, tuple(held_out.by_row_groups(run, validate) for run in runs), [held_out.about(run) for run in runs]
     held = held_out.held_out(runs)
     return runs, held, [held_out.about(*pair) for pair in zip(runs, held, strict=True)]
+
+
+def _check_each_once(runs: Sequence[LabelRun]) -> None:
+    """Raise `UserError` for a label run that is given twice, perhaps as a copy: its samples would count double."""
+    known: dict[str, str] = {}
+    for run in runs:
+        other = known.setdefault(fingerprint.of(run.configuration), run.out)
+        if other is not run.out:
+            same = "twice" if other == run.out else f"and {other}, which is the same label run"
+            raise UserError(f"--shards {run.out} {same}", f"give it once; for more of it a weight, such as {run.out}=2")
 
 
 def _is_earlier(out: str) -> bool:

@@ -5,6 +5,7 @@ worker's loss is weighted by its share of the batch. (Sums in another order: 1e-
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ class Stepped(NamedTuple):
     step: int
     loss: float
     asked: bool
+
+
+class DamagedStateError(RuntimeError):
+    """A checkpoint that no new start could read, either."""
 
 
 class NotFiniteError(RuntimeError):
@@ -154,3 +159,16 @@ class Loop:
 
 def _seed(step: int, rank: int) -> int:
     return int(np.random.SeedSequence([step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def read_state(file: str, out: str) -> dict[str, Any]:
+    """Read what `Loop.state` gave from a checkpoint of the run in `out`.
+
+    Raises `DamagedStateError` for a file that was cut or overwritten.
+    """
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedStateError(f"{file} is damaged ({reason}); delete {out}/ray to train from the start") from error
+    return state

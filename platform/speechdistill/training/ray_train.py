@@ -20,7 +20,7 @@ import torch
 from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
-from speechdistill.training.loop import Loop, NotFiniteError
+from speechdistill.training.loop import DamagedStateError, Loop, NotFiniteError, read_state
 from speechdistill.training.recipe import MSE, Best, Training, TrainingRecipe
 
 _STATE = "state.pt"
@@ -220,7 +220,7 @@ def _work(config: dict[str, Any]) -> dict[str, str]:
     logging.getLogger(str(reports)).setLevel(logging.WARNING)
     try:
         return _trained(job, progress)
-    except NotFiniteError as error:  # raised on all workers
+    except (NotFiniteError, DamagedStateError) as error:  # raised on all workers
         return {"failure": str(error)}
     except Exception as error:
         wrong_data = isinstance(error, (TableError, AudioError))
@@ -238,7 +238,7 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
     state = None
     if checkpoint := get_checkpoint():
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")
+            state = read_state(f"{folder}/{_STATE}", job.out)
     step = state["step"] if state else 0
     if failure := _told_by_first(progress.started(step, world) if rank == 0 else None, world):
         return {"failure": failure}
