@@ -103,7 +103,7 @@ def test_workers_share_a_batch_whatever_their_number(run: str, scored: Labeled, 
 
 
 def test_more_workers_than_lanes_are_refused(run: str) -> None:
-    with pytest.raises(ValueError, match="21 workers for batches of 20"):
+    with pytest.raises(ValueError, match="21 workers cannot share batches of 20"):
         share(20, 0, 21)
 
 

@@ -1,9 +1,9 @@
 # training/: one loop for every recipe, its batches, Ray Train around it, runs side by side.
-"""Which samples make global batch t, and reading them.
+"""The samples of global batch t, and the reading of them.
 
 `refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream, so
-t is all that a resumed run needs. A lane of labelled shards walks over its own row groups; a lane of listeners' scores
-draws its clips. Which lanes a worker reads is in `lanes.py`.
+a resumed run needs t alone. A lane of labelled shards walks over its own row groups. A lane of listeners' scores draws
+clips at random. `lanes.py` assigns lanes to workers.
 """
 
 import threading
@@ -26,15 +26,15 @@ from speechdistill.io.errors import UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
-_PATTERN = 1_000  # steps after which the mixture of several runs repeats, so its weights are exact to a thousandth
+_PATTERN = 1_000  # period in steps of the mixture of several runs, whose weights are so exact to a thousandth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What batches are made of.
+    """The composition of a batch.
 
     `shards` are folders of label runs, each with an optional weight (`DIR=0.3`, default 1). `labeled_percent` of the
-    lanes, rounded, are clips of `Labeled`. Raises `UserError` for what does not fit together.
+    lanes, rounded, are clips of `Labeled`. Raises `UserError` for settings that contradict each other.
     """
 
     shards: tuple[str, ...] = ()
@@ -46,10 +46,10 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not 0 <= self.labeled_percent <= 100 or self.crop_s <= 0:
-            fix = "a batch has at least one sample, 0 to 100% labeled, and crops of some length"
-            raise UserError(f"{self} is no mix", fix)
+            fix = "use a batch size of at least 1, 0 to 100% labeled, and a crop length above 0 s"
+            raise UserError(f"Invalid mix: {self}", fix)
         if self.seed < 0:
-            raise UserError(f"seed {self.seed}", "give at least 0")
+            raise UserError(f"Invalid seed {self.seed}", "use a seed of at least 0")
         if not self.shards and self.labeled_lanes < self.batch_size:
             raise UserError("no label shards", "give some, or 100% labeled clips")
 
@@ -77,10 +77,10 @@ class Ref(NamedTuple):
 class Walk:
     """An endless walk over row groups of these sizes: `walk[n]` is (group, row), every row once per epoch.
 
-    `rows` are the rows of a group that are walked over, `sizes` of them; all without it.
+    `rows(group)` are the rows of a group to visit, `sizes[group]` of them. Default: all rows.
 
-    Each epoch has a new order of the groups, and the rows of each `_WINDOW` successive ones are shuffled together, so
-    that a reader needs few groups at a time. Positions come from prefix sums: there is no state to resume.
+    Each epoch has a new order of the groups. The rows of `_WINDOW` successive groups are shuffled together, so that a
+    reader needs few groups at a time. Positions come from prefix sums: there is no state to resume.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Walk:
         return int(group), int(row)
 
     def _new_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The order of the groups, and at which place each window of them starts."""
+        """The order of the groups, and the position of the first row of each window."""
         order = rng(*self._key, epoch).permutation(len(self._groups))
         ends = np.cumsum(self._sizes[order])
         return order, [0, *ends[_WINDOW - 1 :: _WINDOW].tolist()]
@@ -122,7 +122,7 @@ class Walk:
 class Batches:
     """The batches of a mix; raises `UserError` for sources that cannot be used.
 
-    `held` is what is held out of each of the mix's runs; by default it is found out here.
+    `held` lists the samples held out of each run of the mix. Default: they are determined here.
     """
 
     def __init__(self, mix: Mix, labeled: Labeled | None = None, held: Sequence[HeldOut] | None = None) -> None:
@@ -175,7 +175,7 @@ class Batches:
             yield audio.decode(data, audio_format), score
 
     def _read_validation(self, rank: int, world: int) -> list[tuple[bytes, str, float]]:
-        """Kept in memory, since each may have cost the reading of a row group."""
+        """Read the validation samples and keep them in memory, since each may cost the reading of a row group."""
         return [
             (row["audio"], row["audio_format"], row["score"])
             for run, held in self._pairs()
@@ -210,7 +210,7 @@ class Batches:
 
 
 class _Cache:
-    """The row groups read last, as they lie in the file (audio still coded)."""
+    """Cache of the row groups read last, as stored in the file (audio still encoded)."""
 
     def __init__(self, size: int) -> None:
         self._size, self._lock = size, threading.Lock()
@@ -230,7 +230,7 @@ class _Cache:
 
 
 def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> list[Walk]:
-    """A walk for each lane, over groups of its own; where that would be less than a window, one that all share."""
+    """One walk per lane over its own groups. If those were fewer than a window, all lanes share one walk."""
     trains = np.ones(int(run.sizes.sum()), bool)
     trains[held.left_out] = False
     sizes = np.add.reduceat(trains, run.starts, dtype=np.int64)
@@ -247,7 +247,7 @@ def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> li
 
 
 def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which run each step of a period reads from, and, before each step and after the last, how often each run came."""
+    """For each step of a period the run to read from, and the number of earlier reads from each run."""
     if len(weights) < 2:
         pattern = np.zeros(1, np.int64)
     else:

@@ -1,4 +1,4 @@
-"""Batches of cached features: like those of audio (`batches.py`) a pure function of seed and step."""
+"""Batches of cached features. Like batches of audio (`batches.py`), they are a pure function of seed and step."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,11 @@ from speechdistill.training.lanes import Batch, read_ahead, rng, share
 _FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
 _THREADS = 32
-_AHEAD_BYTES = 1 << 16  # of storage, beyond a clip's own
+_AHEAD_BYTES = 1 << 16  # bytes read from storage beyond those of a clip
 
 
 class FeatureClip(NamedTuple):
-    """A clip to validate on: its dataset's name, the listeners' score, its features (384, dim) float16."""
+    """A validation clip: name of its dataset, listeners' score, features (384, dim) float16."""
 
     dataset: str
     mos: float
@@ -29,15 +29,15 @@ class FeatureClip(NamedTuple):
 
 
 class FeatureBatches:
-    """Batches of features (batch, 384, dim) float16, zeros after a shorter clip's, and scores as they were given.
+    """Batches of features (batch, 384, dim) float16, zero-padded at the end, and of unmapped listeners' scores.
 
     Each lane draws a dataset with p in proportion to min(clips, 7000), then one of its clips. `out` is the folder that
-    `features.compute` filled. Raises `TableError` where it is not complete or has no clips to train or validate on.
+    `features.compute` filled. Raises `TableError` if it is incomplete, or has no training or no validation clips.
     """
 
     def __init__(self, out: str, batch_size: int = 12, seed: int = 0) -> None:
         if seed < 0:
-            raise UserError(f"seed {seed}", "give at least 0")
+            raise UserError(f"Invalid seed {seed}", "use a seed of at least 0")
         if storage.read_json(f"{out}/summary.json") is None:
             raise TableError(f"{out}: features are not complete", "rerun the command")
         self.batch_size, self._seed = batch_size, seed
@@ -66,22 +66,22 @@ class FeatureBatches:
         return read_ahead(lambda t: self.read(t, [self.draw(t, lane) for lane in lanes]), range(start, stop))
 
     def draw(self, t: int, lane: int) -> int:
-        """Which of the clips to train on lane `lane` of batch t has."""
+        """The number of the training clip in lane `lane` of batch t."""
         return self.datasets.draw(rng(self._seed, t, lane))
 
     def read(self, t: int, numbers: list[int]) -> Batch:
-        """The clips `numbers` to train on, as batch t."""
+        """Batch t of the training clips `numbers`."""
         clips = self._train[numbers]
         features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
         list(self._readers.map(self._read_into, features, clips))
         return Batch(t, features, self._mos[clips], [self._ids[i] for i in clips], self.datasets.of[numbers])
 
     def validation_numbers(self, rank: int, world: int) -> list[int]:
-        """A worker's share of the clips to validate on."""
+        """A worker's share of the validation clips."""
         return [int(number) for number in self._validation[rank::world]]
 
     def clip(self, number: int) -> FeatureClip:
-        """One of the clips to validate on."""
+        """Read a validation clip."""
         features = np.zeros((_FRAMES, self.dim), np.float16)
         self._read_into(features, number)
         return FeatureClip(self._names[number], float(self._mos[number]), features)
@@ -106,6 +106,6 @@ def _about(path: str) -> pa.Table:
 
 @lru_cache(maxsize=4096)
 def _metadata(path: str) -> pq.FileMetaData:
-    """A file's footer: for each clip it would be read again."""
+    """The footer of a file, cached because reading a clip needs it."""
     with table.open_parquet(path) as file:
         return pq.read_metadata(file)

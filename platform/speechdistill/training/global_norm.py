@@ -1,6 +1,6 @@
-"""BatchNorm over the global batch, whatever the number of workers and however unevenly the batch is split.
+"""BatchNorm over the global batch, for any number of workers and any split of the batch.
 
-With each worker's own statistics the loss would depend on their number. torch's SyncBatchNorm refuses CPU tensors.
+With statistics per worker, the loss would depend on the number of workers. torch's SyncBatchNorm refuses CPU tensors.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 
 def globalise(network: nn.Module) -> nn.Module:
-    """The network with each `BatchNorm1d` made global, in place; the state dict keeps its keys and values."""
+    """Make each `BatchNorm1d` of a network global, in place. Keys and values of the state dict do not change."""
     for module in network.modules():
         if type(module) is nn.BatchNorm1d:
             module.__class__ = GlobalBatchNorm1d
@@ -19,14 +19,14 @@ def globalise(network: nn.Module) -> nn.Module:
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
-    """`BatchNorm1d` whose mean and variance in training are those of the inputs of all workers together.
+    """`BatchNorm1d` that uses mean and variance over the inputs of all workers in training.
 
-    Every worker must take part in every forward and backward pass, with at least one row. Without a process group,
-    and in evaluation, it is a plain `BatchNorm1d`. Under autocast it computes in float32.
+    Every worker must take part in every forward and backward pass, with at least one row. Without a process group and
+    in evaluation, the module is a plain `BatchNorm1d`. Under autocast it computes in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, dim, frames) or (batch, dim), of the same shape out."""
+        """Normalise (batch, dim, frames) or (batch, dim). The output has the same shape."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         others = [axis for axis in range(input.ndim) if axis != 1]
@@ -57,7 +57,7 @@ def _sum_over_workers(tensor: Tensor) -> Tensor:
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """The sum of a tensor over all workers; its gradient is the sum of their gradients."""
+    """The sum of a tensor over all workers. Its gradient is the sum of the workers' gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What batches of audio (`batches.py`) and of cached features (`feature_batches.py`) have in common.
+"""Shared parts of batches of audio (`batches.py`) and of cached features (`feature_batches.py`).
 
-A batch has as many lanes as samples. Workers take their share of the lanes, so their number only says who reads what.
+A batch has as many lanes as samples. Each worker reads its share of the lanes, so the number of workers decides only
+which worker reads a sample.
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ _THREADS, _AHEAD = 2, 4  # batches read at once, and begun before they are asked
 
 
 class Batch(NamedTuple):
-    """What a network takes, (samples, ...): waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or
+    """Inputs (samples, ...): waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or
     features; targets (samples,) MOS; ids for messages; per sample the number of its dataset, -1 for a teacher's label.
     """
 
@@ -28,15 +29,17 @@ class Batch(NamedTuple):
 
 
 def share(batch_size: int, rank: int, world: int) -> list[int]:
-    """The lanes of a worker; `UserError` where there are more workers than lanes."""
+    """The lanes of a worker. Raises `UserError` if there are more workers than lanes."""
     if world > batch_size:
-        raise UserError(f"{world} workers for batches of {batch_size}", "give at most as many workers")
+        raise UserError(
+            f"{world} workers cannot share batches of {batch_size} samples", f"use at most {batch_size} workers"
+        )
     lanes: list[int] = np.array_split(np.arange(batch_size), world)[rank].tolist()
     return lanes
 
 
 def read_ahead(read: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
-    """`read` of each step in order, the next ones begun on other threads before they are asked for."""
+    """Yield `read(step)` for each step in order. Later steps are read ahead on other threads."""
     waiting: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -52,5 +55,5 @@ def read_ahead(read: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
 
 
 def rng(seed: int, *key: int) -> np.random.Generator:
-    """A generator of its own for each key of a run's seed."""
+    """A random generator for each key derived from a run's seed."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

@@ -1,7 +1,7 @@
-"""The training loop's steps, for one worker of any number: what Ray Train starts, and plain processes may start too.
+"""The training loop of one worker. Ray Train starts it, and so may plain processes.
 
-The global batch is the same whatever the number of workers, and so are loss, gradients and BatchNorm statistics: each
-worker's loss is weighted by its share of the batch. (Sums in another order: 1e-12 apart in float64.)
+The global batch, its loss, gradients and BatchNorm statistics do not depend on the number of workers: each worker's
+loss is weighted by its share of the batch. (Sums in another order differ by 1e-12 in float64.)
 """
 
 import math
@@ -22,7 +22,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 class Stepped(NamedTuple):
-    """A step that was made: its number from 1, the loss over the global batch, and whether worker 0 had `asked`."""
+    """A completed step: its number from 1, the loss over the global batch, and the answer of worker 0's `asks`."""
 
     step: int
     loss: float
@@ -30,17 +30,17 @@ class Stepped(NamedTuple):
 
 
 class DamagedStateError(RuntimeError):
-    """A checkpoint that no new start could read, either."""
+    """A checkpoint that cannot be read, however often the run is started again."""
 
 
 class NotFiniteError(RuntimeError):
-    """A loss that is not finite: at which step, from which samples."""
+    """A loss that is not finite. The message names the step and the samples."""
 
 
 class Loop:
     """A worker's part in the training of a recipe.
 
-    `wrap` makes the network one whose gradients are averaged over the workers (`DistributedDataParallel`).
+    `wrap` returns the network with gradients averaged over the workers (`DistributedDataParallel`).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Loop:
         self.keeps: Mapping[str, float] = {}
 
     def run(self, stop: int, asks: Callable[[], bool] = lambda: False) -> Iterator[Stepped]:
-        """Train up to step `stop`. What `asks` says on worker 0 is told to all.
+        """Train up to step `stop`. All workers get the answer of `asks` on worker 0.
 
         Raises `NotFiniteError` on all workers before the step's update.
         """
@@ -79,7 +79,7 @@ class Loop:
         return Around(self.step, self.network, self._companions)
 
     def validate(self) -> dict[str, float]:
-        """The recipe's figures, and `is_best`, 1 if the one that decides is better than ever before.
+        """Return the recipe's figures, and `is_best`, 1 if the deciding figure is the best so far.
 
         Raises `NotFiniteError` on all workers.
         """
@@ -99,7 +99,7 @@ class Loop:
         self._recipe.save(self.around, folder, self.keeps)
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, for `torch.save`; it loads with `weights_only=True`."""
+        """The state of a run for `torch.save`. It loads with `weights_only=True`."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -162,7 +162,7 @@ def _seed(step: int, rank: int) -> int:
 
 
 def read_state(file: str, out: str) -> dict[str, Any]:
-    """Read what `Loop.state` gave from a checkpoint of the run in `out`.
+    """Read a stored `Loop.state` of the run in `out`.
 
     Raises `DamagedStateError` for a file that was cut or overwritten.
     """

@@ -1,7 +1,7 @@
-"""Pruning in training: again and again the weights that matter least are set to zero, and stay so.
+"""Pruning in training: at regular steps the least important weights are set to zero for good.
 
 Distill-MOS, sections IV-C (importance: Molchanov et al. 2019, first-order Taylor) and V-B (magnitude: Gale et al.
-2019). To remove attention heads and feed-forward neurons is beyond the paper.
+2019). The removal of attention heads and feed-forward neurons goes beyond the paper.
 """
 
 import math
@@ -18,18 +18,18 @@ from speechdistill.io.errors import UserError
 from speechdistill.models.networks.slim_encoder import Kept
 
 _SMOOTHING = 0.9
-_CHUNK = 1 << 22  # scores looked at together, so that little memory is needed beside them
+_CHUNK = 1 << 22  # scores compared at once, which bounds the memory beside them
 _LARGEST = 0x7FFF_FFFF
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What is removed, and when; the defaults are the paper's, which does not say of what the 0.5% are.
+    """The pruning schedule. The defaults are the paper's, which leaves open whether 0.5% is of the original number.
 
-    After `every`, 2 * `every`, ... updates a `share` goes, `of` the original number or of what remains, until at most
-    `until` is left. Shares are of the encoder's weights, with `magnitude` and `random` of each matrix by itself, with
-    `structured` of its heads and of its neurons. `magnitude` removes whole kernels of convolutions. `seed` is for
-    `random`.
+    After each `every` updates, a `share` of the original or of the remaining weights is removed, until at most `until`
+    remains. With `importance` all weights of the encoder are ranked together, with `magnitude` and `random` each matrix
+    by itself; `structured` ranks attention heads and neurons. `magnitude` removes whole convolution kernels. `seed` is
+    for `random`.
     """
 
     criterion: Literal["importance", "magnitude", "random", "structured"] = "importance"
@@ -41,35 +41,37 @@ class Pruning:
 
     def __post_init__(self) -> None:
         if not (0 < self.share < 1 and 0 < self.until < 1 and self.every > 0):
-            raise UserError(f"{self} cannot prune", "give a share and until between 0 and 1, and every of at least 1")
+            raise UserError(
+                f"Invalid pruning: {self}", "use a share and until between 0 and 1, and every of at least 1"
+            )
 
     def gone(self, times: int) -> float:
-        """The share that is gone after pruning so many times."""
+        """The share that is removed after `times` prunings."""
         return min(1.0, times * self.share) if self.of == "original" else 1 - (1 - self.share) ** times
 
     @property
     def times(self) -> int:
-        """How often it takes."""
+        """Number of prunings of a whole run."""
         if self.of == "original":
             return math.ceil((1 - self.until) / self.share - 1e-6)
         return math.ceil(math.log(self.until) / math.log1p(-self.share) - 1e-6)
 
     @property
     def updates(self) -> int:
-        """Updates of a whole run: `every` before each time, and after the last."""
+        """Updates of a whole run: `every` before each pruning, and after the last."""
         return (self.times + 1) * self.every
 
 
 class Pruner(nn.Module):
-    """Which weights of an encoder are gone. Its state dict is what a resumed run needs; nothing in it is trained.
+    """Masks of removed weights of an encoder, with their running importance. Nothing in its state dict is trained.
 
     A `Companion` of the encoder: after the optimiser's step, whose moments move removed weights, they are set to zero
     again. The gradients must be those of the global batch, in equal bits on all workers, as `DistributedDataParallel`
     leaves them: equal weights and gradients make equal scores, so all workers remove the same without communication.
 
-    Matrices and convolutions are pruned. Biases and norms, 0.05% of XLS-R, are not: such a number moves a whole
-    channel, and the paper's magnitudes are of matrices, too. Raises `ValueError` for an encoder that drops blocks or
-    masks features in training: what gets no gradient would be the first to go.
+    Matrices and convolutions are pruned. Biases and norms (0.05% of XLS-R) are kept: each shifts a whole channel, and
+    the paper's magnitudes are of matrices too. Raises `ValueError` for an encoder that drops blocks or masks features
+    in training: weights without gradients would be removed first.
     """
 
     done: Tensor
@@ -87,18 +89,18 @@ class Pruner(nn.Module):
 
     @property
     def remaining(self) -> float:
-        """The share that is left."""
+        """The share that remains."""
         removed = [units.removed for pool in self._pools for units in pool]
         return 1 - sum(int(gone.sum()) for gone in removed) / sum(gone.numel() for gone in removed)
 
     def before(self, step: int) -> None:
-        """Prune, where it is time after `step` updates."""
+        """Prune if a pruning is due after `step` updates."""
         if step and step % self._config.every == 0 and int(self.done) < self._config.times:
             self.prune()
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Take the gradients into the averages; raises `ValueError` where a weight has none."""
+        """Update the averages from the gradients; raises `ValueError` if a weight has none."""
         if self._learns:
             for pool in self._pools:
                 for units in pool:
@@ -109,16 +111,16 @@ class Pruner(nn.Module):
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Set removed weights to zero, again."""
+        """Set removed weights to zero again."""
         for pool in self._pools:
             for units in pool:
                 units.hold()
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Remove what scores lowest, as much as makes the share that is gone exact; a block keeps a head and a neuron.
+        """Remove the lowest scores until the removed share is exact. Each block keeps a head and a neuron.
 
-        Raises `ValueError` where no gradient was collected yet.
+        Raises `ValueError` if no gradients were collected yet.
         """
         if self._learns and not any(bool(units.average.any()) for pool in self._pools for units in pool):
             raise ValueError("no gradients were collected: train some updates before the first pruning")
@@ -134,23 +136,23 @@ class Pruner(nn.Module):
         self.hold()
 
     def kept(self) -> list[Kept]:
-        """What each block keeps, where heads and neurons are removed: for `slim_encoder.slim`."""
+        """The heads and neurons that each block keeps, for `slim_encoder.slim`."""
         heads, neurons = ([torch.nonzero(~units.removed)[:, 0] for units in pool] for pool in self._pools)
         return [Kept(*pair) for pair in zip(heads, neurons, strict=True)]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """What the state says is gone is set to zero."""
+        """Load the state, and set the weights that it marks as removed to zero."""
         result = super().load_state_dict(state_dict, strict, assign)
         self.hold()
         return result
 
 
 def remove_lowest(scores: Sequence[Tensor], removed: Sequence[Tensor], count: int) -> None:
-    """Mark as `removed` the `count` lowest of those that are not yet; of equal ones, those that come first.
+    """Mark the `count` lowest scores that remain as `removed`; among equal scores, the first.
 
-    `scores` are float32 and at least 0, `removed` contiguous bool of the same shapes. Exact, on their device and
-    without sorting: such floats are ordered as their bits are, so a histogram of the upper 16 bits, and one of the
-    lower 16 of those that share the threshold's upper ones, find the threshold.
+    `scores` are float32 of at least 0, `removed` contiguous bool of the same shapes. The result is exact, on the
+    tensors' device and without sorting: non-negative floats are ordered like their bits, so a histogram of the upper 16
+    bits, then one of the lower 16 bits of the scores at the threshold, find the threshold.
     """
     if count < 1:
         return
@@ -174,7 +176,7 @@ def remove_lowest(scores: Sequence[Tensor], removed: Sequence[Tensor], count: in
 
 
 def _keys(scores: Tensor, removed: Tensor) -> Tensor:
-    """Integers of the order of the scores; what is removed comes last."""
+    """Integers in the order of the scores; removed scores come last."""
     return (scores.view(torch.int32) & _LARGEST).masked_fill_(removed, _LARGEST)
 
 
@@ -188,7 +190,7 @@ def _nth(digits: Iterator[Tensor], n: int) -> tuple[int, int]:
 
 
 class _Part(NamedTuple):
-    """A parameter, and how to see it with the axes of what is removed whole in front."""
+    """A parameter, and a view of it with the axes of the removable units in front."""
 
     name: str
     parameter: Tensor
@@ -196,9 +198,9 @@ class _Part(NamedTuple):
 
 
 class _Units(nn.Module):
-    """Weights, kernels, heads or neurons: `shape` of them, each made of what `parts` have behind these axes.
+    """Removable units (weights, kernels, heads or neurons), an array of `shape`; `parts` have these axes in front.
 
-    `average` is that of their Taylor importance: of (g·w)², summed over their weights. At least `keeps` are kept.
+    `average` is the running Taylor importance: (g·w)² summed over the weights of a unit. At least `keeps` units remain.
     """
 
     removed: Tensor
@@ -226,7 +228,7 @@ class _Units(nn.Module):
             weights.masked_fill_(self.removed.view(*self.removed.shape, *[1] * (weights.ndim - self.removed.ndim)), 0)
 
     def scores(self, criterion: str, rng: np.random.Generator) -> Tensor:
-        """Float32, at least 0."""
+        """The score of each unit, float32, at least 0."""
         if criterion == "random":
             return torch.from_numpy(rng.random(self.removed.shape, np.float32)).to(self.removed.device)
         if criterion == "magnitude":
@@ -234,7 +236,7 @@ class _Units(nn.Module):
         if not self.keeps:
             return self.average
         scores = self.average.clone()
-        scores[scores.masked_fill(self.removed, -1).argmax()] = torch.inf  # the best of those left is not removed
+        scores[scores.masked_fill(self.removed, -1).argmax()] = torch.inf  # the best of the remaining units stays
         return scores
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ class _Units(nn.Module):
 
 
 def _weights(encoder: nn.Module, criterion: str) -> list[list[_Units]]:
-    """All weights together, or each matrix by itself."""
+    """Pools of weights that are ranked together: all of them, or each matrix by itself."""
     matrices = [_Part(name, parameter) for name, parameter in encoder.named_parameters() if parameter.ndim > 1]
     if criterion == "importance":
         return [[_Units([matrix], matrix.parameter.shape) for matrix in matrices]]
@@ -252,7 +254,9 @@ def _weights(encoder: nn.Module, criterion: str) -> list[list[_Units]]:
 
 
 def _blocks(encoder: Any) -> list[list[_Units]]:
-    """All heads, and all neurons, of transformers' encoder; `UserError` for a kind whose heads share more."""
+    """The pools of attention heads and of neurons of a transformers encoder.
+
+    Raises `UserError` for a kind of encoder whose heads share weights."""
     if (kind := encoder.config.model_type) == "wavlm":
         raise UserError(f"heads of a {kind} encoder share a position bias", "prune it by importance or magnitude")
     heads, neurons = [], []
@@ -272,10 +276,10 @@ def _blocks(encoder: Any) -> list[list[_Units]]:
 
 
 def _rows(weight: Tensor, count: int) -> Tensor:
-    """(outputs, inputs) as (count, outputs of each, inputs)."""
+    """View (outputs, inputs) as (count, outputs of each, inputs)."""
     return weight.view(count, -1, weight.shape[1])
 
 
 def _columns(weight: Tensor, count: int) -> Tensor:
-    """(outputs, inputs) as (count, inputs of each, outputs)."""
+    """View (outputs, inputs) as (count, inputs of each, outputs)."""
     return weight.t().view(count, -1, weight.shape[0])

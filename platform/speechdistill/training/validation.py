@@ -1,4 +1,4 @@
-"""What recipes have in common when they validate: results of all workers, and their figures."""
+"""Validation that recipes share: the results of all workers, and their figures."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,7 +10,7 @@ from speechdistill.metrics import correlation
 
 T = TypeVar("T")
 Result = tuple[str, float, float]
-"""A clip's dataset, what its listeners (or the teacher) said, and the score."""
+"""A clip's dataset, the score of its listeners (or of the teacher), and the predicted score."""
 
 
 def gathered(mine: list[T], world: int) -> list[T]:
@@ -23,7 +23,7 @@ def gathered(mine: list[T], world: int) -> list[T]:
 
 
 def figures(results: Sequence[Result]) -> dict[str, float]:
-    """`mse` weighted by clips, and `pcc`; with several datasets those of each, too (as `pcc/DATASET`)."""
+    """`mse` weighted by clips, and `pcc`. With several datasets also those of each, such as `pcc/DATASET`."""
     datasets = sorted({dataset for dataset, _, _ in results})
     found = _figures([result[1:] for result in results], "")
     for dataset in datasets if len(datasets) > 1 else []:

@@ -34,11 +34,12 @@ _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """What a student learns from.
+    """Configuration of a distillation: the student and its training data.
 
-    `labeled` is a `clip.v1` table of scored clips (its split says which of them validate); without one held-out samples
-    of the shards do. `transform` is a file of schema `label_transform.v1`. `init` is a checkpoint folder whose student
-    is trained further. `held_out` is what is held out of the shards, by default found out anew.
+    `labeled` is a `clip.v1` table of scored clips, whose column split selects those for validation. Without it,
+    held-out samples of the shards validate. `transform` is a file of schema `label_transform.v1`. `init` is a checkpoint folder
+    whose student is trained further. `held_out` lists the samples held out of the shards; by default they are
+    determined anew.
     """
 
     student: ConvTransformerConfig
@@ -50,12 +51,12 @@ class Distill:
     held_out: tuple[HeldOut, ...] | None = None
 
     def make(self) -> "DistillRecipe":
-        """Read what the sources say of themselves; raises `UserError` for what cannot be used."""
+        """Open the data sources; raises `UserError` for one that cannot be used."""
         return DistillRecipe(self)
 
 
 def tiny() -> ConvTransformerConfig:
-    """For tests: a student of 3,000 parameters that has all of its parts."""
+    """The debug twin: a student of 3,000 parameters with every part."""
     return ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
 
 
@@ -103,11 +104,11 @@ class DistillRecipe:
         return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
-        """`validation.figures`."""
+        """Validate; figures are those of `validation.figures`."""
         mine = [(dataset, target, _score(around.network, wave)) for dataset, target, wave in self._clips(rank, world)]
         results = validation.gathered(mine, world)
         if not results:
-            raise TableError("none of the clips to validate on can be used", "see the warnings above")
+            raise TableError("No validation clip can be used", "see the warnings above")
         return Validated(validation.figures(results))
 
     def save(self, around: Around, folder: str, keeps: Mapping[str, float]) -> None:
@@ -127,10 +128,10 @@ class DistillRecipe:
         for clip in list(self._validation.clips())[rank::world]:
             try:
                 yield clip.dataset, clip.target, audio.load(clip.uri)
-            except UnreadableError:  # the storage's fault, perhaps
+            except UnreadableError:  # perhaps a fault of the storage: the worker is started again
                 raise
             except AudioError as error:
-                _LOG.warning("%s; validation goes on without it", error)
+                _LOG.warning("%s; validation continues without it", error)
 
 
 def _scored(rows: pa.Table, transform: LabelTransform) -> Labeled | None:
@@ -138,7 +139,7 @@ def _scored(rows: pa.Table, transform: LabelTransform) -> Labeled | None:
 
 
 def _score(network: nn.Module, wave: np.ndarray) -> float:
-    """The mean score of windows that touch (the released model's overlap: that costs several times as much)."""
+    """The mean score of adjacent windows. (Those of the released model overlap, at several times the cost.)"""
     assert isinstance(network, ConvTransformer)
     length = network.config.segment_samples
     starts = segment_starts(len(wave), length, length)

@@ -30,12 +30,12 @@ _MOST = round(WHOLE_S * audio.SAMPLE_RATE)  # samples of a clip
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What is pruned, on what it is fine-tuned.
+    """Configuration of a pruning: the teacher and the data of its fine-tuning.
 
-    `teacher` is a checkpoint's folder, `encoder` the place of its encoder where that is another than in training.
-    `labeled` is a `clip.v1` table of scored clips, whose split says which validate. Scores are heard on the scales of
-    the teacher's listening tests, labels of shards on the universal one. `held_out` is what is held out of the shards,
-    by default found out anew.
+    `teacher` is a checkpoint folder, `encoder` the address of its encoder if that differs from the one in training.
+    `labeled` is a `clip.v1` table of scored clips, whose column split selects those for validation. Listeners' scores
+    are predicted on the scales of the teacher's listening tests, labels of shards on the universal scale. `held_out`
+    lists the samples held out of the shards; by default they are determined anew.
     """
 
     teacher: str
@@ -47,7 +47,7 @@ class Pruned:
     held_out: tuple[HeldOut, ...] | None = None
 
     def make(self) -> "PruningRecipe":
-        """Raises `TableError` for clips that cannot be used."""
+        """Open the data sources; raises `TableError` for clips that cannot be used."""
         return PruningRecipe(self)
 
 
@@ -67,7 +67,7 @@ class PruningRecipe:
         self.batches = Batches(config.mix, train, config.held_out)
         universal = self._transform.universal
         of = [self._transform.datasets.get(name, universal) for name in self.batches.datasets]
-        # The universal one last, where the number -1 of a teacher's label finds it.
+        # The universal scale is last: index -1, the dataset number of teachers' labels.
         self._scales = torch.tensor([(scale.a, scale.b) for scale in (*of, universal)])
 
     def network(self) -> nn.Module:
@@ -77,7 +77,10 @@ class PruningRecipe:
         return network.train().requires_grad_(True)
 
     def companions(self, network: nn.Module) -> dict[str, Companion]:
-        """Raises `UserError` for crops so short that some weights get no gradient: they would be the first to go."""
+        """Make the pruner.
+
+        Raises `UserError` for crops so short that some weights get no gradient, and so are removed first.
+        """
         assert isinstance(network, Network)
         least_s = least_crop_s(network.encoder.model.config)
         if self._config.pruning.criterion == "importance" and self._config.mix.crop_s < least_s:
@@ -93,7 +96,10 @@ class PruningRecipe:
         return (1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1]) - targets).square()
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
-        """`validation.figures` on the universal scale, which scores are mapped to, and the share that remains."""
+        """Validate on the universal scale, to which scores are mapped.
+
+        Figures are those of `validation.figures` and the remaining share.
+        """
         network, pruner = _parts(around)
         mine: list[validation.Result] = []
         clips = self._validation[rank::world]
@@ -132,7 +138,7 @@ def _parts(around: Around) -> tuple[Network, Pruner]:
 
 
 def transform(teacher: str) -> LabelTransform:
-    """The scales of a teacher's listening tests, from its checkpoint; the identity where it has none."""
+    """The scales of a teacher's listening tests, from its checkpoint; the identity if it has none."""
     found = checkpoint.read(teacher).provenance.get("label_transform")
     if found is None:
         return LabelTransform()
@@ -141,12 +147,12 @@ def transform(teacher: str) -> LabelTransform:
 
 
 def normalised(waves: Tensor, normalises: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Crops (batch, num_samples) as an encoder's arguments: with zero mean and unit variance if it `normalises`.
+    """An encoder's arguments for crops (batch, num_samples): with zero mean and unit variance if it `normalises`.
 
-    Zeros at a crop's end are taken for padding, digital silence too.
+    Zeros at the end of a crop count as padding, and so does digital silence.
     """
     places = torch.arange(1, waves.shape[1] + 1, device=waves.device)
-    lengths = (places * (waves != 0)).amax(dim=1).clamp(min=min(800, waves.shape[1]))  # what is behind is padding
+    lengths = (places * (waves != 0)).amax(dim=1).clamp(min=min(800, waves.shape[1]))  # the rest is padding
     there = places <= lengths[:, None]
     mean = waves.sum(dim=1) / lengths
     centred = (waves - mean[:, None]) * there
@@ -156,7 +162,7 @@ def normalised(waves: Tensor, normalises: bool = True) -> tuple[Tensor, Tensor |
 
 
 def least_crop_s(encoder: Any) -> float:
-    """The seconds, rounded up to 10 ms, in which all of the position convolution's kernel meets frames."""
+    """The shortest crop in s, rounded up to 10 ms, whose frames fill the kernel of the position convolution."""
     samples = encoder.num_conv_pos_embeddings // 2 + 1  # frames
     for kernel, stride in zip(reversed(encoder.conv_kernel), reversed(encoder.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel

@@ -1,7 +1,7 @@
 """Train a quality head above a frozen speech encoder on many listening tests (Distill-MOS, section IV-A).
 
-Bias-aware ("BA"): each test heard quality on a scale of its own, a_d * z + b_d of the head's logit z, learned beside
-the head. The head predicts on one universal scale, found by grid search.
+Bias-aware ("BA"): each listening test d has its own scale, a_d * z + b_d of the head's logit z, learned beside the
+head. The head predicts on one universal scale, found by grid search.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _GRID = 41
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTraining:
-    """What a head learns from: `features` is a folder of `features.compute`, of the encoder at `encoder`."""
+    """Configuration of a head's training: `features` is a folder that `features.compute` filled with `encoder`."""
 
     features: str
     encoder: str
@@ -41,15 +41,15 @@ class TeacherTraining:
     provenance: Mapping[str, Any] | None = None
 
     def make(self) -> "TeacherRecipe":
-        """Raises `TableError` for features that cannot be used."""
+        """Open the features; raises `TableError` for features that cannot be used."""
         return TeacherRecipe(self)
 
 
 class BiasAware(nn.Module):
-    """A head and the scales of its listening tests: features (batch, 384, dim) to logits as each test heard them.
+    """A head and the scales of its listening tests: features (batch, 384, dim) to logits on the scale of each test.
 
-    Scales are exp(log_a) and b. AdamW's weight decay draws them to 1 and 0, which is all that holds them: a head of
-    twice the logits with half the scales is the same.
+    Scales are exp(log_a) and b. Only AdamW's weight decay, towards 1 and 0, makes them unique: a head of twice the
+    logits with half the scales is equivalent.
     """
 
     def __init__(self, head: QualityHead, num_datasets: int) -> None:
@@ -62,12 +62,12 @@ class BiasAware(nn.Module):
         return self.heard(self.head(features), datasets)
 
     def heard(self, logits: Tensor, datasets: Tensor) -> Tensor:
-        """Universal logits (batch,) as the listeners of these datasets heard them."""
+        """Map universal logits (batch,) to the scales of these datasets."""
         return self.log_a[datasets].exp() * logits + self.b[datasets]
 
 
 class Plain(nn.Module):
-    """A head alone: all listening tests on one scale."""
+    """A head alone, with one scale for all listening tests."""
 
     def __init__(self, head: QualityHead) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class TeacherRecipe:
         return (1 + 4 * torch.sigmoid(network(inputs, datasets)) - targets).square()
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
-        """`mse` on the scales of the tests: the universal one is found after training in the paper, so that cannot be
-        what chose its checkpoint. `universal_mse` is on that one, and so is `pcc`.
+        """Validate. `mse` is on the scales of the tests: in the paper the universal scale is found after training, so
+        it cannot have chosen the checkpoint. `universal_mse` and `pcc` are on the universal scale.
         """
         results = validation.gathered(self._heads_logits(around.network, rank, world), world)
         datasets, mos, logits = [list(column) for column in zip(*results, strict=True)]
@@ -123,7 +123,7 @@ class TeacherRecipe:
         storage.publish_json(transform, f"{folder}/{TRANSFORM}")
 
     def _heads_logits(self, network: nn.Module, rank: int, world: int) -> list[tuple[str, float, float]]:
-        """A worker's share of the validation set: dataset, score, the head's logit."""
+        """A worker's share of the validation set: dataset, score, logit of the head."""
         like = next(network.parameters())
         results: list[tuple[str, float, float]] = []
         clips = list(self.batches.validation_numbers(rank, world))
@@ -144,7 +144,7 @@ class TeacherRecipe:
 
 
 def universal(logits: np.ndarray, mos: np.ndarray) -> Scale:
-    """The scale of the least squared error of 1 + 4 * sigmoid(a * z + b) over all clips, by a grid that is refined.
+    """The scale with the least squared error of 1 + 4 * sigmoid(a * z + b) over all clips, by a refined grid search.
 
     Both arrays are (clips,). a is searched from 1/8 to 8 and b from -4 to 4.
     """
