@@ -37,9 +37,9 @@ class Distill:
     """Configuration of a distillation: the student and its training data.
 
     `labeled` is a `clip.v1` table of scored clips, whose column split selects those for validation. Without it,
-    held-out samples of the shards validate. `transform` is a file of schema `label_transform.v1`. `init` is a checkpoint folder
-    whose student is trained further. `held_out` lists the samples held out of the shards; by default they are
-    determined anew.
+    held-out samples of the shards validate. `transform` is a file of schema `label_transform.v1`. `init` is a
+    checkpoint folder whose student is trained further. `held_out` lists the samples held out of the shards; by default
+    they are determined anew.
     """
 
     student: ConvTransformerConfig
