@@ -25,8 +25,8 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps distillmos==0.9.1
 	@# Without its dependencies too: the network that recipe paper calls Demucs (CC BY-NC 4.0), for its tests.
 	$(BIN)/python -m pip install --quiet --no-deps denoiser==0.1.5
-	@# And the networks of DNSMOS and the head of XLS-R (MIT), whose packages are not imported either.
-	$(BIN)/python -m pip install --quiet --no-deps speechmos==0.0.1.1 xls-r-sqa==0.1.0
+	@# And DNSMOS, the head of XLS-R (MIT) and the speaker encoder (Apache-2.0), whose packages are not imported either.
+	$(BIN)/python -m pip install --quiet --no-deps speechmos==0.0.1.1 xls-r-sqa==0.1.0 resemblyzer==0.1.4
 	@# Built from source; without a C compiler its tests are skipped.
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock pesq==0.0.4 || true
 	@touch $@
