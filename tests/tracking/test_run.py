@@ -22,7 +22,7 @@ import pytest
 
 from mlflow_runs import Gateway, tracking_server
 from speechdistill.io import storage
-from speechdistill.tracking import mlflow_sender
+from speechdistill.tracking import mlflow_client, mlflow_sender
 from speechdistill.tracking import run as tracking_run
 from speechdistill.tracking.run import Synced, Tracking, TrackingError, run_id, sync
 
@@ -325,7 +325,7 @@ def test_no_password_is_written_or_told(
     written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
     assert any("goes on without it" in text for text in told) and any(server.uri in text for text in written)
     assert not [text for text in told + written if "s3cret" in text]
-    assert mlflow_sender.without_password("postgresql://me:a/b:c@db/x and http://h:80/y") == (
+    assert mlflow_client.without_password("postgresql://me:a/b:c@db/x and http://h:80/y") == (
         "postgresql://db/x and http://h:80/y"
     )
 

@@ -8,8 +8,6 @@ that create the run within the same instant can make two.)
 
 import json
 import logging
-import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from speechdistill.io import storage
 from speechdistill.io.errors import UserError
+from speechdistill.tracking import mlflow_client
 from speechdistill.tracking.event_log import alone, pending, read, run_event, segments
 
 _LOG = logging.getLogger(__name__)
@@ -45,7 +44,10 @@ class Sender:
             return self._send()
         except TrackingError:
             raise
-        except Exception:  # a connection kept open fails once after the server has closed it
+        except Exception as error:
+            if mlflow_client.is_timeout(error):
+                raise
+            # A connection that was kept open fails once after the server has closed it.
             return self._send()
 
     def left(self) -> int:
@@ -72,7 +74,7 @@ class Sender:
 
     def _connect(self) -> None:
         """Find the run on the server, or create it; what is known of a run that is gone is forgotten."""
-        self._client = self._client or _mlflow_client(self._uri)
+        self._client = self._client or mlflow_client.client(self._uri)
         with alone(self._out):
             known = state(self._out, self._place)
             if known and self._is_active(known["run_id"]):
@@ -202,7 +204,7 @@ class Sender:
 
     def _tell(self, text: str, error: Exception) -> None:
         if text not in self._told:
-            _LOG.warning("%s (%s)", text, failure(self._uri, error))
+            _LOG.warning("%s (%s)", text, mlflow_client.failure(self._uri, error))
         self._told.add(text)
 
     def _store(self) -> None:
@@ -210,17 +212,6 @@ class Sender:
         sent = storage.read_json(f"{self._out}/tracking/sent.json") or {}
         sent[self._place] = {"run_id": self.run_id, "sent": self._sent, "artifacts_left": self.late}
         storage.publish_json(sent, f"{self._out}/tracking/sent.json")
-
-
-def _mlflow_client(uri: str) -> Any:
-    # This module tries again by itself; MLflow's seven retries of 120 s would be many minutes in one call.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
 
 
 def _artifact_location(out: str, uri: str) -> str | None:
@@ -244,12 +235,4 @@ def place(out: str, uri: str) -> str:
     for name, folder in (("mlflow.db", out), ("../mlflow.db", out.rpartition("/")[0])):
         if uri == f"sqlite:///{folder}/mlflow.db":
             return name
-    return without_password(uri)
-
-
-def failure(uri: str, error: Exception) -> str:
-    return f"MLflow at {without_password(uri)}: {without_password(str(error))}"
-
-
-def without_password(text: str) -> str:
-    return re.sub(r"(?<=//)([^/@\s]*|[^:/@\s]+:[^@\s]*)@", "", text)
+    return mlflow_client.without_password(uri)

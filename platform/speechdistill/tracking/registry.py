@@ -14,12 +14,10 @@ from typing import Any, NamedTuple, Self
 
 from speechdistill.io import checkpoint, fingerprint, storage
 from speechdistill.io.errors import UserError
-from speechdistill.tracking import database, model_code
-from speechdistill.tracking.mlflow_sender import failure, without_password
+from speechdistill.tracking import database
+from speechdistill.tracking.mlflow_client import PatientClient, failure, patiently, without_password
+from speechdistill.tracking.mlflow_model import MODEL, save_model
 from speechdistill.tracking.run import MODEL_ADDRESSES
-
-MODEL = "student"
-"""The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
 
 
 class RegistryError(UserError, RuntimeError):
@@ -96,14 +94,9 @@ class Registry:
         database.check(self.uri, writes=False)
         if (file := database.file_of(self.uri)) and not file.exists():
             raise RegistryError(f"{self.uri}: no such database", "give the folder of a run, or set MLFLOW_TRACKING_URI")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
-        from mlflow import MlflowClient
-
         self.place = without_password(self.uri)
         with self._asked("MLflow cannot be used"):
-            self._client: Any = MlflowClient(tracking_uri=self.uri)
+            self._client: Any = PatientClient(self.uri)
 
     def logged(self, run_id: str) -> list[Logged]:
         """The students that a run has logged, the newest first; those whose upload failed are left out."""
@@ -121,7 +114,7 @@ class Registry:
         provenance = checkpoint.brief(provenance)
         known = {f"provenance.{key}": _text(value) for key, value in provenance.items() if value}
         tags = {"weights_sha256": weights_hash, **known}
-        with self._asked(f"run {run_id}"), _patience():
+        with self._asked(f"run {run_id}"):
             experiment = self._client.get_run(run_id).info.experiment_id
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
             try:
@@ -160,10 +153,10 @@ class Registry:
         """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; returns where."""
         from mlflow.artifacts import download_artifacts
 
-        with self._asked(address), _patience():
+        with self._asked(address):
             location, tags = self._found(address)
             source = f"{location}/artifacts/{MODEL}"
-            fetched: str = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+            fetched: str = patiently(download_artifacts, artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
             logged = tags.get("weights_sha256")
             if logged and logged != fingerprint.of_file(f"{fetched}/{checkpoint.WEIGHTS}"):
                 reason = f"{address}: the weights at {self.place} are not those that were logged"
@@ -262,51 +255,6 @@ class Registry:
             # `from None`: the original text, which a traceback would print, may hold the password.
             reason = " ".join(failure(self.uri, error).split())[:500]
             raise RegistryError(f"{what}: {reason}", "check its name and MLFLOW_TRACKING_URI") from None
-
-
-def save_model(folder: str, path: str, **identity: Any) -> None:
-    """Write the student of a checkpoint's folder as an MLflow model to the local folder `path`.
-
-    `identity` goes to `mlflow.models.Model`: run_id, model_id, metadata.
-    """
-    import numpy as np
-    import pandas as pd
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
-
-    # `served.py` judges each record: MLflow would refuse a whole batch for one of another type or without a column.
-    inputs = [ColSpec(AnyType(), name, required=False) for name in ("audio", "waveform", "sample_rate")]
-    outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
-    tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
-    with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
-        checkpoint.copy(folder, f"{staged}/{MODEL}")
-        has_encoder = checkpoint.read(folder).architecture != checkpoint.CONV_TRANSFORMER
-        requirements = (*model_code.REQUIREMENTS, *(model_code.ENCODER_REQUIREMENTS if has_encoder else ()))
-        pyfunc.save_model(
-            path,
-            python_model=str(model_code.ENTRY),
-            code_paths=[model_code.stage(staged, has_encoder)],
-            artifacts={MODEL: f"{staged}/{MODEL}"},
-            pip_requirements=list(requirements),
-            signature=ModelSignature(Schema(inputs), Schema(outputs)),
-            model_config={"encoder": ""} if has_encoder else None,  # what is not named here cannot be set later
-            input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
-            mlflow_model=Model(**identity),
-        )
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Time for uploads: a sender in this process has set MLflow's limits for single points (20 s, no retry)."""
-    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
-    before = {key: os.environ.get(key) for key in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _version(found: Any) -> Version:

@@ -22,7 +22,8 @@ from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import UserError
 from speechdistill.tracking import database
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
-from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
+from speechdistill.tracking.mlflow_client import failure, without_password
+from speechdistill.tracking.mlflow_sender import Sender, TrackingError, place, state
 
 _LOG = logging.getLogger(__name__)
 _WRITE_S = 1.0  # at most one write a second, since each is a whole object on object stores
