@@ -16,7 +16,7 @@ import tyro
 from bare import WARM_UP, steps_per_s
 
 from speechdistill.engine import cluster, shards
-from speechdistill.io import audio, storage
+from speechdistill.io import audio
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.training.batches import Mix
 from speechdistill.training.ray_train import Job, Progress, fit
@@ -101,7 +101,7 @@ def labels(out: Path) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    storage.publish_json({}, f"{out}/summary.json")
+    shards.complete(str(out), {})
     return str(out)
 
 

@@ -74,7 +74,7 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_
         160,
         teach=Teach(waits_for=(150, str(tmp_path / "later"))),
         retry_rejected=True,
-        on_part=lambda part: committed.append(part["part"]),
+        on_part=lambda part: committed.append(part.number),
     )
     totals = flow.run(changed(job, max_hours=12 / 3600))
     assert 0 < totals.done == sum(shards.listed(str(tmp_path)).values()) < 160, "parts wait for later ones"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from small_models import speech_encoder as small_encoder
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.engine import shards
-from speechdistill.io import storage, table
+from speechdistill.io import table
 from speechdistill.io.errors import TableError
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
@@ -75,7 +75,7 @@ def written(folder: Path, rows: list[dict[str, object]]) -> str:
         block = block.append_column(field, pa.nulls(len(block), field.type))
     shards.write_parts(block, layout)
     shards.finish(layout)
-    storage.publish_json({}, f"{folder}/summary.json")
+    shards.complete(folder, {})
     return str(folder)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from speechdistill.engine.shards import ROW_GROUP, configuration
+from speechdistill.engine.shards import ROW_GROUP, completed, configuration
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError, UserError
 
@@ -37,7 +37,7 @@ class LabelRun:
         if storage.read_json(f"{above}/run.json") and not storage.read_json(f"{self.out}/run.json"):
             raise TableError(f"{self.out} is a folder inside the run {above}", f"give {above}")
         identity = configuration(self.out)
-        if identity is None or storage.read_json(f"{self.out}/summary.json") is None:
+        if identity is None or completed(self.out) is None:
             raise TableError(f"{self.out}: not a complete label run (no summary.json)", "finish it first")
         self.configuration = identity
         files = table.read(f"{self.out}/manifest.parquet", "shard.v1")

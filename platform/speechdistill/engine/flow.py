@@ -5,7 +5,6 @@ catch (a dead actor, a dead node) Ray retries for ever, which is safe because a 
 the run and its number.
 """
 
-import json
 import logging
 import re
 import threading
@@ -23,7 +22,7 @@ import ray
 from tqdm import tqdm
 
 from speechdistill.engine import cluster, limits, shards
-from speechdistill.engine.footers import Footers
+from speechdistill.engine.footers import Footers, Part
 from speechdistill.engine.isolate import CannotWork, CannotWorkByFault, Isolated, Row, Worker
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.monitor import Board, Monitor, Report, Work
@@ -73,7 +72,7 @@ class Flow:
     stages: Callable[[float, float], tuple[Stage, ...]]
     limits: Limits = Limits()
     grow_to: tuple[float, float] = (0.0, 0.0)
-    on_part: Callable[[Mapping[str, Any]], None] = lambda part: None
+    on_part: Callable[[Part], None] = lambda part: None
     report: Report = lambda figures: None
     report_every_s: float = 60.0
     stall_s: float = 1800.0  # longer than a few rows that hang their child take
@@ -122,12 +121,12 @@ def run(flow: Flow) -> Totals:
                 made = _parts(layout, stages, list(islice(left, _AT_ONCE)), monitor.renew())
                 with closing(made) as parts, watch.ending_it():
                     for part in parts:
-                        left.pop(part["part"])
+                        left.pop(part.number)
                         monitor.moved()
                         footers.note(part)
                         totals.add(part)
                         bar.set_postfix(rejected=totals.rejected, refresh=False)
-                        bar.update(part["ids"])
+                        bar.update(part.num_ids)
                         flow.on_part(part)
                         limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
                         if watch.time_is_up:
@@ -149,8 +148,8 @@ def trial(flow: Flow, num_ids: int = 200) -> Trial:
     with tqdm(total=len(chosen) * layout.rows_per_part, unit="sample", dynamic_ncols=True, desc="dry run") as bar:
         for part in _parts(layout, stages, chosen.tolist(), board, publish=False):
             totals.add(part)
-            size_bytes += part["size_bytes"]
-            bar.update(part["ids"])
+            size_bytes += part.size_bytes
+            bar.update(part.num_ids)
     return Trial(
         num_ids=totals.done,
         labelled=totals.labelled,
@@ -209,7 +208,7 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
 
 def _parts(
     layout: Layout, stages: tuple[Stage, ...], missing: list[int], board: Board, publish: bool = True
-) -> Generator[dict[str, Any], None, None]:
+) -> Generator[Part, None, None]:
     """Run the stages over the missing parts; yields the footer of each part once it is committed."""
     from speechdistill.engine.parts import Parts  # imports ray.data, which takes seconds
 
@@ -249,7 +248,7 @@ def _parts(
     dataset = dataset.map_batches(write, batch_size=None, batch_format="pyarrow", compute=writers, num_cpus=_IO_CPUS)
     try:
         for row in dataset.iter_rows():
-            yield json.loads(row["part"])
+            yield Part.from_json(row["part"])
     except ray.exceptions.RayError as error:
         if _is_fault(error):
             error.add_note("what is committed stays, the same command goes on")

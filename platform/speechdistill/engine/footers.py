@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,6 +26,52 @@ class File(NamedTuple):
     name: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A committed part: how many ids it has, how many of them were labelled, and which were rejected.
+
+    `rejects` are rows of schema `reject.v1`, `totals` the sums of `Layout.totals`. `run` is the fingerprint of the
+    run's identity, empty in parts of earlier versions. `size_bytes` is 0 if the footer was read from its file.
+    """
+
+    number: int
+    num_ids: int
+    labelled: int
+    rejects: tuple[Mapping[str, str], ...]
+    totals: Mapping[str, Any]
+    content_sha256: str
+    run: str = ""
+    size_bytes: int = 0
+
+    def to_json(self) -> str:
+        """Return the text that files hold; `run` and `size_bytes` are left out if they are not known."""
+        known = {
+            "part": self.number,
+            "ids": self.num_ids,
+            "labelled": self.labelled,
+            "rejects": self.rejects,
+            "totals": self.totals,
+            "content_sha256": self.content_sha256,
+        }
+        added = {"run": self.run, "size_bytes": self.size_bytes}
+        return json.dumps({**known, **{key: value for key, value in added.items() if value}})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Part":
+        """Return the part of a footer's text; raises `KeyError` if a value is missing."""
+        values = json.loads(text)
+        return cls(
+            number=values["part"],
+            num_ids=values["ids"],
+            labelled=values["labelled"],
+            rejects=tuple(values["rejects"]),
+            totals=values["totals"],
+            content_sha256=values["content_sha256"],
+            run=values.get("run", ""),
+            size_bytes=values.get("size_bytes", 0),
+        )
+
+
 class Footers:
     """The known footers of the parts in `out`, from `footers.parquet` there and from `note`.
 
@@ -40,11 +87,11 @@ class Footers:
             parts, *known = columns
             self._known = dict(zip(parts, zip(*known, strict=True), strict=True))
 
-    def note(self, footer: Mapping[str, Any]) -> None:
-        """Take the footer of a part that was committed just now, with its `size_bytes`."""
-        self._add(File(footer["part"], footer["ids"], footer["size_bytes"], ""), json.dumps(footer))
+    def note(self, part: Part) -> None:
+        """Add a part that was committed just now, with its `size_bytes`."""
+        self._add(File(part.number, part.num_ids, part.size_bytes, ""), part.to_json())
 
-    def of(self, files: Sequence[File]) -> Iterator[dict[str, Any]]:
+    def of(self, files: Sequence[File]) -> Iterator[Part]:
         """The footers of these files, in their order; raises `RunError` for a file that is damaged."""
         unknown = [file for file in files if not self._has(file)]
         fs, _ = storage.file_system(self._out)
@@ -53,7 +100,7 @@ class Footers:
                 some = unknown[start : start + _SAVED]
                 for file, text in zip(some, threads.map(lambda file: _read(fs, self._out, file), some), strict=True):
                     self._add(file, text)
-        return (json.loads(self._known[file.part][2]) for file in files)
+        return (Part.from_json(self._known[file.part][2]) for file in files)
 
     def _has(self, file: File) -> bool:
         ids, size_bytes, _ = self._known.get(file.part, (0, 0, ""))

@@ -10,14 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from speechdistill.engine.footers import File, Footers
+from speechdistill.engine.footers import File, Footers, Part
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import RunError, TableError
 
@@ -72,11 +72,11 @@ class Totals:
     def done(self) -> int:
         return self.labelled + self.rejected
 
-    def add(self, part: Mapping[str, Any]) -> None:
-        self.labelled += part["labelled"]
-        self.rejected += len(part["rejects"])
-        self.reasons.update(f"{row['stage']}.{row['error_type']}" for row in part["rejects"])
-        for key, value in part["totals"].items():
+    def add(self, part: Part) -> None:
+        self.labelled += part.labelled
+        self.rejected += len(part.rejects)
+        self.reasons.update(f"{row['stage']}.{row['error_type']}" for row in part.rejects)
+        for key, value in part.totals.items():
             self.sums[key] = np.add(self.sums.get(key, np.zeros_like(value)), value).tolist()
 
 
@@ -127,7 +127,7 @@ def survey(layout: Layout, retry_rejected: bool = False, footers: Footers | None
     present = [there[k] for k in range(layout.num_parts) if k in there and there[k].ids >= len(layout.ids(k))]
     totals, again = Totals(), set()
     for file, part in _with_footers(layout, present, footers):
-        if retry_rejected and part["rejects"]:
+        if retry_rejected and part.rejects:
             again.add(file.part)
         else:
             totals.add(part)
@@ -157,19 +157,19 @@ def _write_part(k: int, block: pa.Table, layout: Layout, publish: bool) -> str:
     is_good = pc.is_null(block["reject_stage"])
     names = [layout.id_column if name == "id" else name for name in block.column_names]
     rows = table.validate(block.filter(is_good).rename_columns(names), layout.schema, f"part {k}")
-    part = {
-        "part": k,
-        "ids": len(block),
-        "labelled": len(rows),
-        "rejects": _rejects(block.filter(pc.invert(is_good))),
-        "totals": layout.totals(rows),
-        "content_sha256": content_hash(rows),
-        **({"run": layout.run} if layout.run else {}),
-    }
-    data = table.parquet_bytes(rows, {"part": json.dumps(part)}, layout.row_group)
+    part = Part(
+        number=k,
+        num_ids=len(block),
+        labelled=len(rows),
+        rejects=tuple(_rejects(block.filter(pc.invert(is_good)))),
+        totals=layout.totals(rows),
+        content_sha256=content_hash(rows),
+        run=layout.run,
+    )
+    data = table.parquet_bytes(rows, {"part": part.to_json()}, layout.row_group)
     if publish:
         storage.publish(data, layout.path(k, len(block)))
-    return json.dumps({**part, "size_bytes": len(data)})
+    return replace(part, size_bytes=len(data)).to_json()
 
 
 def reopen(layout: Layout) -> None:
@@ -198,22 +198,34 @@ def finish(layout: Layout, complete: bool = True, footers: Footers | None = None
             f"{len(missing)} parts were written but are not in {layout.out}/shards (part {missing[0]} and others)",
             "--out must be storage that all nodes share, a URL or a network folder",
         )
-    rejects, files = [], []
+    rejects: list[Mapping[str, str]] = []
+    files: list[dict[str, Any]] = []
     present = list(there.values())
     for file, part in _with_footers(layout, present, footers):
-        rejects += part["rejects"]
+        rejects += part.rejects
         files.append(
             {
                 "path": f"shards/{layout.path(file.part, file.ids).rsplit('/', 1)[1]}",
-                "rows": part["labelled"],
-                "rejects": len(part["rejects"]),
+                "rows": part.labelled,
+                "rejects": len(part.rejects),
                 "size_bytes": file.size_bytes,
-                "content_sha256": part["content_sha256"],
+                "content_sha256": part.content_sha256,
             }
         )
     storage.publish(table.parquet_bytes(table.from_rows(rejects, "reject.v1")), f"{layout.out}/rejects/rejects.parquet")
     if complete:
         storage.publish(table.parquet_bytes(table.from_rows(files, "shard.v1")), f"{layout.out}/manifest.parquet")
+
+
+def complete(out: str, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, the last file of a run: that it is there means that the run is complete."""
+    storage.publish_json(summary, f"{out}/summary.json")
+
+
+def completed(out: str) -> dict[str, Any] | None:
+    """Return the summary of a complete run; None if the run is not complete, or there is none."""
+    summary = storage.read_json(f"{out}/summary.json")
+    return None if summary is None else dict(summary)
 
 
 def reject_reasons(out: str) -> Counter[str]:
@@ -243,13 +255,12 @@ def _check_folder(layout: Layout) -> None:
         raise RunError(reason, "rerun this command with the folder's new name, or with another --out")
 
 
-def _with_footers(
-    layout: Layout, files: Sequence[File], footers: Footers | None
-) -> Iterator[tuple[File, dict[str, Any]]]:
+def _with_footers(layout: Layout, files: Sequence[File], footers: Footers | None) -> Iterator[tuple[File, Part]]:
     """The files with their footers; raises `RunError` for one that is another part, or a part of another run."""
     for file, part in zip(files, (footers or Footers(layout.out)).of(files), strict=True):
-        theirs = "part {part} of {ids} ids".format(**part) if (part["part"], part["ids"]) != file[:2] else ""
-        if layout.run and part.get("run", layout.run) != layout.run:  # earlier versions wrote none
+        is_other = (part.number, part.num_ids) != (file.part, file.ids)
+        theirs = f"part {part.number} of {part.num_ids} ids" if is_other else ""
+        if layout.run and part.run not in ("", layout.run):
             theirs = "a part of another run"
         if theirs:
             path = layout.path(file.part, file.ids)

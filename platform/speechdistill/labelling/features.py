@@ -19,7 +19,7 @@ from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.shards import Totals
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.io import audio, fingerprint, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.labelling.samples import check_storage
 from speechdistill.labelling.unchanged import Ingested, unchanged
@@ -91,7 +91,7 @@ def compute(config: Features) -> Totals:
     )
     totals = flow.run(job)
     if totals.complete:
-        storage.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
+        shards.complete(config.out, {"clips": totals.labelled, "rejected": totals.rejected})
     return totals
 
 

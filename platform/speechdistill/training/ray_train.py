@@ -146,8 +146,8 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     again and again without a new checkpoint; progress so far is kept.
     """
     shards.claim(job.out, job.identity)
-    if summary := storage.read_json(f"{job.out}/summary.json"):
-        return dict(summary)
+    if summary := shards.completed(job.out):
+        return summary
     result = _trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
     if failure:
@@ -159,7 +159,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
             if file.name != _STATE and not file.name.startswith("."):
                 storage.publish(file.read_bytes(), f"{job.out}/best/{file.name}")
     summary = {"steps": job.training.steps, "best": {k: v for k, v in figures.items() if k != "is_best"}}
-    storage.publish_json(summary, f"{job.out}/summary.json")
+    shards.complete(job.out, summary)
     return summary
 
 
