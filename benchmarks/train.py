@@ -19,7 +19,8 @@ from speechdistill.engine import cluster, shards
 from speechdistill.io import audio
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.training.batches import Mix
-from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.progress import Progress
+from speechdistill.training.ray_train import Job, fit
 from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, student
 

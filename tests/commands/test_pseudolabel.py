@@ -183,7 +183,7 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speechdistill.engine.flow._parts", stopped)
+    monkeypatch.setattr("speechdistill.engine.pipeline.parts", stopped)
     with pytest.raises(KeyboardInterrupt):
         pseudolabel.run(changed(config, num_samples=4))
     assert not (tmp_path / "summary.json").exists()

@@ -17,7 +17,7 @@ import milli
 from configs import changed
 from label_runs import assert_exactly_once, contents, label_run, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
-from speechdistill.engine import flow, parts, shards
+from speechdistill.engine import flow, parts, shards, stages
 from speechdistill.io import table
 from speechdistill.io.errors import RunError, UserError
 
@@ -188,7 +188,7 @@ def test_a_fault_of_the_program_in_an_actor_keeps_its_traceback(
 def test_pools_that_would_hang_are_refused() -> None:
     stage = milli_flow("unused", 1).stages(1, 0)[0]
     with pytest.raises(RunError, match=r"want 0\.25 CPUs, but only 0 of the cluster's 1"):
-        flow.check_pools((stage,), 1, 0)
+        stages.check_pools((stage,), 1, 0)
 
 
 def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) -> None:

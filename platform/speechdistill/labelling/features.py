@@ -19,6 +19,7 @@ from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.shards import Totals
+from speechdistill.engine.stages import Stage
 from speechdistill.io import audio, fingerprint, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.labelling.samples import check_storage
@@ -95,11 +96,11 @@ def compute(config: Features) -> Totals:
     return totals
 
 
-def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def _stages(config: Features, cpus: float, gpus: float) -> tuple[Stage, ...]:
     sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
     rows = 64 if sizes.teach.num_gpus else 8
     encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
-    load = flow.Stage(
+    load = Stage(
         name="load",
         make=partial(Load, config.clips),
         adds=_LOADED,
@@ -108,7 +109,7 @@ def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...
         isolated=True,
         memory_gb=4,
     )
-    return load, flow.Stage(name="encode", make=encode, adds=_ENCODED, pool=sizes.teach, batch_rows=rows, isolated=True)
+    return load, Stage(name="encode", make=encode, adds=_ENCODED, pool=sizes.teach, batch_rows=rows, isolated=True)
 
 
 class Load:
