@@ -232,7 +232,7 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
 def test_unusable_features_say_why(features: str, tmp_path: Path) -> None:
     with pytest.raises(TableError, match="features are not complete"):
         FeatureBatches(str(tmp_path))
-    rows = table.read(f"{features}/{FeatureBatches(features)._paths[0].removeprefix(features)}", "feature.v1")
+    rows = table.read(str(min(Path(features, "shards").iterdir())), "feature.v1")
     one_sided = [{**row, "split": "train"} for row in rows.to_pylist()[:3]]
     with pytest.raises(TableError, match="3 clips train, 0 validate"):
         FeatureBatches(written(tmp_path / "one-sided", one_sided))

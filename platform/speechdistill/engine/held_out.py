@@ -52,9 +52,9 @@ def by_row_groups(run: LabelRun, validates: bool) -> HeldOut:
     """The rule of earlier versions, under which their runs are resumed: one row group of 20 if the run `validates`."""
     if not validates:
         return HeldOut()
-    count = min(max(1, len(run.sizes) // _EARLIER_SHARE), len(run.sizes) - 1)
-    groups = np.unique(np.linspace(0, len(run.sizes) - 1, count + 2).astype(np.int64)[1:-1])
-    places = np.flatnonzero(np.isin(np.repeat(np.arange(len(run.sizes)), run.sizes), groups))
+    count = min(max(1, len(run.groups.sizes) // _EARLIER_SHARE), len(run.groups.sizes) - 1)
+    groups = np.unique(np.linspace(0, len(run.groups.sizes) - 1, count + 2).astype(np.int64)[1:-1])
+    places = np.flatnonzero(np.isin(np.repeat(np.arange(len(run.groups.sizes)), run.groups.sizes), groups))
     return HeldOut(places, _NO_PLACES, places)
 
 
@@ -79,7 +79,7 @@ class _Sources(NamedTuple):
 
     @classmethod
     def of(cls, run: LabelRun) -> "_Sources":
-        rows = run.columns("sample_id", "speaker", "clip_ids").combine_chunks()
+        rows = run.groups.columns("sample_id", "speaker", "clip_ids").combine_chunks()
         sample_id, speaker, lists = (rows[name].combine_chunks() for name in rows.column_names)
         clips, offsets = lists.values, lists.offsets.to_numpy()
         clip = clips.take(pa.array(offsets[:-1], mask=offsets[:-1] == offsets[1:]))

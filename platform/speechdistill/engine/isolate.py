@@ -38,6 +38,13 @@ class ChildDied(RuntimeError):
 
     hung = False
 
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason, fix)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
 
 class CannotWork(RuntimeError):
     """The worker could not be made, or what all rows need is away: no row's fault."""
@@ -191,9 +198,8 @@ class _Child:
         with self._lock:
             if self.died:
                 return
-            self.died = ChildDied(
-                f"the process working on this row {how}; listen to its source file, or leave the file out"
-            )
+            fix = "listen to its source file, or leave the file out"
+            self.died = ChildDied(f"the process working on this row {how}", fix)
             self.died.hung = hung
             self._process.kill()
             waiting, self._waiting = self._waiting, {}
