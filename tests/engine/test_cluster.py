@@ -77,7 +77,7 @@ def test_a_port_that_is_open_and_no_rays_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cluster, "_ANSWERS_WITHIN_S", 0.5)
     with socket.create_server(("", 0)) as silent:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(RunError, match="is open, but is no Ray"):
+        with pytest.raises(RunError, match="is open, but does not answer as Ray"):
             cluster.connect()
 
 

@@ -98,7 +98,7 @@ def test_a_run_in_which_nothing_moves_starts_its_pools_anew(
     hanging = Teach(hangs=(90,), marks=str(tmp_path))
     totals = flow.run(milli_flow(tmp_path / "run", 160, teach=hanging, stall_s=6, report_every_s=0.5))
     assert (tmp_path / "hung-90").exists() and totals.labelled == 160
-    assert any("the pools are started anew" in record.message for record in caplog.records)
+    assert any("the pools are restarted" in record.message for record in caplog.records)
     assert_exactly_once(tmp_path / "run", 160)
 
 
@@ -166,7 +166,7 @@ def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(
 ) -> None:
     job = milli_flow(tmp_path, 8)
     broken = replace(job.stages(2, 0)[1], make=milli.no_weights, actors=1, isolated=isolated)
-    with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*same command goes on$"):
+    with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*rerun the command$"):
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
 
 
@@ -182,7 +182,7 @@ def test_a_fault_of_the_program_in_an_actor_keeps_its_traceback(
     ) as error:
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
     assert not isinstance(error.value, UserError)
-    assert "the same command goes on" in error.value.__notes__[0]
+    assert "rerun the command" in error.value.__notes__[0]
 
 
 def test_pools_that_would_hang_are_refused() -> None:

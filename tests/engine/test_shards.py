@@ -63,7 +63,7 @@ def test_a_run_whose_folder_was_moved_writes_nothing_into_one_begun_under_its_na
     with pytest.raises(RunError, match="is not the run's folder on this node"):
         commit(layout, 0)
     shards.claim(layout.out, {"seed": 2})
-    with pytest.raises(RunError, match="was moved or deleted, and another run has begun there"):
+    with pytest.raises(RunError, match="was moved or deleted, and another run was started there"):
         commit(layout, 0)
     assert not shards.listed(layout.out)
 

@@ -112,7 +112,9 @@ class LabelRun:
             raise TableError(f"{self.out} is a folder inside the run {above}", f"give {above}")
         identity = configuration(self.out)
         if identity is None or completed(self.out) is None:
-            raise TableError(f"{self.out}: not a complete label run (no summary.json)", "finish it first")
+            raise TableError(
+                f"{self.out}: not a complete label run (no summary.json)", "rerun its command until it is complete"
+            )
         self.configuration = identity
         self.groups = RowGroups(self.out, ROW_GROUP, _AGAIN)
         if not len(self.groups):

@@ -1,8 +1,8 @@
-"""The engine on Ray Data: ids -> actor stages -> committed shards (`shards.py` is the commit protocol).
+"""The engine: run a flow of stages over the ids of a run (`pipeline.py`), and commit the parts (`shards.py`).
 
-Every stage is one row in, one row out; an error is a status of its row, never a lost one. What a stage does not
-catch (a dead actor, a dead node) Ray retries for ever, which is safe because a part's content is a function of
-the run and its number.
+Each stage takes one row and returns one row. An error is a status of its row: no row is lost. Ray retries without limit
+after failures that no stage catches, such as a dead actor or node. That is safe because the content of a part is a
+function of the run and the part's number.
 """
 
 import logging
@@ -29,16 +29,17 @@ from speechdistill.io.errors import RunError
 
 _LOG = logging.getLogger(__name__)
 _TRIAL_ROWS = 8
-_AT_ONCE = 20_000  # parts in one execution of Ray Data, whose driver keeps an object for each
+_AT_ONCE = 20_000  # parts in one execution of Ray Data: the driver keeps an object for each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """What to run. `identity` decides what each id becomes and is kept in `run.json`; the rest only says how.
+    """A run of the engine. `identity` determines the result of each id and is kept in `run.json`; other fields do not
+    affect results.
 
-    `stages` makes the pools for a cluster's CPUs and GPUs, which are at least `grow_to` (for a cluster that scales by
-    itself). `on_part` sees the footer of each committed part, `report` the figures of `Monitor` once a minute. Rejects
-    are a share of the run's ids and of `known` others, done elsewhere.
+    `stages` returns the stages for a cluster's CPUs and GPUs, at least `grow_to` for a cluster that scales by itself.
+    `on_part` is called with each committed part, `report` with the figures of `Monitor` once a minute. The reject share
+    is that of the run's ids and of `known` other rows, which were done elsewhere.
     """
 
     layout: Layout
@@ -49,13 +50,13 @@ class Flow:
     on_part: Callable[[Part], None] = lambda part: None
     report: Report = lambda figures: None
     report_every_s: float = 60.0
-    stall_s: float = 1800.0  # longer than a few rows that hang their child take
+    stall_s: float = 1800.0  # longer than a few rows whose child process hangs
     known: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a sample of a run's ids cost: what each stage did, and the bytes of their parts."""
+    """The cost of a trial over some of a run's ids: the work of each stage, and the bytes of the parts."""
 
     num_ids: int
     labelled: int
@@ -65,12 +66,12 @@ class Trial:
 
 
 def run(flow: Flow) -> Totals:
-    """Make every missing part, and return the totals over all of them, earlier ones included.
+    """Make every missing part and return the totals over all parts, earlier ones included.
 
-    After its `max_hours` it ends early: then the totals are not `complete`. Raises
-    `RunError` where the folder belongs to another configuration or is not shared by all nodes, the cluster is too
-    small for the pools, or more than `max_reject_share` of the rows are rejected. A fault of the program in a worker
-    is Ray's error with its traceback. What is committed stays; the same call resumes.
+    After `max_hours` the run ends early and the totals are not `complete`. Raises `RunError` if the folder belongs to
+    another configuration or is not shared by all nodes, the cluster is too small for the pools, or more than
+    `max_reject_share` of the rows are rejected. A fault of the program in a worker raises Ray's error with the
+    traceback. Committed parts are kept, and the same call resumes.
     """
     flow = replace(flow, layout=replace(flow.layout, run=fingerprint.of(flow.identity)))
     layout = flow.layout
@@ -105,7 +106,7 @@ def run(flow: Flow) -> Totals:
                         limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
                         if watch.time_is_up:
                             break
-        if left or watch.interrupted:  # perhaps between a commit and its count
+        if left or watch.interrupted:  # perhaps stopped between a commit and its count
             _, totals = shards.survey(layout, footers=footers)
         totals.complete = not left
     shards.finish(layout, totals.complete, footers)
@@ -113,7 +114,7 @@ def run(flow: Flow) -> Totals:
 
 
 def trial(flow: Flow, num_ids: int = 200) -> Trial:
-    """Make `num_ids` ids, spread evenly over the run, write nothing, and tell what they cost."""
+    """Process `num_ids` ids, spread evenly over the run, and return their cost. Nothing is written."""
     layout = replace(flow.layout, rows_per_part=min(_TRIAL_ROWS, flow.layout.num_ids))
     whole_parts = layout.num_ids // layout.rows_per_part
     chosen = np.unique(np.linspace(0, whole_parts - 1, min(whole_parts, -(-num_ids // _TRIAL_ROWS))).astype(np.int64))
@@ -134,13 +135,13 @@ def trial(flow: Flow, num_ids: int = 200) -> Trial:
 
 
 def _noted(board: Board, rows: int) -> Mapping[str, Work]:
-    """What the board knows once the last notes have arrived."""
+    """Wait for the last notes on the board and return the work of each stage; raises `RunError` after 10 s."""
     for _ in range(100):
         work = board.read()
         if work.get("write", Work()).rows >= rows:
             return work
         time.sleep(0.1)
-    raise RunError("the workers did not tell what they have done", "try the dry run again")
+    raise RunError("the workers did not report their work", "rerun the dry run")
 
 
 def _pools(flow: Flow) -> tuple[Stage, ...]:

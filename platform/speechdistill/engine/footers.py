@@ -1,4 +1,4 @@
-"""The footers of a run's parts, gathered in one file: a request for each of 100,000 parts takes half an hour on S3."""
+"""The footers of a run's parts, gathered in one file: on S3, 100,000 requests take half an hour."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from speechdistill.io import storage, table
 from speechdistill.io.errors import RunError, TableError
 
 _THREADS, _TAIL_BYTES = 32, 1 << 16  # most footers have 10 kB
-_SAVED = 1000  # a smaller run, and as many parts of a larger one, are read quickly
+_SAVED = 1000  # reading so many footers is quick
 
 
 class File(NamedTuple):
-    """A committed part: its number, how many ids it has, the bytes of its file and its name on its file system."""
+    """The file of a committed part: number of the part, number of ids, size, name on its file system."""
 
     part: int
     ids: int
@@ -75,13 +75,14 @@ class Part:
 class Footers:
     """The known footers of the parts in `out`, from `footers.parquet` there and from `note`.
 
-    A footer is that of a file with as many ids and bytes; of others it is read, with one request.
+    A known footer is used for a file with the same number of ids and the same size. Others are read, with one request
+    each.
     """
 
     def __init__(self, out: str) -> None:
         self._out, self._unsaved = out, 0
         self._known: dict[int, tuple[int, int, str]] = {}
-        with suppress(TableError):  # not there, or damaged: it has nothing that the parts lack
+        with suppress(TableError):  # missing or damaged: the parts have all of it
             rows = table.read(f"{out}/footers.parquet", "footer.v1")
             columns = (rows[name].to_pylist() for name in ("part", "ids", "size_bytes", "footer"))
             parts, *known = columns
@@ -92,11 +93,11 @@ class Footers:
         self._add(File(part.number, part.num_ids, part.size_bytes, ""), part.to_json())
 
     def of(self, files: Sequence[File]) -> Iterator[Part]:
-        """The footers of these files, in their order; raises `RunError` for a file that is damaged."""
+        """Yield the footers of these files in order; raises `RunError` for a damaged file."""
         unknown = [file for file in files if not self._has(file)]
         fs, _ = storage.file_system(self._out)
         with ThreadPoolExecutor(_THREADS) as threads:
-            for start in range(0, len(unknown), _SAVED):  # so many are kept if this process ends
+            for start in range(0, len(unknown), _SAVED):  # saved in steps, for the case that this process ends
                 some = unknown[start : start + _SAVED]
                 for file, text in zip(some, threads.map(lambda file: _read(fs, self._out, file), some), strict=True):
                     self._add(file, text)
@@ -109,7 +110,7 @@ class Footers:
     def _add(self, file: File, text: str) -> None:
         self._known[file.part] = (file.ids, file.size_bytes, text)
         self._unsaved += 1
-        if self._unsaved >= max(_SAVED, len(self._known) // 20):  # in all they are written twenty times at most
+        if self._unsaved >= max(_SAVED, len(self._known) // 20):  # at most twenty times in all
             self._save()
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""Ray Data under a flow: ids -> actor stages -> committed parts, as a generator of the parts."""
+"""Ray Data under a flow: ids -> actor stages -> committed parts."""
 
 import re
 import time
@@ -16,18 +16,21 @@ from speechdistill.engine.shards import REJECT, Layout
 from speechdistill.engine.stages import Actor, Stage
 from speechdistill.io.errors import RunError
 
-# Little of a CPU is needed to make ids and to write, and on a cluster whose pools are full no node may have more left.
+# Making ids and writing take little CPU, and on a cluster with full pools no node may have more left.
 _IO_CPUS = 0.01
 
 
 def parts(
     layout: Layout, stages: tuple[Stage, ...], missing: list[int], board: Board, publish: bool = True
 ) -> Generator[Part, None, None]:
-    """Run the stages over the missing parts; yields the footer of each part once it is committed."""
+    """Run the stages over the missing parts; yields each part once it is committed.
+
+    Raises `RunError` if a worker cannot work, and Ray's error for a fault of the program.
+    """
     from speechdistill.engine.parts import Parts  # imports ray.data, which takes seconds
 
-    # One block per part, never split: then a stage's output is whole parts, whatever the order they arrive in. (A
-    # repartition before the write, the obvious way, holds all parts back until the stages before it are done.)
+    # One block per part, never split: a stage then puts out whole parts, in any order. (A repartition before the
+    # write, the obvious way, holds all parts back until the earlier stages are done.)
     dataset = ray.data.read_datasource(
         Parts(layout, missing),
         num_cpus=_IO_CPUS,
@@ -36,9 +39,9 @@ def parts(
     )
     dataset.context.target_max_block_size = None
     dataset.context.enable_progress_bars = False
-    # By default Ray Data gives up a run that waits half an hour for nodes; here `Watch` looks after that.
+    # By default Ray Data gives up after waiting half an hour for nodes; `Watch` handles that here.
     dataset.context.execution_no_progress_timeout_s = -1
-    # By default an actor that dies while it starts, with its node say, ends the run.
+    # By default an actor that dies during its start, perhaps with its node, ends the run.
     dataset.context.max_consecutive_actor_init_deaths = 3 + 2 * max(stage.pool.actors for stage in stages)
     columns = [pa.field("id", pa.int64())]
     for stage in stages:
@@ -65,22 +68,22 @@ def parts(
             yield Part.from_json(row["part"])
     except ray.exceptions.RayError as error:
         if _is_fault(error):
-            error.add_note("what is committed stays, the same command goes on")
+            error.add_note("committed parts are kept; fix the cause and rerun the command")
             raise
         raise RunError(
-            f"the run ended early: {_cause(error)}", "what is committed stays, the same command goes on"
+            f"the run ended early: {_cause(error)}", "committed parts are kept; fix the cause and rerun the command"
         ) from error
 
 
 def _is_fault(error: Exception) -> bool:
-    """Whether a stage raised what no user can mend; its traceback is in the error's text."""
+    """Whether a stage raised an error that no user can fix. The error's text has the traceback."""
     raised = isinstance(error, ray.exceptions.RayTaskError) or getattr(error, "actor_init_failed", False)
     name = _cause(error).partition(":")[0]
     return raised and (name.partition(".")[0] != "speechdistill" or name.endswith(CannotWorkByFault.__name__))
 
 
 def _cause(error: Exception) -> str:
-    """What a worker raised, "module.Class: message": Ray Data puts an error with advice on its settings behind it."""
+    """Return the error of a worker, "module.Class: message". Ray Data appends an error with advice on its settings."""
     blocks = str(error).split("\n\nThe above exception was the direct cause of the following exception:\n\n")
     block = next((block for block in reversed(blocks) if "exceptions.UserCodeException" not in block), blocks[-1])
     *_, raised = re.split(r'^ *File ".*\n(?: .*\n)*', block, flags=re.MULTILINE)  # behind the last frame

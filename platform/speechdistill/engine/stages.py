@@ -1,4 +1,4 @@
-"""Stages of a flow: what the actors of a pool do with a batch of rows."""
+"""Stages of a flow: pools of actors, each of which works on batches of rows."""
 
 import threading
 import time
@@ -18,11 +18,11 @@ from speechdistill.io.errors import RunError
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A pool of actors that do `make()`'s work: rows in; per row the columns `adds`, or an exception, out.
+    """A pool of actors. The worker that `make()` returns maps each row to the columns `adds`, or to an exception.
 
-    `isolated` runs the work in a child process of the actor, with at most `memory_gb`, for code that may crash.
-    `calls`: batches that an actor works on at once, each in a thread, for work that waits for a GPU: the next ones are
-    decoded meanwhile.
+    `isolated` runs the worker in a child process of the actor, with at most `memory_gb`, for code that may crash.
+    `calls` is the number of batches that an actor works on at once, each in a thread: the next ones are decoded while
+    one waits for a GPU.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Stage:
 
 
 def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
-    """Raise `RunError` for pools that would wait for ever: Ray Data's own tasks need one CPU beside the actors."""
+    """Raise `RunError` for pools that would wait for ever. Ray Data's own tasks need one CPU beside the actors."""
     wanted_cpus = sum(stage.pool.actors * stage.pool.num_cpus for stage in stages)
     wanted_gpus = sum(stage.pool.actors * stage.pool.num_gpus for stage in stages)
     pools = ", ".join(f"{s.name} {s.pool.actors} × {s.pool.num_cpus:g} CPU + {s.pool.num_gpus:g} GPU" for s in stages)
@@ -48,23 +48,22 @@ def check_pools(stages: tuple[Stage, ...], cpus: float, gpus: float) -> None:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_cpus:g} CPUs, but only {cpus - 1:g} of the cluster's {cpus:g} "
             "are free for actors (one is for reading and writing)",
-            "lower the numbers of actors or their CPUs, or say with --grow-to what the cluster may grow to",
+            "lower the numbers of actors or their CPUs, or give --grow-to if the cluster can grow",
         )
     if wanted_gpus > gpus + 1e-6:
         raise RunError(
             f"the actor pools ({pools}) want {wanted_gpus:g} GPUs, but the cluster has {gpus:g}",
-            "lower the number of actors, give each a fraction of a GPU, or say with --grow-to what the cluster may "
-            "grow to",
+            "lower the number of actors, give each a fraction of a GPU, or give --grow-to if the cluster can grow",
         )
 
 
 class Actor:
-    """One actor of a stage. A failing row becomes a reject; a batch that fails as a whole is tried row by row."""
+    """Actor of a stage. A row that fails becomes a reject; a batch that fails as a whole is retried row by row."""
 
     def __init__(self, stage: Stage, schema: pa.Schema, board: Board) -> None:
         self._stage, self._schema, self._board = stage, schema, board
         cluster.be_patient()
-        cluster.node_use()  # the first answer is about no time at all
+        cluster.node_use()  # the first answer covers no time
         isolated = partial(Isolated, stage.make, stage.memory_gb, calls=stage.calls)
         self._work: Worker = isolated() if stage.isolated else stage.make()
         self._lock, self._noted = threading.Lock(), (0.0, 0.0)
@@ -88,13 +87,13 @@ class Actor:
             return []
         try:
             return self._work(rows)
-        except CannotWork:  # ends the run: every row would fail
+        except CannotWork:  # ends the run, since every row would fail
             raise
         except Exception as error:
             return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]
 
     def _note(self, rows: int, began: float, cpu_began: float) -> None:
-        """Tell the board; what batches do at the same time counts once."""
+        """Add the work to the board. Time that batches share is counted once."""
         with self._lock:
             now, cpu_s = time.monotonic(), self._cpu_s()
             since, cpu_since = (max(pair) for pair in zip(self._noted, (began, cpu_began), strict=True))

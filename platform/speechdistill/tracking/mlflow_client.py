@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# MLflow reads its limits from the environment at each request, so one value serves points and uploads. The timeout is
-# that of silence: a server that has received a gigabyte of weights answers once its own storage has them.
+# MLflow reads its limits from the environment at each request, so one value serves points and uploads. The timeout
+# limits silence: a server that has received a gigabyte of weights answers once its own storage has them.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "300",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # `Sender` and `patiently` repeat calls: seven of MLflow's take minutes

@@ -7,11 +7,11 @@ from speechdistill.io import checkpoint
 from speechdistill.tracking import model_code
 
 MODEL = "student"
-"""The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
+"""Name of a run's logged model, and of the folder of its two files among the model's artifacts."""
 
 
 def save_model(folder: str, path: str, **identity: Any) -> None:
-    """Write the student of a checkpoint's folder as an MLflow model to the local folder `path`.
+    """Write the student in a checkpoint's folder as an MLflow model to the local folder `path`.
 
     `identity` goes to `mlflow.models.Model`: run_id, model_id, metadata.
     """
@@ -21,7 +21,7 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    # `served.py` judges each record: MLflow would refuse a whole batch for one of another type or without a column.
+    # `served.py` checks each record: MLflow would refuse a whole batch because of one record.
     inputs = [ColSpec(AnyType(), name, required=False) for name in ("audio", "waveform", "sample_rate")]
     outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
@@ -36,7 +36,7 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
             artifacts={MODEL: f"{staged}/{MODEL}"},
             pip_requirements=list(requirements),
             signature=ModelSignature(Schema(inputs), Schema(outputs)),
-            model_config={"encoder": ""} if has_encoder else None,  # what is not named here cannot be set later
+            model_config={"encoder": ""} if has_encoder else None,  # options must be named here to be set later
             input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
             mlflow_model=Model(**identity),
         )

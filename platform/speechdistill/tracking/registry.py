@@ -1,7 +1,7 @@
-"""Students in MLflow: logged to a run as a model, read back, registered, and the aliases that point to them.
+"""Students in MLflow: log them to a run as a model, fetch them, register them, move aliases.
 
-A logged student loads where this package is not installed: the modules that it needs are stored with it. Our own tools
-read its safetensors and configuration alone (`student_folder`).
+A logged student loads without this package: the modules that it needs are stored with it. Our own tools read only its
+safetensors and configuration (`student_folder`).
 """
 
 import json
@@ -21,11 +21,11 @@ from speechdistill.tracking.run import MODEL_ADDRESSES
 
 
 class RegistryError(UserError, RuntimeError):
-    """A model or run that MLflow lacks or does not give: which one, where, and what to do."""
+    """A model or run that MLflow lacks or does not return."""
 
 
 class Logged(NamedTuple):
-    """A student that a run has logged; `location` is the URL of its files, `tags` hold its provenance."""
+    """A student logged to a run. `location` is the URL of its files, `tags` hold its provenance."""
 
     model_id: str
     run_id: str
@@ -34,17 +34,17 @@ class Logged(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """Its address for every MLflow tool."""
+        """Return the address for MLflow's tools."""
         return f"models:/{self.model_id}"
 
     @property
     def sources(self) -> tuple[str, str]:
-        """What a version of it may have as its source: ours, and that of MLflow's own pages."""
+        """Return the possible sources of a registered version: ours, and that of MLflow's own pages."""
         return self.location, self.uri
 
 
 class Version(NamedTuple):
-    """A registered version of a model name; `source` is the address it was registered with."""
+    """A registered version of a model name; `source` is the address at registration."""
 
     name: str
     number: str
@@ -60,8 +60,8 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
     """Log the checkpoint in `folder` (see `io.checkpoint`) to an MLflow run as its model `student`.
 
     `uri` is the MLflow (default: MLFLOW_TRACKING_URI). The checkpoint's provenance becomes metadata and tags of the
-    model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
-    the folder holds no checkpoint and `RegistryError` where MLflow does not know the run or does not answer.
+    model. The call may be repeated: a run with a model of these weights keeps that model. Raises `TableError` if the
+    folder holds no checkpoint, and `RegistryError` if MLflow does not know the run or does not answer.
     """
     student = checkpoint.read(folder)
     registry = Registry(uri)
@@ -71,11 +71,11 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
 
 @contextmanager
 def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
-    """A folder with the two files of the student at `address`, which is there while the body runs.
+    """Yield a folder with the two files of the student at `address`; it exists while the body runs.
 
     `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` and `runs:/RUN_ID/student` are fetched from the
-    MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL, and passed on. Raises
-    `RegistryError`.
+    MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL and yielded as it is.
+    Raises `RegistryError`.
     """
     if not address.startswith(MODEL_ADDRESSES):
         yield storage.absolute(address)
@@ -85,7 +85,7 @@ def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
 
 
 class Registry:
-    """One MLflow, at `uri` or MLFLOW_TRACKING_URI. Every method raises `RegistryError` naming what it was asked for."""
+    """One MLflow, at `uri` or MLFLOW_TRACKING_URI. Each method raises `RegistryError` naming the run or model."""
 
     def __init__(self, uri: str | None = None) -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -99,7 +99,7 @@ class Registry:
             self._client: Any = PatientClient(self.uri)
 
     def logged(self, run_id: str) -> list[Logged]:
-        """The students that a run has logged, the newest first; those whose upload failed are left out."""
+        """Return the students that a run has logged, newest first, without those whose upload failed."""
         with self._asked(f"run {run_id}"):
             experiment = self._client.get_run(run_id).info.experiment_id
             name = f"source_run_id = '{run_id}' AND name = '{MODEL}'"
@@ -108,7 +108,7 @@ class Registry:
             return [Logged(m.model_id, run_id, m.artifact_location, m.tags) for m in found if m.status == "READY"]
 
     def log(self, folder: str, run_id: str, provenance: Mapping[str, Any], weights_hash: str) -> Logged:
-        """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
+        """Log the checkpoint in `folder` as a new model of a run."""
         from mlflow.entities import LoggedModelOutput
 
         provenance = checkpoint.brief(provenance)
@@ -125,13 +125,13 @@ class Registry:
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
-                with suppress(Exception):  # the cause is what is told
+                with suppress(Exception):  # the first error is reported
                     self._client.finalize_logged_model(model.model_id, "FAILED")
                 raise
             return Logged(model.model_id, run_id, model.artifact_location, tags)
 
     def best_of(self, parent: str, metric: str) -> str:
-        """Among the finished child runs of a run, the one with the lowest `metric`."""
+        """Return the finished child run with the lowest `metric`; raises `RegistryError` if none has it."""
         with self._asked(f"run {parent}"):
             experiment = self._client.get_run(parent).info.experiment_id
             wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.status = 'FINISHED'"
@@ -150,7 +150,7 @@ class Registry:
         return str(min(finite, key=lambda run: (finite[run], run)))
 
     def fetch(self, address: str, folder: str) -> str:
-        """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; returns where."""
+        """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; return their folder."""
         from mlflow.artifacts import download_artifacts
 
         with self._asked(address):
@@ -159,12 +159,12 @@ class Registry:
             fetched: str = patiently(download_artifacts, artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
             logged = tags.get("weights_sha256")
             if logged and logged != fingerprint.of_file(f"{fetched}/{checkpoint.WEIGHTS}"):
-                reason = f"{address}: the weights at {self.place} are not those that were logged"
+                reason = f"{address}: the weights at {self.place} differ from the logged ones"
                 raise RegistryError(reason, "restore the model's artifacts, or give another version")
             return fetched
 
     def by_alias(self, name: str, alias: str) -> Version | None:
-        """The version of a model name that has an alias; None where no version has it, or there is no such name."""
+        """Return the version of a model name with an alias; None if no version has it, or the name is unknown."""
         from mlflow.exceptions import MlflowException
 
         with self._asked(f"model {name}"):
@@ -177,7 +177,7 @@ class Registry:
             return _version(self._client.get_model_version(name, str(number))) if number else None
 
     def register(self, name: str, model: Logged) -> Version:
-        """The version of `name` that is this model; made where there is none, so the call may be repeated."""
+        """Return the version of `name` that is this model; create it if there is none. The call may be repeated."""
         from mlflow.exceptions import MlflowException
 
         with self._asked(f"model {name}"):
@@ -210,7 +210,7 @@ class Registry:
             self._client.log_text(run_id, json.dumps(value, indent=2, ensure_ascii=False) + "\n", name)
 
     def lacks(self, name: str, alias: str) -> RegistryError:
-        """Why `by_alias` has found none: the name is unknown, or no version of it has the alias."""
+        """Return the error for a missing alias: the name is unknown, or no version of it has the alias."""
         with self._asked(f"model {name}"):
             known = {model.name: model.aliases for model in self._client.search_registered_models()}
         if name not in known:
@@ -222,7 +222,7 @@ class Registry:
         return RegistryError(reason, "give models:/NAME/NUMBER; `speechdistill promote` sets `champion`")
 
     def _found(self, address: str) -> tuple[str, Mapping[str, str]]:
-        """The URL of a model's files, and its tags."""
+        """Return the URL of a model's files, and the model's tags."""
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
             models = self.logged(match[1])
             if not models:
@@ -241,7 +241,7 @@ class Registry:
             found = self._client.get_logged_model(match[1])
             return str(found.artifact_location), found.tags
         raise RegistryError(
-            f"{address!r} is no address of a student",
+            f"{address!r} is not the address of a student",
             f"choose from models:/NAME@ALIAS, models:/NAME/VERSION, models:/MODEL_ID and runs:/RUN_ID/{MODEL}",
         )
 
