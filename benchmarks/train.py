@@ -16,10 +16,11 @@ import tyro
 from bare import WARM_UP, steps_per_s
 
 from speechdistill.engine import cluster, shards
-from speechdistill.io import audio, storage
+from speechdistill.io import audio
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 from speechdistill.training.batches import Mix
-from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.progress import Progress
+from speechdistill.training.ray_train import Job, fit
 from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, student
 
@@ -101,7 +102,7 @@ def labels(out: Path) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    storage.publish_json({}, f"{out}/summary.json")
+    shards.complete(str(out), {})
     return str(out)
 
 

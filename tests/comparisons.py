@@ -1,7 +1,6 @@
 """Clips, label runs and comparisons for tests, made by the real workers without Ray."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from speechdistill.comparing import candidates, comparison, judged, scoring
 from speechdistill.comparing.comparison import Comparison
 from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.engine import flow, limits, shards
+from speechdistill.engine.footers import Part
 from speechdistill.engine.isolate import Row, Worker
 from speechdistill.io import storage, table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
@@ -68,7 +68,7 @@ def label_run(folder: Path, teacher: str, num_samples: int = 24) -> str:
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    storage.publish_json({}, f"{layout.out}/summary.json")
+    shards.complete(layout.out, {})
     return layout.out
 
 
@@ -86,7 +86,7 @@ def without_ray(run: flow.Flow, stop_after: int | None = None) -> shards.Totals:
             rows = [_through(workers, {"id": i}) for i in layout.ids(k)]
             footers = shards.write_parts(pa.Table.from_pylist(rows, schema).drop_columns("wave"), layout)
             for footer in footers["part"].to_pylist():
-                run.on_part(json.loads(footer))
+                run.on_part(Part.from_json(footer))
     if stop_after is not None:
         raise KeyboardInterrupt
     totals = shards.survey(layout)[1]

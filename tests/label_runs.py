@@ -13,7 +13,7 @@ from manifests import row
 from milli import Degrade, Teach
 from speechdistill.engine import shards
 from speechdistill.engine.isolate import Row
-from speechdistill.io import storage, table
+from speechdistill.io import table
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 
@@ -47,7 +47,7 @@ def label_run(
         schema = pa.schema([("id", pa.int64()), *DEGRADED, *TAUGHT, *shards.REJECT])
         shards.write_parts(pa.Table.from_pylist(rows, schema), layout)
     shards.finish(layout)
-    storage.publish_json({}, f"{out}/summary.json")
+    shards.complete(str(out), {})
     return str(out)
 
 

@@ -21,6 +21,7 @@ from configs import changed
 from speechdistill.engine import flow, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.pools import Pool
+from speechdistill.engine.stages import Stage
 from speechdistill.io import audio, table
 from speechdistill.io.errors import WeightsError
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
@@ -133,14 +134,14 @@ def milli_flow(
         ),
         identity={"seed": options.pop("seed", 0)},
         stages=lambda cpus, gpus: (
-            flow.Stage(
+            Stage(
                 name="degrade",
                 make=partial(_same, degrade),
                 adds=DEGRADED,
                 isolated=True,
                 memory_gb=4,
             ),
-            flow.Stage(name="teach", make=partial(_same, teach), adds=TAUGHT, pool=Pool(2), batch_rows=4, calls=2),
+            Stage(name="teach", make=partial(_same, teach), adds=TAUGHT, pool=Pool(2), batch_rows=4, calls=2),
         ),
     )
     return changed(milli, **options)

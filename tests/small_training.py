@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from speechdistill.engine import cluster
 from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
-from speechdistill.training.ray_train import Job, Progress, _Progress, _work, fit
+from speechdistill.training.progress import Board, Progress
+from speechdistill.training.ray_train import Job, _work, fit
 from speechdistill.training.recipe import Around, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run
@@ -76,7 +77,7 @@ def job(labels: str, out: str, most: int, marks: str, step: int) -> Job:
 def train_here(runs: list[Run], at_once: int) -> None:
     """`side_by_side.train` without a worker: Ray Train's local mode, one run after another in this process."""
     for one in runs:
-        progress: Any = _Progress(one.job.starts)
+        progress: Any = Board(one.job.starts)
         try:
             one.summary, one.state = fit(one.job, progress), "done"
         except UserError as error:

@@ -32,7 +32,8 @@ from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, Qual
 from speechdistill.training.batches import Mix
 from speechdistill.training.global_norm import globalise
 from speechdistill.training.loop import Loop
-from speechdistill.training.ray_train import Job, Progress, fit
+from speechdistill.training.progress import Progress
+from speechdistill.training.ray_train import Job, fit
 from speechdistill.training.recipe import Training
 from speechdistill.training.recipes.distill import Distill, tiny
 

@@ -183,7 +183,7 @@ def test_a_complete_run_is_left_as_it_is_and_a_grown_one_is_incomplete_until_it_
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speechdistill.engine.flow._parts", stopped)
+    monkeypatch.setattr("speechdistill.engine.pipeline.parts", stopped)
     with pytest.raises(KeyboardInterrupt):
         pseudolabel.run(changed(config, num_samples=4))
     assert not (tmp_path / "summary.json").exists()
@@ -199,7 +199,7 @@ def test_a_tracking_outage_does_not_stop_the_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     summary = pseudolabel.run(config_of(Pseudolabel, clips=clips, out=str(tmp_path), num_samples=2, rows_per_part=2))
     assert summary["labelled"] == 2
-    assert [record.message for record in caplog.records if "goes on without it" in record.message]
+    assert [record.message for record in caplog.records if "the run continues" in record.message]
 
 
 def test_a_dry_run_prints_what_the_run_takes_and_writes_nothing(

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from speechdistill.engine import cost, place
-from speechdistill.engine.flow import Stage, Trial
+from speechdistill.engine.flow import Trial
 from speechdistill.engine.monitor import Work
 from speechdistill.engine.pools import Pool
+from speechdistill.engine.stages import Stage
 from speechdistill.io.options import OptionError
 from speechdistill.labelling.samples import DEGRADED, TAUGHT
 

@@ -17,7 +17,7 @@ import milli
 from configs import changed
 from label_runs import assert_exactly_once, contents, label_run, rejects_of, rows_of
 from milli import Degrade, Teach, milli_flow
-from speechdistill.engine import flow, parts, shards
+from speechdistill.engine import flow, parts, shards, stages
 from speechdistill.io import table
 from speechdistill.io.errors import RunError, UserError
 
@@ -74,7 +74,7 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path: Path, local_
         160,
         teach=Teach(waits_for=(150, str(tmp_path / "later"))),
         retry_rejected=True,
-        on_part=lambda part: committed.append(part["part"]),
+        on_part=lambda part: committed.append(part.number),
     )
     totals = flow.run(changed(job, max_hours=12 / 3600))
     assert 0 < totals.done == sum(shards.listed(str(tmp_path)).values()) < 160, "parts wait for later ones"
@@ -98,7 +98,7 @@ def test_a_run_in_which_nothing_moves_starts_its_pools_anew(
     hanging = Teach(hangs=(90,), marks=str(tmp_path))
     totals = flow.run(milli_flow(tmp_path / "run", 160, teach=hanging, stall_s=6, report_every_s=0.5))
     assert (tmp_path / "hung-90").exists() and totals.labelled == 160
-    assert any("the pools are started anew" in record.message for record in caplog.records)
+    assert any("the pools are restarted" in record.message for record in caplog.records)
     assert_exactly_once(tmp_path / "run", 160)
 
 
@@ -166,7 +166,7 @@ def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(
 ) -> None:
     job = milli_flow(tmp_path, 8)
     broken = replace(job.stages(2, 0)[1], make=milli.no_weights, actors=1, isolated=isolated)
-    with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*same command goes on$"):
+    with pytest.raises(RunError, match=r"^the run .*no weights on this node; install them; .*rerun the command$"):
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
 
 
@@ -182,13 +182,13 @@ def test_a_fault_of_the_program_in_an_actor_keeps_its_traceback(
     ) as error:
         flow.run(replace(job, stages=lambda cpus, gpus: (job.stages(2, 0)[0], broken)))
     assert not isinstance(error.value, UserError)
-    assert "the same command goes on" in error.value.__notes__[0]
+    assert "rerun the command" in error.value.__notes__[0]
 
 
 def test_pools_that_would_hang_are_refused() -> None:
     stage = milli_flow("unused", 1).stages(1, 0)[0]
     with pytest.raises(RunError, match=r"want 0\.25 CPUs, but only 0 of the cluster's 1"):
-        flow.check_pools((stage,), 1, 0)
+        stages.check_pools((stage,), 1, 0)
 
 
 def test_a_block_of_whole_parts_is_written_and_any_other_is_not(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
 """The footers of a run in one file: resumes open only the parts that it lacks, and never take it for a newer part."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from milli import COLUMNS, milli_flow
 from speechdistill.engine import footers, parts, shards
-from speechdistill.engine.footers import Footers
+from speechdistill.engine.footers import Footers, Part
 from speechdistill.io import table
 
 MEMORY = fsspec.filesystem("memory")
@@ -33,14 +33,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Read]:
     MEMORY.store.clear()
 
 
-def commit(layout: shards.Layout, *numbers: int, message: str = "no") -> list[dict]:
+def commit(layout: shards.Layout, *numbers: int, message: str = "no") -> list[Part]:
     """Commit these parts, whose rows are all rejected with a message; their footers."""
     block = pa.concat_tables([parts.block(layout.ids(k)) for k in numbers])
     for name in shards.REJECT.names:
         block = block.set_column(block.column_names.index(name), name, pa.array([message] * len(block)))
     for name in COLUMNS:
         block = block.append_column(name, pa.nulls(len(block), table.schema("pseudolabel.v1").field(name).type))
-    return [json.loads(text) for text in shards.write_parts(block, layout)["part"].to_pylist()]
+    return [Part.from_json(text) for text in shards.write_parts(block, layout)["part"].to_pylist()]
 
 
 @pytest.mark.parametrize("place", ["local", "memory://run"])
@@ -96,3 +96,10 @@ def test_a_long_footer_is_read_whole(read: Read, tmp_path: Path) -> None:
     rejects = table.read(f"{tmp_path}/rejects/rejects.parquet", "reject.v1").to_pylist()
     assert [row["message"] for row in rejects] == ["why " * 20_000] * 8
     assert not (tmp_path / "footers.parquet").exists(), "a small run needs none"
+
+
+def test_the_footers_of_an_earlier_version_are_written_as_they_were() -> None:
+    for file in (Path(__file__).parents[1] / "fixtures" / "446974e").rglob("part-*.parquet"):
+        text = pq.read_metadata(file).metadata[b"part"].decode()
+        assert Part.from_json(text).to_json() == text
+        assert Part.from_json(replace(Part.from_json(text), run="a", size_bytes=5).to_json()).size_bytes == 5

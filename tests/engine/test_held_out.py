@@ -35,7 +35,7 @@ def run_of(folder: Path, known: Known, num_ids: int = 240, **options: int) -> st
 
 
 def clips_at(run: LabelRun, places: np.ndarray) -> list[list[str]]:
-    lists = run.columns("clip_ids")["clip_ids"].to_pylist()
+    lists = run.groups.columns("clip_ids")["clip_ids"].to_pylist()
     return [lists[place] for place in places]
 
 
@@ -43,7 +43,7 @@ def trained(batches: Batches, steps: int) -> list[set[int]]:
     """The places in each run of all that the first batches hold."""
     found: list[set[int]] = [set() for _ in batches.runs]
     for ref in (ref for t in range(steps) for ref in batches.refs(t)):
-        found[ref.run].add(int(batches.runs[ref.run].starts[ref.group]) + ref.row)
+        found[ref.run].add(int(batches.runs[ref.run].groups.starts[ref.group]) + ref.row)
     return found
 
 
@@ -65,7 +65,7 @@ def test_no_held_out_clip_is_in_any_batch_not_even_as_babble(tmp_path: Path) -> 
 def test_known_speakers_are_held_out_whole(tmp_path: Path) -> None:
     run = LabelRun(run_of(tmp_path, speaker_12))
     (held,) = held_out([run])
-    speakers = np.array(run.columns("speaker")["speaker"].to_pylist())
+    speakers = np.array(run.groups.columns("speaker")["speaker"].to_pylist())
     kept = np.setdiff1d(np.arange(240), held.left_out)
     parts = [set(speakers[places]) for places in (held.test, held.validation, kept)]
     assert all(parts) and sum(map(len, parts)) == 12
@@ -128,7 +128,7 @@ def test_of_too_few_speakers_none_is_held_out_and_it_is_said(tmp_path: Path, num
 def test_the_rule_of_earlier_versions_takes_whole_row_groups(tmp_path: Path) -> None:
     run = LabelRun(label_run(tmp_path, 240))
     held = by_row_groups(run, validates=True)
-    groups = np.searchsorted(run.starts, held.validation, side="right") - 1
+    groups = np.searchsorted(run.groups.starts, held.validation, side="right") - 1
     assert held.validation.tolist() == held.left_out.tolist() and len(set(groups)) == 1
-    assert len(held.validation) == run.sizes[groups[0]] and held.about is None
+    assert len(held.validation) == run.groups.sizes[groups[0]] and held.about is None
     assert not len(by_row_groups(run, validates=False).left_out)

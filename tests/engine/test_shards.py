@@ -63,7 +63,7 @@ def test_a_run_whose_folder_was_moved_writes_nothing_into_one_begun_under_its_na
     with pytest.raises(RunError, match="is not the run's folder on this node"):
         commit(layout, 0)
     shards.claim(layout.out, {"seed": 2})
-    with pytest.raises(RunError, match="was moved or deleted, and another run has begun there"):
+    with pytest.raises(RunError, match="was moved or deleted, and another run was started there"):
         commit(layout, 0)
     assert not shards.listed(layout.out)
 
@@ -83,7 +83,7 @@ def test_a_shard_that_is_not_the_manifests_is_not_read(tmp_path: Path) -> None:
     run = LabelRun(label_run(tmp_path / "run", 48, fails=(3,)))
     label_run(tmp_path / "again", 48)
     shutil.copy(part(tmp_path / "again", 0, 24), part(tmp_path / "run", 0, 24))
-    reads = (lambda: run.read_group(0), lambda: list(run.read(np.array([1]))), lambda: run.columns("sample_id"))
+    reads = (lambda: run.read_group(0), lambda: list(run.read(np.array([1]))), lambda: run.groups.columns("sample_id"))
     for read in reads:
         with pytest.raises(TableError, match=r"part-00000000-00000024.parquet is not the file that .* manifest lists"):
             read()

@@ -104,6 +104,6 @@ def test_relative_paths_are_the_drivers_on_every_node(two_nodes: TwoNodes, clips
 def test_an_output_that_a_node_does_not_see_is_refused(two_nodes: TwoNodes, clips: str, blind_node: Path) -> None:
     run = two_nodes.run("--clips", clips, "--out", str(blind_node / "run"), "--num-samples", "4", cwd=ROOT)
     assert run.returncode == 1
-    assert "is not seen by 1 of the cluster's nodes" in run.stderr and "s3://bucket/labels" in run.stderr, run.stderr
+    assert "is not visible on 1 of the cluster's nodes" in run.stderr and "s3://bucket/labels" in run.stderr, run.stderr
     assert shards.listed(str(blind_node / "run")) == {}
     assert not list(blind_node.rglob(".probe-*"))

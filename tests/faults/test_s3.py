@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from speechdistill.labelling.samples import DEGRADED, TAUGHT
 
 MILLI = Path(__file__).parents[1] / "milli.py"
 HANGS_S = 600  # only bounds a hang
+FIRST_SEED = int(os.environ.get("SPEECHDISTILL_FIRST_SEED", "0"))  # another one tries other faults
 WHOLE = re.compile(r".*/part-(\d{8})-\d{8}\.parquet")
 
 
@@ -192,10 +192,9 @@ def test_a_killed_driver_resumes_with_faults_and_readers_only_see_whole_parts(st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round_number", range(10))
-def test_random_faults_and_kills_lose_and_double_nothing(store: Store, tmp_path: Path, round_number: int) -> None:
-    seed = secrets.randbelow(2**32)
-    layout = milli_flow(f"s3://{BUCKET}/random-{round_number}", 800).layout
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + 10))
+def test_random_faults_and_kills_lose_and_double_nothing(store: Store, tmp_path: Path, seed: int) -> None:
+    layout = milli_flow(f"s3://{BUCKET}/random-{seed}", 800).layout
     run_killed_and_resumed(store, layout, seed, Random(seed).randint(1, 60), tmp_path / "log")
 
 
@@ -339,9 +338,7 @@ def test_an_outage_ends_the_run_which_then_goes_on(store: Store, recordings: str
 
     with Proxy(store.url, outage) as proxy, Driver(proxy, tmp_path / "log", "-c", code, **environment) as driver:
         exit_code, errors = driver.result()
-        assert exit_code == 1 and re.search(r"error: the run ended early: .*\.wav.*same command goes on", errors), (
-            errors
-        )
+        assert exit_code == 1 and re.search(r"error: the run ended early: .*\.wav.*rerun the command", errors), errors
         assert len(parts(store, out)) < 20
         proxy.fault = lambda method, path: None
         with Driver(proxy, tmp_path / "log", "-c", code, **environment) as again:
@@ -404,9 +401,7 @@ def test_a_store_that_takes_no_upload_ends_the_run_with_its_name_and_what_to_do(
     ):
         code, errors = driver.result()
     assert code == 1
-    assert re.search(r"RunError: .*s3://bucket/dead/shards/part-\d+-\d+\.parquet: .*same command goes on", errors), (
-        errors
-    )
+    assert re.search(r"RunError: .*s3://bucket/dead/shards/part-\d+-\d+\.parquet: .*rerun the command", errors), errors
     assert not parts(store, layout.out) and not store.fs.exists(f"{layout.out}/manifest.parquet")
 
 

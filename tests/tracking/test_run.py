@@ -22,7 +22,7 @@ import pytest
 
 from mlflow_runs import Gateway, tracking_server
 from speechdistill.io import storage
-from speechdistill.tracking import mlflow_sender
+from speechdistill.tracking import mlflow_client, mlflow_sender
 from speechdistill.tracking import run as tracking_run
 from speechdistill.tracking.run import Synced, Tracking, TrackingError, run_id, sync
 
@@ -118,10 +118,10 @@ def test_an_outage_loses_and_doubles_nothing(
             run.metrics({"loss": 1 / step, "rate": 0.1}, step)
     runs[ended].document({"labelled": 4}, "tables/summary.json")
     runs[ended].end("FINISHED")
-    assert any("goes on without it" in message and server.uri in message for message in caplog.messages)
+    assert any("the run continues" in message and server.uri in message for message in caplog.messages)
     (left,) = [message for message in caplog.messages if f"speechdistill sync {ended}" in message]
     assert int(re.match(r"\d+", left)[0]) >= 601, "599 points, a file, and how it ended"
-    with pytest.raises(TrackingError, match=f"{server.uri}.*sync again when it answers"):
+    with pytest.raises(TrackingError, match=f"{server.uri}.*rerun `speechdistill sync` once MLflow answers"):
         sync(ended)
 
     server.start()
@@ -131,7 +131,7 @@ def test_an_outage_loses_and_doubles_nothing(
     synced = sync(ended)
     assert (synced.left, synced.run_id) == (0, ids[ended]) and synced.sent >= 601
     assert (sync(ended).sent, sync(open_).sent) == (0, 0)
-    assert sum("goes on without it" in message for message in caplog.messages) == 2, "once for each run"
+    assert sum("the run continues" in message for message in caplog.messages) == 2, "once for each run"
     for out, status in ((ended, "FINISHED"), (open_, "FAILED")):
         assert points_at(server.uri, ids[out], "loss", "rate") == points_of(out)
         assert len(points_of(out)) == 1200
@@ -323,9 +323,9 @@ def test_no_password_is_written_or_told(
     assert len(runs_of(server.uri, experiment)) == 1, "the password was not used"
     told = [str(refused.value), str(refused.getrepr(style="native")), caplog.text, *capfd.readouterr()]
     written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
-    assert any("goes on without it" in text for text in told) and any(server.uri in text for text in written)
+    assert any("the run continues" in text for text in told) and any(server.uri in text for text in written)
     assert not [text for text in told + written if "s3cret" in text]
-    assert mlflow_sender.without_password("postgresql://me:a/b:c@db/x and http://h:80/y") == (
+    assert mlflow_client.without_password("postgresql://me:a/b:c@db/x and http://h:80/y") == (
         "postgresql://db/x and http://h:80/y"
     )
 

@@ -152,7 +152,7 @@ def test_a_run_that_is_not_complete_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_shard_that_was_lost_or_damaged_is_named(tmp_path: Path) -> None:
     labels = LabelRun(label_run(tmp_path / "labels", 48))
-    first, second = (Path(labels.out) / path for path in labels.paths)
+    first, second = (Path(labels.out) / path for path in labels.groups.paths)
     first.write_bytes(first.read_bytes()[:-9])
     second.unlink()
     for group, path in ((0, first), (3, second)):

@@ -19,7 +19,8 @@ from speechdistill.models.student import load_student
 from speechdistill.tracking.run import Tracking
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Loop
-from speechdistill.training.ray_train import Job, Progress, _Progress, fit
+from speechdistill.training.progress import Board, Progress
+from speechdistill.training.ray_train import Job, fit
 from speechdistill.training.recipe import Around, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run, train
@@ -85,7 +86,7 @@ def test_a_run_that_loses_a_worker_ends_with_its_best_student_and_is_done_once(
 
 
 def test_a_run_is_given_up_after_starts_that_brought_nothing_or_an_error_for_good() -> None:
-    progress = _Progress(2)
+    progress = Board(2)
     assert [progress.started(step, 1) for step in (0, 0, 10, 10)] == [None] * 4
     progress.failed("OSError: away", for_good=False)
     progress.failed("ConnectionError: another worker's", for_good=False)
@@ -96,7 +97,7 @@ def test_a_run_is_given_up_after_starts_that_brought_nothing_or_an_error_for_goo
 
 
 def test_points_that_an_earlier_driver_told_are_not_told_again() -> None:
-    progress = _Progress(6, told=20)
+    progress = Board(6, told=20)
     for step in (10, 20, 30, 30, 25, 40):
         progress.point(step, {"mse": 1.0})
     assert [point.step for point in progress.read().points] == [30, 30, 40]

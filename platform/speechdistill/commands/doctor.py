@@ -188,7 +188,7 @@ def _failure(name: str, error: Exception) -> Result:
     if isinstance(error, Missing):
         return Result(name, "missing", *error.args)
     if isinstance(error, ChildDied):
-        return Result(name, "failed", str(error).partition("; ")[0], _FIXES.get(kind, _REINSTALL))
+        return Result(name, "failed", error.reason, _FIXES.get(kind, _REINSTALL))
     reason, fix = f"{type(error).__name__}: {error}", ""
     if isinstance(error, UserError):
         reason, fix = error.reason, error.fix

@@ -125,10 +125,10 @@ def _labelled(config: Pseudolabel, prepared: Prepared) -> dict[str, Any]:
 
 def _publish(out: str, summary: dict[str, Any], tracking: Tracking, complete: bool, is_new: bool) -> None:
     """Write and track the summary; one of an earlier session stays as it is if this one made nothing."""
-    if complete and storage.read_json(f"{out}/summary.json") and not is_new:
+    if complete and shards.completed(out) and not is_new:
         return
     if complete:
-        storage.publish_json(summary, f"{out}/summary.json")
+        shards.complete(out, summary)
         tracking.figure(figures.histogram(summary), "scores.png")
         tracking.document(summary, "summary.json")
     numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}

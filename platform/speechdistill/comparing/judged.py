@@ -119,7 +119,7 @@ def _labelled(source: str) -> Judged:
 
 def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[JudgedClip]:
     for group, row in run.read(places, "plan"):
-        uri = f"{run.out}/{run.paths[run.file[group]]}#{run.in_file[group]}.{row['row']}"
+        uri = run.groups.address(group, row["row"])
         digest = hashlib.sha256(row["audio"]).hexdigest()
         yield JudgedClip(str(row["sample_id"]), uri, digest, dataset, None, row["score"], row["plan"])
 

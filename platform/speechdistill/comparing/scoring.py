@@ -27,6 +27,7 @@ from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.monitor import Report
+from speechdistill.engine.stages import Stage
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.models.label import Label, Teacher, Unscorable
@@ -179,12 +180,12 @@ def _flow(models: Sequence[Candidate], tasks: list[Task], out: str, report: Repo
     )
 
 
-def _stages(models: list[Candidate], tasks: list[Task], cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def _stages(models: list[Candidate], tasks: list[Task], cpus: float, gpus: float) -> tuple[Stage, ...]:
     """All models live in each actor of the second pool: a wave is handed on once."""
     sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
-    decode = flow.Stage(name="decode", make=partial(Decode, tasks), adds=DECODED, pool=sizes.degrade, isolated=True)
+    decode = Stage(name="decode", make=partial(Decode, tasks), adds=DECODED, pool=sizes.degrade, isolated=True)
     ask = partial(Ask, models)
-    score = flow.Stage(name="score", make=ask, adds=SCORED, pool=sizes.teach, batch_rows=_BATCH_ROWS, isolated=True)
+    score = Stage(name="score", make=ask, adds=SCORED, pool=sizes.teach, batch_rows=_BATCH_ROWS, isolated=True)
     return decode, score
 
 

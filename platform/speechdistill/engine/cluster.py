@@ -1,5 +1,5 @@
 # engine/: Ray Data: the cluster, a flow of actor stages, the commit protocol of shards, cost.
-"""The Ray cluster a job runs on: joining it, asking every node, what it can hold."""
+"""The Ray cluster of a job: join it, call functions on every node, check its folders."""
 
 import logging
 import os
@@ -33,27 +33,30 @@ _ANSWERS_WITHIN_S = 20.0
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` (a submitted job has it), or start a local Ray for this process."""
-    # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
+    """Join the cluster at `RAY_ADDRESS`, which submitted jobs have, or start a local Ray for this process.
+
+    Raises `RunError` if no cluster answers there, or the temporary folder is unusable.
+    """
+    # Read when ray.data is first imported: its warnings are about its own progress bars; ours are tqdm's.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # said of every small run
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # logged for every small run
     if ray.is_initialized():
         return
     package = Path(__file__).parents[1]
     if address := os.environ.get("RAY_ADDRESS"):
         _join(address, str(package))
         return
-    # A local Ray's workers inherit this environment. It listens on the network, so it wants a token (Ray's default):
-    # in a variable, since the file it would make in the home folder would be picked up by later clusters.
+    # Workers of a local Ray inherit this environment. Ray listens on the network, so it requires a token by default.
+    # A variable holds the token: later clusters would use a token file in the home folder.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(package.parent), *import_path.in_environment()]))
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A process for each run of Ray Train, of no use on one node.
+    # One process for each run of Ray Train, useless on one node.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ[_ALONE] = "1"
     cpus = max(2, os.cpu_count() or 2)  # one logical CPU is for Ray Data's own tasks, one for the actors
     try:
-        # Without a runtime_env, with which a worker takes twice as long to start.
+        # No runtime_env: workers take twice as long to start with one.
         quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
         ray.init(address="local", num_cpus=cpus, job_config=_Job(), **quiet)
     except OSError as error:
@@ -64,7 +67,7 @@ def connect() -> None:
 
 
 class _Job(JobConfig):  # type: ignore[misc]
-    """A job whose workers import no file of the driver's current folder: Ray would put it first in their `sys.path`."""
+    """Job whose workers do not import files of the driver's current folder, which Ray puts first in `sys.path`."""
 
     def _runtime_env_has_working_dir(self) -> bool:
         return True
@@ -72,7 +75,7 @@ class _Job(JobConfig):  # type: ignore[misc]
 
 def _join(address: str, package: str) -> None:
     fix = "start that cluster, correct RAY_ADDRESS (and RAY_AUTH_TOKEN), or unset it to use this machine alone"
-    options = {} if "://" in address else {"job_config": _Job()}  # Ray Client has no such folder
+    options = {} if "://" in address else {"job_config": _Job()}  # Ray Client does not add that folder
     try:
         _reach(address)
         ray.init(runtime_env={"py_modules": [package]}, **options)
@@ -82,7 +85,7 @@ def _join(address: str, package: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise `OSError` or `ValueError` where nobody answers as a Ray does: Ray itself would try for 14 minutes."""
+    """Raise `OSError` or `ValueError` if no Ray answers at an address. Ray itself would try for 14 minutes."""
     import grpc
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -100,7 +103,7 @@ def _reach(address: str) -> None:
         try:
             grpc.channel_ready_future(channel).result(_ANSWERS_WITHIN_S)
         except grpc.FutureTimeoutError:
-            raise ConnectionError(f"{place} is open, but is no Ray") from None
+            raise ConnectionError(f"{place} is open, but does not answer as Ray") from None
 
 
 def is_alone() -> bool:
@@ -109,7 +112,7 @@ def is_alone() -> bool:
 
 
 def in_order(function: Callable[[A], T], arguments: Iterable[A]) -> Iterator[T]:
-    """Yield `function(argument)` for each argument, in their order, computed by Ray tasks a bounded number ahead."""
+    """Yield `function(argument)` for each argument in order. Ray tasks compute a bounded number of results ahead."""
     task = ray.remote(_called)
     cpus = max(16, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have none yet
     waiting: deque[Any] = deque()
@@ -122,18 +125,18 @@ def in_order(function: Callable[[A], T], arguments: Iterable[A]) -> Iterator[T]:
 
 
 def be_patient() -> None:
-    """Let failed S3 requests be tried again; before a process's first, since a client keeps what it began with."""
+    """Make S3 clients retry failed requests. Call it before a process's first request: clients keep their settings."""
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """Where a task or actor runs that belongs to this process."""
+    """Return the scheduling strategy that keeps a task or actor on this process's node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def cause(error: Exception) -> Exception:
-    """What a task raised: our errors as they stand, which say all that a user needs; others with Ray's traceback."""
+    """Return the error that a task raised: a `UserError` as it is, any other with Ray's traceback."""
     if not isinstance(error, ray.exceptions.RayTaskError):
         return error
     raised: Exception = error.cause if isinstance(error.cause, UserError) else error.as_instanceof_cause()
@@ -141,7 +144,10 @@ def cause(error: Exception) -> Exception:
 
 
 def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[str, T | Exception]:
-    """Call `function` once on each live node; per node, named "address (id)", its result or its exception."""
+    """Call `function` once on each live node and return the result or the exception by node, "address (id)".
+
+    A node without an answer after `timeout_s` seconds has an exception.
+    """
     task = ray.remote(num_cpus=0, max_retries=0)(_called)
     answers = {}
     for node in _live_nodes():
@@ -153,7 +159,7 @@ def on_every_node(function: Callable[[], T], timeout_s: float = 60.0) -> dict[st
 
 
 def check_shared(folder: str) -> None:
-    """Raise `RunError` where a local folder is not the same on all nodes: a file written here must be seen there."""
+    """Raise `RunError` if a local folder is not shared: a file written here must be visible on all nodes."""
     if "://" in folder or len(_live_nodes()) < 2:
         return
     probe = Path(folder) / f".probe-{uuid.uuid4().hex}"
@@ -165,29 +171,29 @@ def check_shared(folder: str) -> None:
         probe.unlink()
     if blind:
         raise RunError(
-            f"a file written in {folder} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
+            f"a file in {folder} is not visible on {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
             "--out must be storage that all nodes share: a URL such as s3://bucket/labels, or a network folder",
         )
 
 
 def check_seen(path: str) -> None:
-    """Raise `RunError` where a local file is not seen by all nodes."""
+    """Raise `RunError` if a local file is not visible on all nodes."""
     if "://" not in path and len(_live_nodes()) > 1 and (blind := _blind(Path(path))):
         raise RunError(
-            f"{path} is not seen by {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
+            f"{path} is not visible on {len(blind)} of the cluster's nodes ({', '.join(blind[:3])})",
             "copy it to storage that all nodes share",
         )
 
 
 def use(uses: Sequence[Use]) -> dict[str, float]:
-    """The number of live nodes, and the mean use of CPUs and GPUs, 0 to 1, of the nodes that told theirs."""
+    """Return the number of live nodes, and the mean use of CPUs and GPUs, 0 to 1, over the nodes that reported."""
     cpus, gpus = [cpu for cpu, _ in uses], [gpu for _, of_node in uses for gpu in of_node]
     means = {name: sum(values) / len(values) for name, values in (("cpu_use", cpus), ("gpu_use", gpus)) if values}
     return {"nodes": float(len(_live_nodes())), **means}
 
 
 def node_use() -> Use:
-    """Of this node's CPUs since this process asked last, and of each of its GPUs now."""
+    """Return the use, 0 to 1, of this node's CPUs since the last call in this process, and of each GPU now."""
     import psutil
 
     return psutil.cpu_percent() / 100, _gpu_use()
@@ -198,12 +204,12 @@ def _gpu_use() -> list[float]:
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.split()
         return [float(line) / 100 for line in lines]
-    except (OSError, ValueError, subprocess.SubprocessError):  # no GPU, or one that does not tell
+    except (OSError, ValueError, subprocess.SubprocessError):  # no GPU, or one that reports nothing
         return []
 
 
 def _blind(path: Path) -> list[str]:
-    """The nodes that do not see a file (one that does not answer is no proof)."""
+    """Return the nodes on which a file is not visible. A node that does not answer is left out: that proves nothing."""
     return [name for name, seen in on_every_node(partial(os.path.exists, path)).items() if seen is False]
 
 
@@ -219,7 +225,7 @@ def _got(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise cause(error) from None  # Ray's traceback is in the text of one that is not ours
+        raise cause(error) from None  # the text of other errors has Ray's traceback
 
 
 def _answer(reference: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run will take: hours of CPU and GPU, bytes, money, from a trial of a few hundred of its samples."""
+"""The cost of a run, in CPU and GPU hours, bytes and money, from a trial of a few hundred samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ _UNITS = ("cpu", "gpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What `num_samples` take, start-up apart. `hours` is the time on the pools that the trial had; `money` is None
-    where something that costs hours has no price."""
+    """The cost of `num_samples`, without start-up. `hours` is the time on the pools of the trial; `money` is None if
+    something that takes hours has no price."""
 
     num_samples: int
     trial_samples: int
@@ -25,7 +25,7 @@ class Estimate:
 
 
 def estimate(trial: Trial, num_samples: int, price: Mapping[str, float]) -> Estimate:
-    """The trial's cost per sample, times `num_samples`; a GPU is paid for while its actors work."""
+    """Scale the cost of a trial to `num_samples`. GPUs are charged while their actors work."""
     scale = num_samples / max(1, trial.num_ids) / 3600
     work = {stage.name: (stage, trial.work.get(stage.name, Work())) for stage in trial.stages}
     cpu_hours = sum(done.cpu_s for done in trial.work.values()) * scale

@@ -1,8 +1,8 @@
-"""Which samples of label runs are kept from training: some choose the best checkpoint, others judge models.
+"""Samples of label runs that are held out of training: some select the best checkpoint, others test models.
 
-Held out are whole speakers, or source clips if their speaker is not known, by a hash of the name: a function of the run
-alone. A sample in which a held-out clip is heard does not train, even if it is only babble. Noise and room recordings
-are shared.
+Whole speakers are held out, or source clips if speakers are not known, by a hash of the name: a function of the run
+alone. Samples that contain a held-out clip do not train, even if the clip is only babble. Noise and room recordings are
+shared.
 """
 
 import hashlib
@@ -29,8 +29,9 @@ _NO_PLACES = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sorted places of samples in a run: `validation` chooses the best checkpoint, `test` judges, `left_out` (both, and
-    others with their clips) does not train. `about` is JSON for the provenance; None under the rule by row groups.
+    """Sorted places of samples in a run: `validation` selects the best checkpoint, `test` is for comparing models.
+    `left_out`, both and other samples with their clips, does not train. `about` is JSON for the provenance; None under
+    the rule by row groups.
     """
 
     validation: np.ndarray = field(default_factory=lambda: _NO_PLACES)
@@ -40,7 +41,9 @@ class HeldOut:
 
 
 def held_out(runs: Sequence[LabelRun]) -> tuple[HeldOut, ...]:
-    """Return the held-out samples of each run. The runs train together: a clip that one holds out trains by none."""
+    """Return the held-out samples of each run. The runs train together: a clip held out of one does not
+    train in any.
+    """
     sources = [_Sources.of(run) for run in runs]
     parts = [_parts(one) for one in sources]
     test = _clips(sources, [part.test for part in parts])
@@ -49,24 +52,24 @@ def held_out(runs: Sequence[LabelRun]) -> tuple[HeldOut, ...]:
 
 
 def by_row_groups(run: LabelRun, validates: bool) -> HeldOut:
-    """The rule of earlier versions, under which their runs are resumed: one row group of 20 if the run `validates`."""
+    """Return what earlier versions held out, to resume their runs: one row group of 20 if the run `validates`."""
     if not validates:
         return HeldOut()
-    count = min(max(1, len(run.sizes) // _EARLIER_SHARE), len(run.sizes) - 1)
-    groups = np.unique(np.linspace(0, len(run.sizes) - 1, count + 2).astype(np.int64)[1:-1])
-    places = np.flatnonzero(np.isin(np.repeat(np.arange(len(run.sizes)), run.sizes), groups))
+    count = min(max(1, len(run.groups.sizes) // _EARLIER_SHARE), len(run.groups.sizes) - 1)
+    groups = np.unique(np.linspace(0, len(run.groups.sizes) - 1, count + 2).astype(np.int64)[1:-1])
+    places = np.flatnonzero(np.isin(np.repeat(np.arange(len(run.groups.sizes)), run.groups.sizes), groups))
     return HeldOut(places, _NO_PLACES, places)
 
 
 def about(run: LabelRun, held: HeldOut | None = None) -> dict[str, Any]:
-    """A label run in the provenance of what learns from it or is judged by it."""
+    """Return the description of a label run for the provenance of models trained or tested on it."""
     known = {"fingerprint": run.fingerprint, "weight": run.weight}
     clips = run.configuration.get("clips_sha256")
     return known if held is None else {**known, "clips_sha256": clips, "held_out": held.about}
 
 
 class _Sources(NamedTuple):
-    """The source `clip` and the `group` (a number of `names`) of each sample; sample i has the clips
+    """The source `clip` and the `group` (an index into `names`) of each sample. Sample i has the clips
     `clips[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -79,7 +82,7 @@ class _Sources(NamedTuple):
 
     @classmethod
     def of(cls, run: LabelRun) -> "_Sources":
-        rows = run.columns("sample_id", "speaker", "clip_ids").combine_chunks()
+        rows = run.groups.columns("sample_id", "speaker", "clip_ids").combine_chunks()
         sample_id, speaker, lists = (rows[name].combine_chunks() for name in rows.column_names)
         clips, offsets = lists.values, lists.offsets.to_numpy()
         clip = clips.take(pa.array(offsets[:-1], mask=offsets[:-1] == offsets[1:]))
@@ -99,7 +102,7 @@ class _Sources(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Whether each sample is in the part, and its largest hash; `too_few` says why nothing is held out."""
+    """Masks of the samples in each part, and the largest hash of each; `too_few` is the reason if none are held out."""
 
     test: np.ndarray
     validation: np.ndarray
@@ -108,23 +111,23 @@ class _Parts(NamedTuple):
 
 
 def _recordings(run: LabelRun) -> pa.Array:
-    """The ids of noise and room recordings, from the manifest that the run keeps."""
+    """Return the ids of noise and room recordings, from the run's copy of the manifest."""
     manifest = f"{run.out}/clips.parquet"
     fs, path = storage.file_system(manifest)
     with storage.access(manifest):
         if not fs.exists(path):
             return pa.array([], pa.string())
     if run.configuration.get("clips_sha256") not in (None, fingerprint.of_file(manifest)):
-        reason = f"{manifest} was changed since the run was started: which clips are speech is not known"
+        reason = f"{manifest} was changed since the run was started: its speech clips are not known any more"
         raise TableError(reason, "rerun pseudolabel, which restores it")
     clips = table.read(manifest, "clip.v1", ["clip_id", "kind"])
     return clips.filter(pc.not_equal(clips["kind"], "speech"))["clip_id"].combine_chunks()
 
 
 def _parts(sources: _Sources) -> _Parts:
-    """Both parts by a hash of their own; neither if that left less than half of the samples to train on.
+    """Return both parts, each by a hash of its own; empty parts if less than half of the samples were left to train on.
 
-    Groups of more than a quarter of the samples train.
+    Groups with more than a quarter of the samples always train.
     """
     hashes, counts = _hashes(sources.names), np.bincount(sources.group)
     fits = 4 * counts <= counts.sum()
@@ -143,7 +146,7 @@ def _parts(sources: _Sources) -> _Parts:
 
 
 def _below(hashes: np.ndarray, counts: np.ndarray, num_samples: int) -> int:
-    """The largest hash of a part: a 40th of all hashes, or more until it has enough samples."""
+    """Return the largest hash of a part: a 40th of all hashes, or more until the part has enough samples."""
     order = np.argsort(hashes)
     enough = max(_FEWEST, min(_ENOUGH, num_samples // _SMALL))
     reached = np.flatnonzero(np.cumsum(counts[order]) >= enough)
@@ -151,7 +154,7 @@ def _below(hashes: np.ndarray, counts: np.ndarray, num_samples: int) -> int:
 
 
 def _hashes(names: pa.Array) -> np.ndarray:
-    """Two independent numbers of 32 bits for each name, shape (names, 2)."""
+    """Return two independent 32-bit numbers for each name, shape (names, 2)."""
     digests = bytearray()
     for start in range(0, len(names), _AT_ONCE):
         some = names.slice(start, _AT_ONCE).to_pylist()
@@ -160,13 +163,13 @@ def _hashes(names: pa.Array) -> np.ndarray:
 
 
 def _clips(sources: Sequence[_Sources], which: Sequence[np.ndarray]) -> pa.ChunkedArray:
-    """The source clips of these samples, each once."""
+    """Return the source clips of these samples, each once."""
     chunks = [one.clip.filter(pa.array(mask)) for one, mask in zip(sources, which, strict=True)]
     return pa.chunked_array([pc.unique(pa.chunked_array(chunks, pa.string())).drop_null()], pa.string())
 
 
 def _held_out(sources: _Sources, parts: _Parts, test: pa.ChunkedArray, held: pa.ChunkedArray) -> HeldOut:
-    """`test` and `held` are the clips of all runs that judge, and that do not train."""
+    """Return the places of one run; `test` and `held` are the clips of all runs that test, and that do not train."""
     is_validation = parts.validation & ~sources.having(test)
     left_out = np.flatnonzero(parts.test | parts.validation | sources.having(held))
     if parts.too_few:
@@ -180,7 +183,7 @@ def _held_out(sources: _Sources, parts: _Parts, test: pa.ChunkedArray, held: pa.
 
 
 def _about(sources: _Sources, mask: np.ndarray, below: int) -> dict[str, Any]:
-    """The samples and source clips of a part; a group is in it if its name's hash is at most `hash_up_to`."""
+    """Describe a part by its samples and source clips. It has the groups whose name's hash is at most `hash_up_to`."""
     clips = _clips([sources], [mask]).to_pylist()
     return {
         "samples": int(mask.sum()),

@@ -1,6 +1,6 @@
-"""A worker in a child process: a row that kills its process is rejected alone, and the actor lives on.
+"""Workers in child processes: a row that kills its process is rejected alone, and the actor survives.
 
-The child ends with its stdin, so it never outlives the actor that started it, and its memory is limited.
+A child ends with its stdin, so no child outlives the actor that started it. Its memory is limited.
 """
 
 import os
@@ -29,38 +29,44 @@ Row = dict[str, Any]
 Worker = Callable[[list[Row]], list[Row | Exception]]
 
 
-# An object store that resets every connection is given up after nine minutes (ten tries of five).
+# Clients give up an object store that resets every connection after nine minutes (ten rounds of five tries).
 _TIMEOUT_S = 720.0
 
 
 class ChildDied(RuntimeError):
-    """The child process ended, or did not answer in time (`hung`), while it worked on these rows."""
+    """A child process that ended, or did not answer in time (`hung`), while it worked on these rows."""
 
     hung = False
 
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason, fix)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
 
 class CannotWork(RuntimeError):
-    """The worker could not be made, or what all rows need is away: no row's fault."""
+    """A worker that could not be made, or lacks something that all rows need. No row is at fault."""
 
 
 class CannotWorkByFault(CannotWork):
-    """`CannotWork` for a fault of the program, whose traceback the user is to see."""
+    """`CannotWork` because of a fault of the program: the user gets the traceback."""
 
 
 def cannot_work(error: Exception) -> CannotWork:
-    """`CannotWork` with the text of its cause; what a user or a machine can cause is no fault of the program."""
+    """Return `CannotWork` with the text of its cause, or `CannotWorkByFault` if neither user nor machine caused it."""
     is_fault = not isinstance(error, (UserError, OSError, ChildDied))
     return (CannotWorkByFault if is_fault else CannotWork)(f"{type(error).__name__}: {error}")
 
 
 class Isolated:
-    """A `Worker` whose work happens in a child process made with `make`.
+    """`Worker` that runs in a child process; `make` makes the worker there.
 
-    When the child dies, its rows are tried again one by one, each at most twice in a fresh child; a row that
-    kills it again, or lets it hang once more, becomes a `ChildDied` in the result. Where `make` fails, now or in a
-    later child, `CannotWork` is raised with its reason. `memory_gb` limits the child's own memory; `cpu_s` is the
-    CPU time of all its children. May be called from several threads: the child works on up to `calls` of their
-    batches at once, each in a thread of its own.
+    After a child's death its rows are retried one by one, each at most twice in a new child. A row that kills the
+    child again, or makes it hang once more, is a `ChildDied` in the result. `CannotWork` is raised with the reason if
+    `make` fails, now or in a later child. `memory_gb` limits the child's own memory; `cpu_s` is the CPU time of all
+    children. Several threads may call at once: the child works on up to `calls` batches at a time, each in a thread.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class Isolated:
         self._memory_bytes = int(memory_gb * 2**30) if memory_gb else resource.RLIM_INFINITY
         self._timeout_s = timeout_s
         self._calls = calls
-        self._lock = threading.Lock()  # while a child begins, and while rows are tried alone
+        self._lock = threading.Lock()  # while a child starts, and while rows are retried alone
         self._ended_cpu_s = 0.0
         self._living()
 
@@ -93,7 +99,7 @@ class Isolated:
         try:
             return child.ask(rows)
         except ChildDied:
-            with self._lock:  # a row that kills takes none of another batch with it
+            with self._lock:  # a row that kills takes no row of another batch with it
                 return [self._alone(row) for row in rows]
 
     def _alone(self, row: Row) -> Row | Exception:
@@ -103,7 +109,7 @@ class Isolated:
                 return self._living().ask([row])[0]
             except ChildDied as error:
                 died = error
-                if error.hung:  # it has cost two timeouts by now
+                if error.hung:  # the row has cost two timeouts by now
                     break
         assert died is not None
         return died
@@ -112,11 +118,11 @@ class Isolated:
         if self._child and self._child.died:
             self._ended_cpu_s += self._child.cpu_s
             self._child = None
-        self._child = self._child or self._begun()
+        self._child = self._child or self._started()
         return self._child
 
-    def _begun(self) -> "_Child":
-        """A child that can work; one that dies at once, with its node or for want of memory, is started again."""
+    def _started(self) -> "_Child":
+        """Start a child that can work; retry if it dies at once, with its node or for lack of memory."""
         for tries_left in (2, 1, 0):
             try:
                 return _Child(self._make, self._memory_bytes, self._timeout_s, self._calls)
@@ -127,7 +133,7 @@ class Isolated:
 
 
 class _Child:
-    """The process: questions by number, and the thread that takes its answers. `died` says how it ended."""
+    """The process: numbered requests, and the thread that takes the answers. `died` is the reason of its end."""
 
     def __init__(self, make: bytes, memory_bytes: int, timeout_s: float, calls: int) -> None:
         self._timeout_s = timeout_s
@@ -151,7 +157,7 @@ class _Child:
         self._process.kill()
 
     def ask(self, rows: list[Row]) -> list[Row | Exception]:
-        """Its answer; raises `ChildDied`, or what its work has raised."""
+        """Return the child's answer; raises `ChildDied`, or the error that the child raised."""
         answer: list[Row | Exception] = self._ask(rows)
         return answer
 
@@ -162,7 +168,7 @@ class _Child:
                 raise self.died
             number = next(self._numbers)
             self._waiting[number] = waiting
-        with self._sending, suppress(OSError):  # the end of the child, which `_take` tells
+        with self._sending, suppress(OSError):  # `_take` reports the end of the child
             self._connection.send((number, question))
         try:
             answer = waiting.result(self._timeout_s)
@@ -187,13 +193,12 @@ class _Child:
         self._ended(f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
 
     def _ended(self, how: str, hung: bool = False) -> None:
-        """Tell all who wait; the first reason stays."""
+        """Answer all waiting calls with the reason; the first one is kept."""
         with self._lock:
             if self.died:
                 return
-            self.died = ChildDied(
-                f"the process working on this row {how}; listen to its source file, or leave the file out"
-            )
+            fix = "listen to its source file, or leave the file out"
+            self.died = ChildDied(f"the process working on this row {how}", fix)
             self.died.hung = hung
             self._process.kill()
             waiting, self._waiting = self._waiting, {}
@@ -202,9 +207,7 @@ class _Child:
 
 
 def child() -> None:
-    """The child's main loop; its arguments are the connection's descriptor, the memory limit in bytes, and how many
-    batches it works on at once.
-    """
+    """Run the child's main loop. Arguments: descriptor of the connection, memory limit in bytes, batches at once."""
     connection = Connection(int(sys.argv[1]))
     memory_bytes, calls = map(int, sys.argv[2:])
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -244,7 +247,7 @@ def _end_with_stdin() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error if it survives pickling, else its text: an answer must always arrive."""
+    """Return the error if pickling preserves it, else its text: an answer must always arrive."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

@@ -1,4 +1,4 @@
-"""When a run on the engine stops by itself: too many rejects, or its time is up."""
+"""Limits after which a run on the engine stops: its share of rejects, its time."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from speechdistill.engine.shards import Layout
 from speechdistill.io.errors import RunError
 from speechdistill.io.options import at_least
 
-_EARLY_ROWS = 100  # the reject share is judged against at least so many rows, or all of a smaller run
+_EARLY_ROWS = 100  # the reject share is taken over at least so many rows, or all of a smaller run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejects:
-    """How much input may be unusable."""
+    """The share of input that may be unusable."""
 
     max_reject_share: float = 0.05
     """Stop when more than this share of the samples had to be rejected."""
@@ -25,7 +25,7 @@ class Rejects:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When the run stops by itself."""
+    """Conditions under which a run stops early."""
 
     rejects: Rejects = Rejects()
     max_hours: float | None = None
@@ -44,7 +44,7 @@ def judge(limits: Rejects, layout: Layout, rejected: int, done: int, known: int 
     again = "" if limits.retry_rejected else " with --retry-rejected"
     raise RunError(
         f"{rejected} of {done} samples were rejected, more than --max-reject-share "
-        f"{limits.max_reject_share:g} allows; what was labelled is kept. {_reasons(layout)}",
+        f"{limits.max_reject_share:g} allows; labelled samples are kept. {_reasons(layout)}",
         f"Fix the cause and rerun the command{again}, or accept it with a higher share",
     )
 

@@ -1,4 +1,4 @@
-"""Sight of a run: what its actors have done, and once a minute how far it is."""
+"""Monitoring of a run: the work of its actors, and its progress once a minute."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ Report = Callable[[Mapping[str, float]], None]
 
 @dataclass
 class Work:
-    """What the workers of one stage have done; rows that Ray made again, after a kill, are counted again."""
+    """Work of one stage's actors. Rows that Ray made again, after a kill, are counted again."""
 
     rows: int = 0
     busy_s: float = 0.0
@@ -49,7 +49,7 @@ class _Board:
 
 
 class Board:
-    """Where the workers of a run, on any node, note what they do; a lost note only makes the figures smaller."""
+    """Board on which the workers of a run, on any node, note their work. A lost note only makes the figures smaller."""
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -58,26 +58,26 @@ class Board:
         self._last: dict[str, Work] = {}
 
     def note(self, stage: str, rows: int, busy_s: float, cpu_s: float) -> None:
-        """Note the rows that a worker has made, and the time and CPU time that it took."""
+        """Note the rows that a worker made, the time and the CPU time."""
         self._actor.add.remote(stage, rows, busy_s, cpu_s)
 
     def note_use(self) -> None:
-        """Note the use of this node's CPUs and GPUs, from an actor now and then.
+        """Note the use of this node's CPUs and GPUs, at most twice a minute, called by actors.
 
-        (A task on each node would count as work and keep idle nodes from going.)
+        (A task on each node would count as work and keep idle nodes alive.)
         """
         if time.monotonic() > self._next_use:
             self._next_use = time.monotonic() + _USE_EVERY_S
             self._actor.note_use.remote(ray.get_runtime_context().get_node_id(), cluster.node_use())
 
     def read(self) -> dict[str, Work]:
-        """By stage; the last answer where the board does not answer."""
+        """Return the work of each stage; the last answer if the board does not answer."""
         with suppress(ray.exceptions.RayError):
             self._last = dict(ray.get(self._actor.read.remote(), timeout=10))
         return self._last
 
     def uses(self) -> list[cluster.Use]:
-        """Of each node that was at work just now."""
+        """Return the use of each node that was at work within 90 s."""
         try:
             return list(ray.get(self._actor.uses.remote(), timeout=10))
         except ray.exceptions.RayError:
@@ -85,11 +85,11 @@ class Board:
 
 
 class Monitor:
-    """Calls `report` every `every_s` seconds and at the end, in a thread of its own, with
+    """Call `report` every `every_s` seconds and at the end, in a thread of its own, with these figures:
 
     `done`, `labelled`, `rejected` and `rejected/<stage>.<error type>`; since the last report `samples_per_s` and
     `per_s/<sum>` for every number in the totals' sums; `eta_s`; `queue/<stage>`, the rows that wait for a stage;
-    `busy/<stage>`, how many of its actors are at work on average; `nodes`, `cpu_use` and `gpu_use` (0 to 1).
+    `busy/<stage>`, the mean number of its actors at work; `nodes`, `cpu_use` and `gpu_use` (0 to 1).
     """
 
     def __init__(self, totals: Totals, num_ids: int, stages: Sequence[str], report: Report, every_s: float) -> None:
@@ -110,17 +110,17 @@ class Monitor:
         self._thread.join(timeout=30)
 
     def renew(self) -> Board:
-        """A board for pools that start anew: what the old ones had on their way is made again."""
+        """Return a board for restarted pools. Unfinished work of the old pools is made again."""
         self.board, self._before = Board(), {**self._before, "work": {}}
         self.moved()
         return self.board
 
     def moved(self) -> None:
-        """Count the time that nothing moves from now."""
+        """Restart the clock of `still_s`."""
         self._moved_at = time.monotonic()
 
     def still_s(self) -> float:
-        """Seconds since a worker has last finished something, as far as is known."""
+        """Return the seconds since a worker last finished rows, as far as is known."""
         return time.monotonic() - self._moved_at
 
     def _loop(self) -> None:
@@ -129,7 +129,7 @@ class Monitor:
             ended = self._end.wait(self._every_s)
             try:
                 self._look()
-            except Exception as error:  # of the cluster, for a moment: without this thread a run looks stalled
+            except Exception as error:  # a passing error of the cluster: without this thread a run looks stalled
                 _LOG.warning("no figures this time (%s: %s)", type(error).__name__, error)
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""The ids of a run's parts as a source of Ray Data."""
+"""Data source of Ray Data: the ids of a run's parts."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from speechdistill.engine.shards import REJECT, Layout
 
 
 class Parts(Datasource):  # type: ignore[misc]
-    """One read task for each part of `numbers`, which gives one block: the part's ids and its empty status columns."""
+    """One read task for each part in `numbers`. A task yields one block: the part's ids and empty status columns."""
 
     def __init__(self, layout: Layout, numbers: list[int]) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def amounts(option: str, text: str | None) -> dict[str, float]:
 
 
 def grown(grow_to: str | None) -> tuple[float, float]:
-    """CPUs and GPUs that a cluster may grow to; 0 for what --grow-to does not name."""
+    """Return the CPUs and GPUs that a cluster may grow to; 0 for a unit that --grow-to does not name."""
     later = amounts("--grow-to", grow_to)
     return later.get("cpu", 0.0), later.get("gpu", 0.0)
 
@@ -42,7 +42,7 @@ class Place:
     gpus_per_worker: float | None = None
     """GPUs of each worker; 0.5, 0.25 or 0.125 for several runs on one. Default: 1 if the cluster has one, else 0."""
     grow_to: str | None = None
-    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
+    """Size that a cluster with autoscaling may grow to, such as cpu=320,gpu=8. Default: the nodes it has now."""
 
     def __post_init__(self) -> None:
         grown(self.grow_to)

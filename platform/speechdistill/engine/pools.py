@@ -1,4 +1,4 @@
-"""The actor pools of a job on the engine: what the user sets, and what fits a cluster's CPUs and GPUs."""
+"""Actor pools of a job on the engine: the user's settings, and sizes that fit a cluster's CPUs and GPUs."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Pools:
     """Actor pools. Each default fits the cluster."""
 
     degrade_actors: int | None = None
-    """CPU actors that degrade. Default: what fits the cluster."""
+    """CPU actors that degrade. Default: as many as fit the cluster."""
     network_actors: int | None = None
     """Actors that run the recipe's networks, each all of them. Default: one per GPU, or per CPU without GPUs."""
     teach_actors: int | None = None
@@ -23,10 +23,10 @@ class Pools:
     """GPUs per teacher actor, such as 0.5. Default: 1 if the cluster has a GPU, shared equally with a recipe's
     networks, else 0."""
     batch_s: float | None = None
-    """Seconds of audio that a teacher actor takes at once. Default: 8 segments, on a GPU 64."""
+    """Seconds of audio in a batch of a teacher actor. Default: 8 segments, on a GPU 64."""
     grow_to: str | None = None
-    """What a cluster that scales by itself may grow to, such as cpu=320,gpu=8: the pools are sized for it. Default:
-    the nodes it has now."""
+    """Size that a cluster with autoscaling may grow to, such as cpu=320,gpu=8: the pools are sized for it. Default: the
+    nodes it has now."""
 
     def __post_init__(self) -> None:
         at_least(self, degrade_actors=1, network_actors=1, teach_actors=1, teach_gpus=0, batch_s=MIN_DURATION_S)
@@ -42,7 +42,7 @@ class Pool(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The pools of a job; `later` is each pool that degrades after networks."""
+    """Pools of a job; `later` is each pool that degrades after networks."""
 
     degrade: Pool
     later: Pool
@@ -63,9 +63,9 @@ def sized(wanted: Pools, passes: int, cpus: float, gpus: float) -> Sizes:
         heavy_gpus = int(1e4 / math.ceil(heavy / max(1.0, gpus))) / 1e4
     heavy_cpus = min(0.25, 0.25 * free / heavy)
     rest = free - heavy * heavy_cpus
-    later = wanted.degrade_actors or max(1, int(rest) // 4)  # most samples have nothing left then but to be stored
+    later = wanted.degrade_actors or max(1, int(rest) // 4)  # most samples only need to be stored by then
     degrade = wanted.degrade_actors or max(1, int(rest) - passes * later)
-    # Not a whole CPU, or they could fill a GPU's node to the brim before its teacher comes.
+    # Less than a whole CPU: these actors could otherwise fill a GPU's node before its teacher starts.
     degrade_cpus = min(0.9, rest / (degrade + passes * later))
     return Sizes(
         Pool(degrade, degrade_cpus),
@@ -76,12 +76,15 @@ def sized(wanted: Pools, passes: int, cpus: float, gpus: float) -> Sizes:
 
 
 def _on_cpus(wanted: Pools, passes: int, cpus: float, free: float, heavy_gpus: float) -> Sizes:
-    """The teacher takes nine tenths of the time without networks (7.68 s: 0.16 s, degrading them: 0.015 s)."""
+    """Return pools for a recipe on CPUs. Without networks the teacher takes nine tenths of the time.
+
+    (For 7.68 s of audio: teacher 0.16 s, degradation 0.015 s.)
+    """
     teach = wanted.teach_actors or max(1, int(cpus))
     network = wanted.network_actors or max(1, int(cpus))
     degrade = wanted.degrade_actors or max(1, int(cpus) // 4)
     degraders = degrade * (1 + passes)
-    # Small, so that one finds room beside the teachers when its node is lost.
+    # Small, so that a degrading actor fits beside the teachers if its node is lost.
     degrading = Pool(degrade, min(0.25, 0.25 * free / degraders))
     heavy_cpus = min(1.0, (free - degraders * degrading.num_cpus) / (teach + passes * network))
     return Sizes(degrading, degrading, Pool(network, heavy_cpus, heavy_gpus), Pool(teach, heavy_cpus, heavy_gpus))

@@ -1,4 +1,4 @@
-"""Looking after a run from its main thread: a time limit, pools that stand still, a signal to stop."""
+"""Watch over a run from the main thread: its time limit, stalled pools, SIGTERM."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def stop_on_sigterm() -> None:
-    """Let SIGTERM, which `ray job stop` sends, end the driver as Ctrl-C does; the handler of `ray.init` aborts."""
+    """Make SIGTERM, which `ray job stop` sends, end the driver as Ctrl-C does. The handler of `ray.init` aborts."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -20,15 +20,22 @@ def stop_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-class _Enough(BaseException):  # no Exception: what lies between must not take it for a failure of its own
-    pass
+class _Enough(BaseException):
+    """Raised in the main thread to end an iteration of Ray Data.
+
+    Derives from BaseException so that `except Exception` blocks in between do not swallow it.
+    """
 
 
 class Watch:
-    """Looks every ten seconds whether the time is up or nothing moves any more (in the main thread, as signals are).
+    """Check every ten seconds whether the time is up or the pools have stalled.
 
-    Nothing moves where a node is gone and does not come back: teachers that wait for its audio may hold the CPUs that
-    the actors which make it again need. Starting the pools anew frees them.
+    Pools stall if a node is lost for good: teachers that wait for its audio may hold the CPUs that actors need to make
+    the audio again. New pools free them.
+
+    The check is a signal handler in the main thread, since Ray Data has no public way to stop an execution from another
+    thread: a generator that runs in one thread cannot be closed in another (`ValueError`), and its actors would keep
+    the CPUs that the new pools need.
     """
 
     _EVERY_S = 10.0
@@ -56,7 +63,7 @@ class Watch:
 
     @contextmanager
     def ending_it(self) -> Iterator[None]:
-        """The body may be ended anywhere; what it had begun is begun again."""
+        """Allow the check to end the body at any point. Unfinished work is made again."""
         with suppress(_Enough):
             self._armed = True
             try:
@@ -69,7 +76,7 @@ class Watch:
         if not self._armed or not (time_is_up or still_s > self._stall_s):
             return
         if not time_is_up:
-            _LOG.warning("nothing was made for %.0f s: the pools are started anew", still_s)
-            self._stall_s *= 2  # in case it only takes so long
+            _LOG.warning("nothing was made for %.0f s: the pools are restarted", still_s)
+            self._stall_s *= 2  # the work may just be slow
         self.interrupted = True
-        raise _Enough  # one that lands in a destructor is dropped; the next look raises it again
+        raise _Enough  # Python drops an exception raised in a destructor; the next check raises it again

@@ -13,11 +13,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from speechdistill.io import storage
+from speechdistill.io import globs, storage
 from speechdistill.io.audio import EXTENSIONS
 
 HIDDEN = "(hidden or system)"
@@ -26,7 +25,6 @@ _SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@re
 _SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
 _SHOWN = 3
 _LOCAL = re.compile("^(file|local)://")
-_EVERYTHING = ("**",)
 Wanted = Callable[[str], bool]
 """Whether a file of this name is looked for."""
 _Key = tuple[int, int]
@@ -94,7 +92,7 @@ def below(root: str, wanted: Wanted, skipped: Skipped, seen: Seen | None = None)
         return _remote(root, wanted, skipped)
     if not Path(root).is_dir():
         raise NotADirectoryError(root)
-    return _local(root, wanted, skipped, seen or Seen(), _EVERYTHING)
+    return _local(root, wanted, skipped, seen or Seen(), globs.EVERYTHING)
 
 
 def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
@@ -107,15 +105,15 @@ def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
     if "://" in pattern:
         return sorted(_of_url(pattern, wanted, skipped))
     if Path(pattern).is_dir():
-        return sorted(_local(str(Path(pattern)), wanted, skipped, Seen(), _EVERYTHING))
+        return sorted(_local(str(Path(pattern)), wanted, skipped, Seen(), globs.EVERYTHING))
     if os.path.lexists(pattern):  # before globs: a file may be called `take[1].wav`
         return [given]
     if not glob.has_magic(pattern):
         return []
-    base, parts = _split(pattern)
+    base, parts = globs.split(pattern)
     if not Path(base).is_dir():
         return []
-    return sorted(_local(base, _anything if _names_suffix(pattern) else wanted, skipped, Seen(), parts))
+    return sorted(_local(base, _anything if globs.names_suffix(pattern) else wanted, skipped, Seen(), parts))
 
 
 def once(paths: Iterator[str] | list[str], known: set[str]) -> Iterator[str]:
@@ -152,9 +150,9 @@ def _local(root: str, wanted: Wanted, skipped: Skipped, seen: Seen, parts: tuple
         for entry in entries:
             place, path = (*inside, entry.name), entry.path.removeprefix("./")
             is_folder = _is_folder(entry)
-            if not (_may_hold if is_folder else _fits)(place, parts):
+            if not (globs.may_hold if is_folder else globs.fits)(place, parts):
                 continue
-            if is_system(entry.name) and not _is_spelled_out(entry.name, parts):
+            if is_system(entry.name) and not globs.is_spelled_out(entry.name, parts):
                 skipped.add(HIDDEN, path + "/" * is_folder)
             elif is_folder:
                 deeper.append((path, place))
@@ -179,7 +177,7 @@ def _left_out(entry: os.DirEntry[str], folder: _Key, wanted: Wanted, seen: Seen,
         return ""  # a link to nothing: the reader says so of this file
     name = Path(target).name
     place = seen.folders.get(parent)
-    is_walked = place is not None and wanted(name) and not is_system(name) and _fits((*place, name), parts)
+    is_walked = place is not None and wanted(name) and not is_system(name) and globs.fits((*place, name), parts)
     if is_walked or (parent, name) in seen.links:
         return _TAKEN
     seen.links.add((parent, name))
@@ -197,41 +195,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _split(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """The folder that a glob spells out, and the parts that follow."""
-    parts = Path(pattern).parts
-    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    return str(Path(*parts[:first])), parts[first:]
-
-
-def _fits(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    if parts == _EVERYTHING:
-        return True
-    if not parts:
-        return not place
-    if parts[0] == "**":
-        return any(_fits(place[start:], parts[1:]) for start in range(len(place) + 1))
-    return bool(place) and fnmatchcase(place[0], parts[0]) and _fits(place[1:], parts[1:])
-
-
-def _may_hold(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    """Whether files of a glob may lie in a folder."""
-    first = parts[: parts.index("**")] if "**" in parts else parts[:-1]
-    if len(place) > len(first) and "**" not in parts:
-        return False
-    return all(fnmatchcase(*pair) for pair in zip(place, first, strict=False))
-
-
-def _is_spelled_out(name: str, parts: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, part) for part in parts if part.startswith(".") or not glob.has_magic(part))
-
-
-def _names_suffix(pattern: str) -> bool:
-    """Whether a glob ends in a suffix written out."""
-    suffix = PurePosixPath(pattern).suffix
-    return bool(suffix) and not glob.has_magic(suffix)
-
-
 def _anything(name: str) -> bool:
     return True
 
@@ -246,11 +209,11 @@ def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
         found = sorted(fs.glob(path, detail=True).items())
     parts = path.split("/")
     first = next(number for number, part in enumerate(parts) if "*" in part)
-    wanted = _anything if _names_suffix(path) else wanted
+    wanted = _anything if globs.names_suffix(path) else wanted
     for name, info in found:
         if info["type"] != "file":
             continue
-        hidden = (is_system(part) and not _is_spelled_out(part, tuple(parts)) for part in name.split("/")[first:])
+        hidden = (is_system(part) and not globs.is_spelled_out(part, tuple(parts)) for part in name.split("/")[first:])
         if reason := HIDDEN if any(hidden) else _odd(name, info, wanted):
             skipped.add(reason, fs.unstrip_protocol(name))
         else:

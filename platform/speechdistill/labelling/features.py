@@ -19,7 +19,8 @@ from speechdistill.engine import flow, pools, shards
 from speechdistill.engine.isolate import Row
 from speechdistill.engine.limits import Limits, Rejects
 from speechdistill.engine.shards import Totals
-from speechdistill.io import audio, fingerprint, storage, table
+from speechdistill.engine.stages import Stage
+from speechdistill.io import audio, fingerprint, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 from speechdistill.labelling.samples import check_storage
 from speechdistill.labelling.unchanged import Ingested, unchanged
@@ -91,15 +92,15 @@ def compute(config: Features) -> Totals:
     )
     totals = flow.run(job)
     if totals.complete:
-        storage.publish_json({"clips": totals.labelled, "rejected": totals.rejected}, f"{config.out}/summary.json")
+        shards.complete(config.out, {"clips": totals.labelled, "rejected": totals.rejected})
     return totals
 
 
-def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def _stages(config: Features, cpus: float, gpus: float) -> tuple[Stage, ...]:
     sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
     rows = 64 if sizes.teach.num_gpus else 8
     encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
-    load = flow.Stage(
+    load = Stage(
         name="load",
         make=partial(Load, config.clips),
         adds=_LOADED,
@@ -108,7 +109,7 @@ def _stages(config: Features, cpus: float, gpus: float) -> tuple[flow.Stage, ...
         isolated=True,
         memory_gb=4,
     )
-    return load, flow.Stage(name="encode", make=encode, adds=_ENCODED, pool=sizes.teach, batch_rows=rows, isolated=True)
+    return load, Stage(name="encode", make=encode, adds=_ENCODED, pool=sizes.teach, batch_rows=rows, isolated=True)
 
 
 class Load:

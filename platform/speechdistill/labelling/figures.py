@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from speechdistill.engine import shards
+from speechdistill.engine.footers import Part
 from speechdistill.engine.shards import Totals
 from speechdistill.io import audio
 
@@ -31,9 +32,9 @@ class Session:
         self._started = time.monotonic()
         self.samples, self._audio_s = 0, 0.0
 
-    def add(self, part: Mapping[str, Any]) -> None:
-        self.samples += part["ids"]
-        self._audio_s += part["totals"]["audio_s"]
+    def add(self, part: Part) -> None:
+        self.samples += part.num_ids
+        self._audio_s += part.totals["audio_s"]
 
     def count(self, samples: int) -> None:
         """Of a run that was stopped: parts may be committed that were not told."""

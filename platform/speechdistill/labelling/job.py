@@ -13,6 +13,7 @@ from speechdistill.data.plan import DegradationRecipe, Plans
 from speechdistill.engine import flow, place, pools, shards
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
+from speechdistill.engine.stages import Stage
 from speechdistill.io import fingerprint
 from speechdistill.io.audio import MIN_DURATION_S
 from speechdistill.io.errors import RunError
@@ -191,7 +192,7 @@ def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow
     )
 
 
-def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[Stage, ...]:
     """The stages of the job, with pools for a cluster of so many CPUs and GPUs."""
     passes = degradation_recipes.network_passes(job.recipe)
     if gpus and passes and wanted.teach_gpus is not None:
@@ -205,7 +206,7 @@ def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow
     for number in range(1, passes + 1):
         enhance = partial(Enhance, job.recipe)
         listed += [
-            flow.Stage(
+            Stage(
                 name=f"network {number}",
                 make=enhance,
                 adds=_NOTHING,
@@ -218,20 +219,20 @@ def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow
     return (*listed, _teach_stage(job, sizes.teach, wanted.batch_s))
 
 
-def _degrade_stage(job: Prepared) -> flow.Stage:
+def _degrade_stage(job: Prepared) -> Stage:
     reference = job.stored.reference or job.teacher.intrusive
     make = partial(
         Degrade, job.clips, job.recipe, job.samples.seed, job.stored.audio_format, reference, libraries(job.recipe)
     )
-    return flow.Stage(name="degrade", make=make, adds=DEGRADED, batch_rows=16, isolated=True, memory_gb=4)
+    return Stage(name="degrade", make=make, adds=DEGRADED, batch_rows=16, isolated=True, memory_gb=4)
 
 
-def _teach_stage(job: Prepared, pool: pools.Pool, batch_s: float | None) -> flow.Stage:
+def _teach_stage(job: Prepared, pool: pools.Pool, batch_s: float | None) -> Stage:
     by, segment_s = job.labeller, job.recipe.segment_s
     batch_s = batch_s or segment_s * (64 if pool.num_gpus else 8)
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU needs the whole batch.
     at_once_s = batch_s if pool.num_gpus else None
-    return flow.Stage(
+    return Stage(
         name="teach",
         make=partial(
             Teach, by.teacher, by.weights, by.head, by.dtype, at_once_s, job.teacher.sha256, job.stored.reference

@@ -1,7 +1,6 @@
 """What teachers share whose network is one file of torch's, as others have released it, and hears waves whole."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import groupby
 from typing import Any
 
@@ -56,7 +55,7 @@ class Released(Windowed):
         ask = f"give {self.url} ({self.terms}), or the path of that file"
         data, self.weights_hash = weights_file.read(path, f"no weights of {self.model} there", ask)
         with weights_file.fitting(path, f"{self.model}'s weights"):
-            network = self._network(torch.load(BytesIO(data), map_location="cpu", weights_only=True))
+            network = self._network(weights_file.state(data))
         self.network = network.to(self._device).eval()
 
     def _place(self) -> str:

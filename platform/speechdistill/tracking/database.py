@@ -1,5 +1,5 @@
 # tracking/: MLflow: the event log beside a run, the thread that sends it, registered models and their stored code.
-"""The sqlite database of runs: whether MLflow can use it, told before the work, and the paths in one that was moved."""
+"""Check the sqlite database of runs before the work, and update the paths in a database that was moved."""
 
 import re
 import sqlite3
@@ -12,10 +12,10 @@ from urllib.request import url2pathname
 from speechdistill.tracking.mlflow_sender import TrackingError, artifact_folder
 
 _SQLITE = "sqlite:///"
-_WAIT_S = 10.0  # for a lock of another job that writes now
-_MIGRATION_S = 2.0  # a database that another job is just making has passing versions
-_AGAIN = "or move it away: `speechdistill sync OUT` writes a run of ours to a new one"
-_FIXES = (  # a part of the message, what to do
+_WAIT_S = 10.0  # for a lock of another job that is writing
+_MIGRATION_S = 2.0  # a database that another job is creating passes through versions
+_AGAIN = "or move it away: `speechdistill sync OUT` sends a run to a new database"
+_FIXES = (  # a part of the message, the fix
     ("locked", "end the program that holds it (`fuser -v` with its path names it), then rerun the command"),
     ("readonly", "give this user the right to write to it and to its folder, or set MLFLOW_TRACKING_URI to another"),
     ("ermission denied", "give this user the right to read its folder, or set MLFLOW_TRACKING_URI to another"),
@@ -33,14 +33,14 @@ _ADDRESSES = (
 
 
 def file_of(uri: str) -> Path | None:
-    """The file of a sqlite database; None for another MLflow."""
+    """Return the file of a sqlite database; None for any other MLflow."""
     return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
 
 
 def check(uri: str, writes: bool = True) -> None:
-    """Raise `TrackingError` for a sqlite database that MLflow cannot use: of another version, locked, or unreadable.
+    """Raise `TrackingError` if MLflow cannot use a sqlite database: another version, locked, or unreadable.
 
-    In one that was moved or copied with its folder, the addresses of files are set to that folder.
+    In a database that was moved or copied with its folder, the addresses of files are set to the new folder.
     """
     file = file_of(uri)
     try:
@@ -59,22 +59,24 @@ def check(uri: str, writes: bool = True) -> None:
 
 def _check_version(uri: str, database: sqlite3.Connection) -> None:
     known, newest = _revisions()
-    found, before = _version(database), None
-    while found not in (None, newest, before):
+    revision, before = _version(database), None
+    while revision not in (None, newest, before):
         time.sleep(_MIGRATION_S)
-        found, before = _version(database), found
-    if found in (None, newest) or newest is None:
+        revision, before = _version(database), revision
+    if revision in (None, newest) or newest is None:
         return
     file = file_of(uri)
-    if found in known:
-        reason = f"the tracking database {file} has an out-of-date database schema ({found}; this MLflow's is {newest})"
+    if revision in known:
+        reason = (
+            f"the tracking database {file} has an out-of-date database schema ({revision}; this MLflow's is {newest})"
+        )
         raise TrackingError(reason, f"run `mlflow db upgrade {uri}` on a copy of it, then on itself")
-    reason = f"the tracking database {file} has the schema of another MLflow ({found}; this one's is {newest})"
+    reason = f"the tracking database {file} has the schema of another MLflow ({revision}; this one's is {newest})"
     raise TrackingError(reason, "use the version of MLflow that wrote it, or a newer one")
 
 
 def _version(database: sqlite3.Connection) -> str | None:
-    """The schema's revision; None where MLflow has not made its tables yet."""
+    """Return the schema's revision; None if MLflow has not created its tables yet."""
     if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
         return None
     row = database.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -82,9 +84,10 @@ def _version(database: sqlite3.Connection) -> str | None:
 
 
 def _revisions() -> tuple[set[str], str | None]:
-    """The schemas that the installed MLflow knows, and the newest one, from its migrations: importing it takes seconds.
+    """Return the schemas that the installed MLflow knows, and the newest one.
 
-    None for the newest where these say none: then MLflow judges.
+    Read from the migrations' files, since importing MLflow takes seconds. The newest is None if they do not give one:
+    MLflow then decides.
     """
     package = find_spec("mlflow")
     if package is None or package.origin is None:
@@ -97,7 +100,7 @@ def _revisions() -> tuple[set[str], str | None]:
 
 
 def _follow(database: sqlite3.Connection, folder: str) -> None:
-    """Set the addresses of files to `folder`, beside the database, where they are those of its earlier place."""
+    """Set addresses of files that point to the database's earlier place to `folder`, beside the database."""
     if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'logged_models'").fetchone():
         return
     for (before,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
@@ -112,7 +115,7 @@ def _follow(database: sqlite3.Connection, folder: str) -> None:
 
 
 def _was_moved(before: str, folder: str) -> bool:
-    """Whether a folder of files has moved to `folder`; where only the database was moved, they stay where they are."""
+    """Whether a folder of files has moved to `folder`. If only the database was moved, they stay in place."""
     if before == folder or not before.startswith("file://") or Path(before).name != Path(folder).name:
         return False
     old, new = (Path(url2pathname(place.removeprefix("file://"))) for place in (before, folder))

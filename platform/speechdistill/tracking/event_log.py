@@ -1,9 +1,9 @@
-"""The log of what MLflow is to know of a run, in `OUT/tracking/` beside the run's results.
+"""Log of a run's events for MLflow, in `OUT/tracking/` beside the run's results.
 
-    events-<session>-<number>.jsonl   what happened, in order and with its time: `run`, `metrics`, `artifact`, `status`
+    events-<session>-<number>.jsonl   events in order, with their times: `run`, `metrics`, `artifact`, `status`
     artifacts/<name>                  small files, sent from there
 
-Nothing can be appended on object stores, so a segment grows by being published again.
+Object stores cannot append, so a segment grows by being published again.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ _SEGMENT_LINES = 256
 
 
 class EventLog:
-    """The events of this session: a queue that any thread fills and one thread writes."""
+    """Events of this session: a queue that any thread fills and one thread writes."""
 
     def __init__(self, out: str) -> None:
         self._out, self._lock = out, threading.Lock()
@@ -32,7 +32,7 @@ class EventLog:
         self._segment: list[str] = []
 
     def __len__(self) -> int:
-        """How many events are not written yet."""
+        """Return the number of events that are not written yet."""
         return len(self._queue)
 
     def add(self, event: str, **fields: Any) -> None:
@@ -46,12 +46,12 @@ class EventLog:
         self.add("artifact", name=name)
 
     def flush(self) -> None:
-        """Write the queue; raises what the storage raises, and then what was not written stays in the queue."""
-        if not self._session:  # later than all before it, also where a clock was set back
+        """Write the queue. If the storage raises an error, the events that were not written stay in the queue."""
+        if not self._session:  # later than all earlier ones, even if the clock was set back
             self._session = max([_now_ms(), *(order(name)[0] + 1 for name in segments(self._out))])
         with self._lock:
             files, lines = dict(self._files), list(self._queue)
-        for name, data in files.items():  # before the event that tells of it
+        for name, data in files.items():  # before the event that names it
             storage.publish(data, f"{self._out}/tracking/artifacts/{name}")
         while lines:
             added = lines[: _SEGMENT_LINES - len(self._segment)]
@@ -72,7 +72,7 @@ class EventLog:
 
 
 def segments(out: str) -> dict[str, int]:
-    """The segments of the log in their order, with their sizes in bytes."""
+    """Return the segments of the log in order, with their sizes in bytes."""
     fs, path = storage.file_system(f"{out}/tracking")
     fs.invalidate_cache()
     with storage.access(f"{out}/tracking"):
@@ -86,22 +86,23 @@ def _is_segment(name: str) -> bool:
 
 
 def order(name: str) -> tuple[int, int]:
-    """(session, number) of a segment."""
+    """Return (session, number) of a segment."""
     session, number = name.removesuffix(".jsonl").split("-")[1:]
     return int(session), int(number)
 
 
 def pending(out: str, sent: Mapping[str, int]) -> list[str]:
+    """Return the segments with bytes that were not sent; `sent` are the bytes sent of each."""
     return [name for name, size in segments(out).items() if size > sent.get(name, 0)]
 
 
 def run_event(out: str, names: list[str]) -> dict[str, Any]:
-    """The `run` event that begins the first of these segments."""
+    """Return the `run` event at the beginning of the first of these segments."""
     return dict(json.loads(read(f"{out}/tracking/{names[0]}").splitlines()[0]))
 
 
 def last_step(out: str) -> int:
-    """The step of the last metrics that earlier sessions told of; -1 where there are none."""
+    """Return the step of the last metrics of earlier sessions; -1 if there are none."""
     for name in reversed(segments(out)):
         events = [json.loads(line) for line in read(f"{out}/tracking/{name}").splitlines()]
         if steps := [event["step"] for event in events if event["event"] == "metrics"]:
@@ -117,7 +118,7 @@ def read(uri: str, start: int = 0) -> bytes:
 
 @contextmanager
 def alone(out: str) -> Iterator[None]:
-    """Keep other processes out, where a local folder can be locked."""
+    """Keep other processes out, if the folder is local and can be locked."""
     if "://" in out:
         yield
         return

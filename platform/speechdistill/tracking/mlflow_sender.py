@@ -1,15 +1,13 @@
-"""Sends the log of a run to an MLflow server or database; models go there by `registry.py`.
+"""Send the log of a run to an MLflow server or database. Models are sent by `registry.py`.
 
-`OUT/tracking/sent.json` holds for each MLflow its run, the bytes it has of each segment and the artifacts it lacks.
-Every event is sent at least once. MLflow keeps equal points once, and a run is found again by its tag, so a killed
-driver or a `sync` beside a running job doubles nothing. (Only on object stores, which cannot be locked, two processes
-that create the run within the same instant can make two.)
+`OUT/tracking/sent.json` holds for each MLflow the run's id, the bytes sent of each segment and the artifacts not sent.
+Each event is sent at least once. MLflow keeps equal points once, and runs are found by their tag, so a killed driver
+or a `sync` beside a running job duplicates nothing. (Object stores cannot be locked: there, two processes that create
+the run at the same instant can create two.)
 """
 
 import json
 import logging
-import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from speechdistill.io import storage
 from speechdistill.io.errors import UserError
+from speechdistill.tracking import mlflow_client
 from speechdistill.tracking.event_log import alone, pending, read, run_event, segments
 
 _LOG = logging.getLogger(__name__)
@@ -24,34 +23,37 @@ _TAG = "speechdistill.run"
 
 
 class TrackingError(UserError, RuntimeError):
-    """A run that cannot be sent to MLflow: why, and what to do."""
+    """A run that cannot be sent to MLflow."""
 
 
 class Sender:
-    """Sends the log of one output folder to one MLflow; for one thread."""
+    """Sender of one output folder's log to one MLflow, for use by one thread."""
 
     def __init__(self, out: str, uri: str) -> None:
         self._out, self._uri, self._place = out, uri, place(out, uri)
         self._client: Any = None
-        self.run_id: str | None = None  # None until the server was asked for it, and after it failed
+        self.run_id: str | None = None  # None before the first connection, and after a failure
         self._sent: dict[str, int] = {}
-        self.late: list[str] = []  # artifacts that were not taken yet: they must not hold up the points after them
+        self.late: list[str] = []  # artifacts not accepted yet: later points do not wait for them
         self._refused: set[tuple[str, str]] = set()
         self._told: set[str] = set()
 
     def send(self) -> int:
-        """Send what is missing, store how far it got, return the number of events; raises what the server raises."""
+        """Send missing events and artifacts, store the progress, return their number; raises the server's errors."""
         try:
             return self._send()
         except TrackingError:
             raise
-        except Exception:  # a connection kept open fails once after the server has closed it
+        except Exception as error:
+            if mlflow_client.is_timeout(error):
+                raise
+            # A connection that was kept open fails once after the server has closed it.
             return self._send()
 
     def left(self) -> int:
-        """How many events and artifacts are not sent."""
+        """Return the number of events and artifacts that are not sent."""
         known = state(self._out, self._place)
-        if self.run_id:  # what is stored may be another process's, which has come less far
+        if self.run_id:  # the stored state may be that of another process, which has sent less
             known = {"sent": dict(self._sent), "artifacts_left": self.late}
         sent = known.get("sent", {})
         lines = (read(f"{self._out}/tracking/{name}", sent.get(name, 0)) for name in pending(self._out, sent))
@@ -71,8 +73,8 @@ class Sender:
         return lines + before - len(self.late)
 
     def _connect(self) -> None:
-        """Find the run on the server, or create it; what is known of a run that is gone is forgotten."""
-        self._client = self._client or _mlflow_client(self._uri)
+        """Find the run on the server, or create it. The stored state of a run that was deleted is dropped."""
+        self._client = self._client or mlflow_client.client(self._uri)
         with alone(self._out):
             known = state(self._out, self._place)
             if known and self._is_active(known["run_id"]):
@@ -108,22 +110,22 @@ class Sender:
         run = self._client.create_run(experiment, first["time_ms"], tags=tags, run_name=first["name"])
         mine = str(run.info.run_id)
         chosen = self._find(first) or mine
-        if chosen != mine:  # another process, that could not be locked out, has created one too
+        if chosen != mine:  # another process that could not be locked out has created one as well
             self._client.delete_run(mine)
         return chosen
 
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(name)
-        if not found:
+        experiment = self._client.get_experiment_by_name(name)
+        if not experiment:
             try:
                 return str(self._client.create_experiment(name, _artifact_location(self._out, self._uri)))
             except MlflowException:  # another job may have created it just now
-                found = self._client.get_experiment_by_name(name)
-                if not found:
+                experiment = self._client.get_experiment_by_name(name)
+                if not experiment:
                     raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def _send_segment(self, name: str) -> int:
         from mlflow.entities import Metric
@@ -151,7 +153,7 @@ class Sender:
         return len(events)
 
     def _send_parameters(self, parameters: Mapping[str, str]) -> None:
-        """Parameters that the run has are not sent again; MLflow refuses to change one, so a change becomes a tag."""
+        """Send parameters that the run lacks. MLflow refuses to change one, so a changed parameter becomes a tag."""
         from mlflow.entities import Param, RunTag
 
         there = self._client.get_run(self.run_id).data
@@ -165,7 +167,7 @@ class Sender:
         self._log_batch("tags", changed, 100)
 
     def _log_batch(self, kind: str, items: list[Any], at_most: int) -> None:
-        """Log items `at_most` at once; a name that MLflow does not allow is left out, or all after it would wait."""
+        """Log up to `at_most` items at once. A name that MLflow refuses is left out: later items would wait for it."""
         from mlflow.exceptions import MlflowException
 
         for start in range(0, len(items), at_most):
@@ -175,11 +177,11 @@ class Sender:
             except MlflowException as error:
                 if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                     raise
-                if not self._is_active(str(self.run_id)):  # deleted just now; asked for again, it is made anew
+                if not self._is_active(str(self.run_id)):  # deleted just now: the next send creates it again
                     raise
                 if len(some) == 1:
                     self._refused.add((kind, some[0].key))
-                    self._tell(f"{some[0].key!r} of the {kind} is refused and left out", error)
+                    self._tell(f"{some[0].key!r} of the {kind} is refused by MLflow and left out", error)
                 else:
                     self._log_batch(kind, some, len(some) // 2)
 
@@ -202,54 +204,36 @@ class Sender:
 
     def _tell(self, text: str, error: Exception) -> None:
         if text not in self._told:
-            _LOG.warning("%s (%s)", text, failure(self._uri, error))
+            _LOG.warning("%s (%s)", text, mlflow_client.failure(self._uri, error))
         self._told.add(text)
 
     def _store(self) -> None:
-        """The last writer wins: each tells what it has seen through itself, and at worst some is sent again."""
+        """Store the progress. The last of several writers wins: at worst, events are sent again."""
         sent = storage.read_json(f"{self._out}/tracking/sent.json") or {}
         sent[self._place] = {"run_id": self.run_id, "sent": self._sent, "artifacts_left": self.late}
         storage.publish_json(sent, f"{self._out}/tracking/sent.json")
 
 
-def _mlflow_client(uri: str) -> Any:
-    # This module tries again by itself; MLflow's seven retries of 120 s would be many minutes in one call.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
 def _artifact_location(out: str, uri: str) -> str | None:
-    """Without a server to choose one, `mlruns/` would land in the working directory."""
+    """Return the address of artifacts if no server chooses it: `mlruns/` would land in the current folder."""
     if uri.startswith("sqlite:///"):
         return artifact_folder(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     return None if uri.startswith(("http", "databricks")) else f"{out}/mlartifacts"
 
 
 def artifact_folder(database: Path) -> str:
-    """The URL of the folder beside a sqlite database, where the files of its runs are."""
+    """Return the URL of the folder beside a sqlite database that holds the files of its runs."""
     return (database.resolve().parent / "mlartifacts").as_uri()
 
 
 def state(out: str, place: str) -> dict[str, Any]:
+    """Return the stored progress of sending to an MLflow; empty if nothing was sent there."""
     return dict((storage.read_json(f"{out}/tracking/sent.json") or {}).get(place, {}))
 
 
 def place(out: str, uri: str) -> str:
-    """The name of an MLflow in sent.json; the database in the folder, or above it, keeps its name when they move."""
+    """Return the name of an MLflow in sent.json. A database in the folder, or above it, keeps its name if both move."""
     for name, folder in (("mlflow.db", out), ("../mlflow.db", out.rpartition("/")[0])):
         if uri == f"sqlite:///{folder}/mlflow.db":
             return name
-    return without_password(uri)
-
-
-def failure(uri: str, error: Exception) -> str:
-    return f"MLflow at {without_password(uri)}: {without_password(str(error))}"
-
-
-def without_password(text: str) -> str:
-    return re.sub(r"(?<=//)([^/@\s]*|[^:/@\s]+:[^@\s]*)@", "", text)
+    return mlflow_client.without_password(uri)

@@ -1,4 +1,4 @@
-"""The code that MLflow stores with a student, so that it loads where this package is not installed."""
+"""Code that MLflow stores with a student, so that the student loads without this package."""
 
 import ast
 import shutil
@@ -8,10 +8,10 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 
 ENTRY = _PACKAGE / "models" / "served.py"
-"""The file that MLflow runs to make the model."""
+"""File that MLflow runs to make the model."""
 
 _ENCODER = _PACKAGE / "models" / "encoder_scorer.py"
-"""Imported for a head above a speech encoder only; a student's stored code is without it."""
+"""Imported only for a head above a speech encoder; not stored with a student."""
 
 REQUIREMENTS = (
     "av>=18,<19",
@@ -25,7 +25,7 @@ REQUIREMENTS = (
     "soxr>=1.1,<2",
     "torch>=2.11,<2.14",
 )
-"""What a student's code imports from elsewhere."""
+"""Libraries that a student's code imports."""
 
 ENCODER_REQUIREMENTS = ("transformers>=5,<6",)
 
@@ -41,7 +41,7 @@ def stage(folder: str, with_encoder: bool) -> str:
 
 
 def needed(with_encoder: bool) -> set[Path]:
-    """The files of this package that `ENTRY` imports, directly or through others."""
+    """Return the files of this package that `ENTRY` imports, directly or through others."""
     reached, waiting = {ENTRY}, [ENTRY]
     while waiting:
         for file in _ours(waiting.pop()):
@@ -52,7 +52,7 @@ def needed(with_encoder: bool) -> set[Path]:
 
 
 def _ours(file: Path) -> Iterator[Path]:
-    """The files of this package that the import statements of `file` name, and the `__init__.py` above them."""
+    """Yield the files of this package that `file` imports, and the `__init__.py` files above them."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == _PACKAGE.name:
             for name in (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)):

@@ -1,7 +1,7 @@
-"""Students in MLflow: logged to a run as a model, read back, registered, and the aliases that point to them.
+"""Students in MLflow: log them to a run as a model, fetch them, register them, move aliases.
 
-A logged student loads where this package is not installed: the modules that it needs are stored with it. Our own tools
-read its safetensors and configuration alone (`student_folder`).
+A logged student loads without this package: the modules that it needs are stored with it. Our own tools read only its
+safetensors and configuration (`student_folder`).
 """
 
 import json
@@ -14,20 +14,18 @@ from typing import Any, NamedTuple, Self
 
 from speechdistill.io import checkpoint, fingerprint, storage
 from speechdistill.io.errors import UserError
-from speechdistill.tracking import database, model_code
-from speechdistill.tracking.mlflow_sender import failure, without_password
+from speechdistill.tracking import database
+from speechdistill.tracking.mlflow_client import PatientClient, failure, patiently, without_password
+from speechdistill.tracking.mlflow_model import MODEL, save_model
 from speechdistill.tracking.run import MODEL_ADDRESSES
-
-MODEL = "student"
-"""The name of a run's logged model, and of the folder of its two files among the model's artifacts."""
 
 
 class RegistryError(UserError, RuntimeError):
-    """A model or run that MLflow lacks or does not give: which one, where, and what to do."""
+    """A model or run that MLflow lacks or does not return."""
 
 
 class Logged(NamedTuple):
-    """A student that a run has logged; `location` is the URL of its files, `tags` hold its provenance."""
+    """A student logged to a run. `location` is the URL of its files, `tags` hold its provenance."""
 
     model_id: str
     run_id: str
@@ -36,17 +34,17 @@ class Logged(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """Its address for every MLflow tool."""
+        """Return the address for MLflow's tools."""
         return f"models:/{self.model_id}"
 
     @property
     def sources(self) -> tuple[str, str]:
-        """What a version of it may have as its source: ours, and that of MLflow's own pages."""
+        """Return the possible sources of a registered version: ours, and that of MLflow's own pages."""
         return self.location, self.uri
 
 
 class Version(NamedTuple):
-    """A registered version of a model name; `source` is the address it was registered with."""
+    """A registered version of a model name; `source` is the address at registration."""
 
     name: str
     number: str
@@ -62,8 +60,8 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
     """Log the checkpoint in `folder` (see `io.checkpoint`) to an MLflow run as its model `student`.
 
     `uri` is the MLflow (default: MLFLOW_TRACKING_URI). The checkpoint's provenance becomes metadata and tags of the
-    model. A run that has logged these weights keeps that model, so the call may be repeated. Raises `TableError` where
-    the folder holds no checkpoint and `RegistryError` where MLflow does not know the run or does not answer.
+    model. The call may be repeated: a run with a model of these weights keeps that model. Raises `TableError` if the
+    folder holds no checkpoint, and `RegistryError` if MLflow does not know the run or does not answer.
     """
     student = checkpoint.read(folder)
     registry = Registry(uri)
@@ -73,11 +71,11 @@ def log_student(folder: str, run_id: str, uri: str | None = None) -> Logged:
 
 @contextmanager
 def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
-    """A folder with the two files of the student at `address`, which is there while the body runs.
+    """Yield a folder with the two files of the student at `address`; it exists while the body runs.
 
     `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` and `runs:/RUN_ID/student` are fetched from the
-    MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL, and passed on. Raises
-    `RegistryError`.
+    MLflow at `uri` (default: MLFLOW_TRACKING_URI). Any other address is a folder or URL and yielded as it is.
+    Raises `RegistryError`.
     """
     if not address.startswith(MODEL_ADDRESSES):
         yield storage.absolute(address)
@@ -87,7 +85,7 @@ def student_folder(address: str, uri: str | None = None) -> Iterator[str]:
 
 
 class Registry:
-    """One MLflow, at `uri` or MLFLOW_TRACKING_URI. Every method raises `RegistryError` naming what it was asked for."""
+    """One MLflow, at `uri` or MLFLOW_TRACKING_URI. Each method raises `RegistryError` naming the run or model."""
 
     def __init__(self, uri: str | None = None) -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -96,17 +94,12 @@ class Registry:
         database.check(self.uri, writes=False)
         if (file := database.file_of(self.uri)) and not file.exists():
             raise RegistryError(f"{self.uri}: no such database", "give the folder of a run, or set MLFLOW_TRACKING_URI")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print the password as well
-        from mlflow import MlflowClient
-
         self.place = without_password(self.uri)
         with self._asked("MLflow cannot be used"):
-            self._client: Any = MlflowClient(tracking_uri=self.uri)
+            self._client: Any = PatientClient(self.uri)
 
     def logged(self, run_id: str) -> list[Logged]:
-        """The students that a run has logged, the newest first; those whose upload failed are left out."""
+        """Return the students that a run has logged, newest first, without those whose upload failed."""
         with self._asked(f"run {run_id}"):
             experiment = self._client.get_run(run_id).info.experiment_id
             name = f"source_run_id = '{run_id}' AND name = '{MODEL}'"
@@ -115,13 +108,13 @@ class Registry:
             return [Logged(m.model_id, run_id, m.artifact_location, m.tags) for m in found if m.status == "READY"]
 
     def log(self, folder: str, run_id: str, provenance: Mapping[str, Any], weights_hash: str) -> Logged:
-        """Log the checkpoint in `folder` as a model of a run, whether it has one or not."""
+        """Log the checkpoint in `folder` as a new model of a run."""
         from mlflow.entities import LoggedModelOutput
 
         provenance = checkpoint.brief(provenance)
         known = {f"provenance.{key}": _text(value) for key, value in provenance.items() if value}
         tags = {"weights_sha256": weights_hash, **known}
-        with self._asked(f"run {run_id}"), _patience():
+        with self._asked(f"run {run_id}"):
             experiment = self._client.get_run(run_id).info.experiment_id
             model = self._client.create_logged_model(experiment, MODEL, run_id, tags, model_type="speech-quality")
             try:
@@ -132,13 +125,13 @@ class Registry:
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
-                with suppress(Exception):  # the cause is what is told
+                with suppress(Exception):  # the first error is reported
                     self._client.finalize_logged_model(model.model_id, "FAILED")
                 raise
             return Logged(model.model_id, run_id, model.artifact_location, tags)
 
     def best_of(self, parent: str, metric: str) -> str:
-        """Among the finished child runs of a run, the one with the lowest `metric`."""
+        """Return the finished child run with the lowest `metric`; raises `RegistryError` if none has it."""
         with self._asked(f"run {parent}"):
             experiment = self._client.get_run(parent).info.experiment_id
             wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.status = 'FINISHED'"
@@ -157,21 +150,21 @@ class Registry:
         return str(min(finite, key=lambda run: (finite[run], run)))
 
     def fetch(self, address: str, folder: str) -> str:
-        """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; returns where."""
+        """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; return their folder."""
         from mlflow.artifacts import download_artifacts
 
-        with self._asked(address), _patience():
+        with self._asked(address):
             location, tags = self._found(address)
             source = f"{location}/artifacts/{MODEL}"
-            fetched: str = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+            fetched: str = patiently(download_artifacts, artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
             logged = tags.get("weights_sha256")
             if logged and logged != fingerprint.of_file(f"{fetched}/{checkpoint.WEIGHTS}"):
-                reason = f"{address}: the weights at {self.place} are not those that were logged"
+                reason = f"{address}: the weights at {self.place} differ from the logged ones"
                 raise RegistryError(reason, "restore the model's artifacts, or give another version")
             return fetched
 
     def by_alias(self, name: str, alias: str) -> Version | None:
-        """The version of a model name that has an alias; None where no version has it, or there is no such name."""
+        """Return the version of a model name with an alias; None if no version has it, or the name is unknown."""
         from mlflow.exceptions import MlflowException
 
         with self._asked(f"model {name}"):
@@ -184,7 +177,7 @@ class Registry:
             return _version(self._client.get_model_version(name, str(number))) if number else None
 
     def register(self, name: str, model: Logged) -> Version:
-        """The version of `name` that is this model; made where there is none, so the call may be repeated."""
+        """Return the version of `name` that is this model; create it if there is none. The call may be repeated."""
         from mlflow.exceptions import MlflowException
 
         with self._asked(f"model {name}"):
@@ -217,7 +210,7 @@ class Registry:
             self._client.log_text(run_id, json.dumps(value, indent=2, ensure_ascii=False) + "\n", name)
 
     def lacks(self, name: str, alias: str) -> RegistryError:
-        """Why `by_alias` has found none: the name is unknown, or no version of it has the alias."""
+        """Return the error for a missing alias: the name is unknown, or no version of it has the alias."""
         with self._asked(f"model {name}"):
             known = {model.name: model.aliases for model in self._client.search_registered_models()}
         if name not in known:
@@ -229,7 +222,7 @@ class Registry:
         return RegistryError(reason, "give models:/NAME/NUMBER; `speechdistill promote` sets `champion`")
 
     def _found(self, address: str) -> tuple[str, Mapping[str, str]]:
-        """The URL of a model's files, and its tags."""
+        """Return the URL of a model's files, and the model's tags."""
         if match := re.fullmatch(rf"runs:/(\w+)/{MODEL}", address):
             models = self.logged(match[1])
             if not models:
@@ -248,7 +241,7 @@ class Registry:
             found = self._client.get_logged_model(match[1])
             return str(found.artifact_location), found.tags
         raise RegistryError(
-            f"{address!r} is no address of a student",
+            f"{address!r} is not the address of a student",
             f"choose from models:/NAME@ALIAS, models:/NAME/VERSION, models:/MODEL_ID and runs:/RUN_ID/{MODEL}",
         )
 
@@ -262,51 +255,6 @@ class Registry:
             # `from None`: the original text, which a traceback would print, may hold the password.
             reason = " ".join(failure(self.uri, error).split())[:500]
             raise RegistryError(f"{what}: {reason}", "check its name and MLFLOW_TRACKING_URI") from None
-
-
-def save_model(folder: str, path: str, **identity: Any) -> None:
-    """Write the student of a checkpoint's folder as an MLflow model to the local folder `path`.
-
-    `identity` goes to `mlflow.models.Model`: run_id, model_id, metadata.
-    """
-    import numpy as np
-    import pandas as pd
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
-
-    # `served.py` judges each record: MLflow would refuse a whole batch for one of another type or without a column.
-    inputs = [ColSpec(AnyType(), name, required=False) for name in ("audio", "waveform", "sample_rate")]
-    outputs = [ColSpec(DataType.double, "mos", required=False), ColSpec(DataType.string, "error", required=False)]
-    tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
-    with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
-        checkpoint.copy(folder, f"{staged}/{MODEL}")
-        has_encoder = checkpoint.read(folder).architecture != checkpoint.CONV_TRANSFORMER
-        requirements = (*model_code.REQUIREMENTS, *(model_code.ENCODER_REQUIREMENTS if has_encoder else ()))
-        pyfunc.save_model(
-            path,
-            python_model=str(model_code.ENTRY),
-            code_paths=[model_code.stage(staged, has_encoder)],
-            artifacts={MODEL: f"{staged}/{MODEL}"},
-            pip_requirements=list(requirements),
-            signature=ModelSignature(Schema(inputs), Schema(outputs)),
-            model_config={"encoder": ""} if has_encoder else None,  # what is not named here cannot be set later
-            input_example=pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [8_000]}),
-            mlflow_model=Model(**identity),
-        )
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Time for uploads: a sender in this process has set MLflow's limits for single points (20 s, no retry)."""
-    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
-    before = {key: os.environ.get(key) for key in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _version(found: Any) -> Version:

@@ -1,7 +1,7 @@
-"""A run that describes a job in MLflow, and never stops or slows it.
+"""Tracking of a job as a run in MLflow, without ever stopping or slowing the job.
 
-The job only fills a queue: one thread writes it to the log beside the run (`event_log.py`), another sends the log to
-MLflow (`mlflow_sender.py`), over and over while it does not answer.
+The job fills a queue. One thread writes the queue to the log beside the run (`event_log.py`), another sends the log to
+MLflow (`mlflow_sender.py`) and retries until MLflow answers.
 """
 
 import json
@@ -22,20 +22,21 @@ from speechdistill.io import fingerprint, storage
 from speechdistill.io.errors import UserError
 from speechdistill.tracking import database
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
-from speechdistill.tracking.mlflow_sender import Sender, TrackingError, failure, place, state, without_password
+from speechdistill.tracking.mlflow_client import failure, without_password
+from speechdistill.tracking.mlflow_sender import Sender, TrackingError, place, state
 
 _LOG = logging.getLogger(__name__)
-_WRITE_S = 1.0  # at most one write a second, since each is a whole object on object stores
-_SEND_S, _SEND_AT_MOST_S = 5.0, 60.0  # between two sends; doubled after each that failed
+_WRITE_S = 1.0  # at most one write a second: on object stores each writes a whole object
+_SEND_S, _SEND_AT_MOST_S = 5.0, 60.0  # between two sends; doubled after each failure
 
 
 MODEL_ADDRESSES = ("models:", "runs:")
-"""How the address of a model in MLflow begins."""
+"""Prefixes of the addresses of models in MLflow."""
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync` sent, what is left (artifacts that were not taken, events of a job that goes on), and the run."""
+    """Result of `sync`: how much was sent, how much is left (refused artifacts, events of a running job), the run."""
 
     sent: int
     left: int
@@ -43,9 +44,9 @@ class Synced:
 
 
 def tracking_uri(out: str) -> str:
-    """Where the run of `out` is tracked: MLFLOW_TRACKING_URI, or the database in its folder, or the one above.
+    """Return the MLflow of the run in `out`: MLFLOW_TRACKING_URI, the database in that folder, or the one above.
 
-    Raises `UserError` if that cannot be decided.
+    Raises `UserError` if a database cannot lie there.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
@@ -57,24 +58,24 @@ def tracking_uri(out: str) -> str:
 
 
 def checked_uri(out: str) -> str:
-    """`tracking_uri(out)`, before any work: raises `UserError` for a database that MLflow cannot use."""
+    """Return `tracking_uri(out)`, checked before any work; raises `UserError` if MLflow cannot use the database."""
     uri = tracking_uri(out)
     database.check(uri)
     return uri
 
 
 def run_id(out: str) -> str | None:
-    """The MLflow run of `out` at `tracking_uri(out)`, or None while that has not answered yet."""
+    """Return the id of the MLflow run of `out` at `tracking_uri(out)`, or None if MLflow has not answered yet."""
     out = storage.absolute(out)
-    found = state(out, place(out, tracking_uri(out))).get("run_id")
-    return str(found) if found else None
+    stored = state(out, place(out, tracking_uri(out))).get("run_id")
+    return str(stored) if stored else None
 
 
 def sync(out: str) -> Synced:
-    """Send what MLflow lacks of the run in `out`; also while its job goes on elsewhere.
+    """Send the events of the run in `out` that MLflow lacks, even while the job is running elsewhere.
 
-    With MLFLOW_TRACKING_URI set to another server than the job's, that server gets the whole run as a new one. Raises
-    `TrackingError` where `out` has no log, the job was tracked at a server that is not set now, or it does not answer.
+    If MLFLOW_TRACKING_URI is not the server of the job, that server gets the whole run as a new one. Raises
+    `TrackingError` if `out` has no log, the job was tracked at a server that is not set now, or MLflow does not answer.
     """
     out = storage.absolute(out)
     uri = checked_uri(out)
@@ -87,21 +88,24 @@ def sync(out: str) -> Synced:
         raise TrackingError(f"{out} was tracked at {tracked_at}", "set MLFLOW_TRACKING_URI to it, or to another server")
     sender = Sender(out, uri)
     try:
-        sent = sender.send() + sender.send()  # again: what a running job added meanwhile, its last status above all
+        sent = (
+            sender.send() + sender.send()
+        )  # twice: a running job may have added events meanwhile, above all its last status
     except TrackingError:
         raise
     except Exception as error:
         # `from None`: the original text, which a traceback would print, may hold the password.
-        raise TrackingError(failure(uri, error), "the log is kept: sync again when it answers") from None
+        raise TrackingError(
+            failure(uri, error), "the log is kept: rerun `speechdistill sync` once MLflow answers"
+        ) from None
     return Synced(sent, sender.left(), str(sender.run_id))
 
 
 class Tracking:
-    """One MLflow run for one output folder: a resumed job goes on with the run it began. With a `parent` it is shown
-    below that one, in the same MLflow.
+    """One MLflow run for one output folder; a resumed job continues its run. MLflow shows the run below its `parent`.
 
-    No method waits for MLflow or the storage, or raises because of them; only `end` waits, for as long as it is told.
-    As a context manager it ends with `status`, or as what was raised: KILLED by Ctrl-C, else FAILED.
+    No method waits for MLflow or the storage, or raises their errors; only `end` waits, up to its time limit. The
+    context manager ends the run with `status`, or after an exception: KILLED after Ctrl-C, else FAILED.
     """
 
     status = "FINISHED"
@@ -138,7 +142,7 @@ class Tracking:
         self.end(ended_as(kind) if kind else self.status)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """One point for each value, at this time and `step`; what is no number is left out with a warning."""
+        """Add a point for each value, at this time and `step`. A warning reports a value that is not a number."""
         numbers: dict[str, float | str] = {}
         for key, value in values.items():
             with _left_out(f"metric {key}"):
@@ -147,32 +151,32 @@ class Tracking:
             self._add("metrics", step=int(step), values=numbers)
 
     def last_step(self) -> int:
-        """The last step that an earlier session told metrics of; -1 where none did, or the log cannot be read."""
-        with _left_out("how far an earlier session came"):
+        """Return the last step with metrics of an earlier session; -1 if there is none, or the log cannot be read."""
+        with _left_out("the progress of an earlier session"):
             return last_step(self._out)
         return -1
 
     def figure(self, figure: Any, name: str) -> None:
-        """A matplotlib figure as the PNG file `name`; an earlier file of that name is replaced."""
+        """Store a matplotlib figure as the PNG file `name`, replacing an earlier one."""
         with _left_out(name):
             image = BytesIO()
             figure.savefig(image, format="png")
             self._add_file(name, image.getvalue())
 
     def document(self, value: Mapping[str, Any], name: str) -> None:
-        """A JSON document as the file `name`; an earlier file of that name is replaced."""
+        """Store a JSON document as the file `name`, replacing an earlier one."""
         with _left_out(name):
             self._add_file(name, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
     def file(self, data: bytes, name: str) -> None:
-        """A file; an earlier one of that name is replaced."""
+        """Store a file, replacing an earlier one of that name."""
         with _left_out(name):
             self._add_file(name, data)
 
     def end(self, status: str, patience_s: float = 30.0) -> None:
-        """Close with `FINISHED`, `FAILED` or `KILLED`; waits at most `patience_s` seconds for what is still to send.
+        """End with `FINISHED`, `FAILED` or `KILLED`; waits at most `patience_s` seconds for events still to be sent.
 
-        A warning says what is left. A server that does not answer at once is not waited for any longer.
+        Waiting ends early after an error of the server. A warning reports events that are not sent.
         """
         deadline = time.monotonic() + patience_s
         self._add("status", status=status)
@@ -197,7 +201,7 @@ class Tracking:
         self._work.set()
 
     def _write(self) -> None:
-        """The first thread: from the queue to the log."""
+        """Copy the queue to the log, in the first thread."""
         warned = False
         while not self._over.is_set():
             self._work.wait()
@@ -207,7 +211,7 @@ class Tracking:
                 self._log.flush()
             except Exception as error:
                 if not warned:
-                    _LOG.warning("%s/tracking: %s; its events are kept in memory and tried again", self._out, error)
+                    _LOG.warning("%s/tracking: %s; the events are kept in memory and written later", self._out, error)
                 warned = True
                 self._over.wait(_SEND_S)
                 self._work.set()
@@ -220,7 +224,7 @@ class Tracking:
             self._ending.wait(_WRITE_S)
 
     def _send(self) -> None:
-        """The second thread: from the log to MLflow."""
+        """Send the log to MLflow, in the second thread."""
         pause, warned = _SEND_S, False
         while True:
             self._written.wait()
@@ -232,7 +236,7 @@ class Tracking:
             except Exception as error:
                 complete = False
                 if not warned:
-                    _LOG.warning("%s; this run goes on without it, and it is tried again", failure(self._uri, error))
+                    _LOG.warning("%s; the run continues, and events are sent later", failure(self._uri, error))
                 warned = True
             if last:
                 if complete:
@@ -247,17 +251,17 @@ class Tracking:
 
 
 def ended_as(kind: type[BaseException]) -> str:
-    """The status of a run that an exception of this class ended."""
+    """Return the status of a run that an exception of this class ended."""
     return "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
 
 
 def _text(value: Any) -> str:
-    """A parameter as MLflow holds it: at most 6000 characters."""
+    """Return a parameter as MLflow stores it, with at most 6000 characters."""
     return fingerprint.shortened(value if isinstance(value, str) else json.dumps(value, default=str), 6000)
 
 
 def _number(value: Any) -> float | str:
-    """JSON knows no NaN."""
+    """Return a number for JSON, which has no NaN: not finite ones become text."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
 

@@ -6,9 +6,7 @@ a resumed run needs t alone. A lane of labelled shards walks over its own row gr
 clips at random. `lanes.py` assigns lanes to workers.
 """
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -135,7 +133,7 @@ class Batches:
         lanes = mix.batch_size - mix.labeled_lanes
         self._walks = [_walks(run, held, (mix.seed, 0, i), lanes) for i, (run, held) in enumerate(self._pairs())]
         self._pattern, self._before = _pattern([run.weight for run in self.runs], mix.seed)
-        self._cache = _Cache(_WINDOW * (lanes + 1))
+        self._group = lru_cache(maxsize=_WINDOW * (lanes + 1))(self._read_group)
         self._validation = lru_cache(maxsize=1)(self._read_validation)
 
     def refs(self, t: int) -> list[Ref]:
@@ -182,6 +180,10 @@ class Batches:
             for _, row in run.read(np.array_split(held.validation, world)[rank])
         ]
 
+    def _read_group(self, run: int, group: int) -> pa.Table:
+        """Return a row group as it lies in the file, with the audio still coded."""
+        return self.runs[run].read_group(group)
+
     def _pairs(self) -> Iterator[tuple[LabelRun, HeldOut]]:
         return zip(self.runs, self.held, strict=True)
 
@@ -203,43 +205,23 @@ class Batches:
             assert self._labeled is not None
             return self._labeled.read(ref.row, ref.crop, self.mix.crop_samples)
         run = self.runs[ref.run]
-        row = self._cache.get((ref.run, ref.group), run).slice(ref.row, 1).to_pylist()[0]
+        row = self._group(ref.run, ref.group).slice(ref.row, 1).to_pylist()[0]
         start = int(ref.crop * (max(0, row["num_samples"] - self.mix.crop_samples) + 1))
         wave = audio.decode(row["audio"], row["audio_format"], start, self.mix.crop_samples)
         return wave, row["score"], f"{run.out}#{row['sample_id']}"
 
 
-class _Cache:
-    """Cache of the row groups read last, as stored in the file (audio still encoded)."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._lock = size, threading.Lock()
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-
-    def get(self, key: tuple[int, int], run: LabelRun) -> pa.Table:
-        with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                return self._groups[key]
-        group = run.read_group(key[1])
-        with self._lock:
-            self._groups[key] = group
-            if len(self._groups) > self._size:
-                self._groups.popitem(last=False)
-        return group
-
-
 def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> list[Walk]:
     """One walk per lane over its own groups. If those were fewer than a window, all lanes share one walk."""
-    trains = np.ones(int(run.sizes.sum()), bool)
+    trains = np.ones(int(run.groups.sizes.sum()), bool)
     trains[held.left_out] = False
-    sizes = np.add.reduceat(trains, run.starts, dtype=np.int64)
+    sizes = np.add.reduceat(trains, run.groups.starts, dtype=np.int64)
     groups = np.flatnonzero(sizes)
     if not len(groups):
         raise UserError(f"{run.out}: all of its clips are held out", "leave it out of --shards")
 
     def rows(group: int) -> np.ndarray:
-        return np.flatnonzero(trains[run.starts[group] : run.starts[group] + run.sizes[group]])
+        return np.flatnonzero(trains[run.groups.starts[group] : run.groups.starts[group] + run.groups.sizes[group]])
 
     dealt = rng(*key).permutation(groups)
     own = [dealt[lane::lanes] for lane in range(lanes)] if len(groups) >= lanes * _WINDOW else [dealt]

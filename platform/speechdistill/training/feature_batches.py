@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from speechdistill.data.scored_clips import Datasets
-from speechdistill.io import fingerprint, storage, table
+from speechdistill.engine import shards
+from speechdistill.engine.finished_run import RowGroups
 from speechdistill.io.errors import TableError, UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
 _FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
+_AGAIN = "delete it and rerun the command, which computes it again"
 _THREADS = 32
 _AHEAD_BYTES = 1 << 16  # bytes read from storage beyond those of a clip
 
@@ -38,18 +37,12 @@ class FeatureBatches:
     def __init__(self, out: str, batch_size: int = 12, seed: int = 0) -> None:
         if seed < 0:
             raise UserError(f"Invalid seed {seed}", "use a seed of at least 0")
-        if storage.read_json(f"{out}/summary.json") is None:
+        if shards.completed(out) is None:
             raise TableError(f"{out}: features are not complete", "rerun the command")
         self.batch_size, self._seed = batch_size, seed
-        files = table.read(f"{out}/manifest.parquet", "shard.v1")
-        self._paths = [f"{out}/{path}" for path in files["path"].to_pylist()]
-        self.fingerprint = fingerprint.of(files["content_sha256"].to_pylist())
-        with ThreadPoolExecutor(_THREADS) as threads:
-            about = list(threads.map(_about, self._paths))
-        counts = [len(part) for part in about]
-        self._file = np.repeat(np.arange(len(counts)), counts)
-        self._in_file = np.concatenate([np.arange(count) for count in counts])
-        clips = pa.concat_tables(about)
+        self._groups = RowGroups(out, 1, _AGAIN, keeps_footers=True)
+        self.fingerprint = self._groups.fingerprint
+        clips = self._groups.columns(*_ABOUT)
         self._ids, self._mos = clips["clip_id"].to_pylist(), clips["mos"].to_numpy()
         self.dim = int(clips["dim"][0].as_py()) if len(clips) else 0
         self._readers = ThreadPoolExecutor(_THREADS)
@@ -87,25 +80,6 @@ class FeatureBatches:
         return FeatureClip(self._names[number], float(self._mos[number]), features)
 
     def _read_into(self, features: np.ndarray, clip: int) -> None:
-        path = self._paths[self._file[clip]]
-        try:
-            with table.open_parquet(path, _AHEAD_BYTES) as file:
-                reader = pq.ParquetFile(file, metadata=_metadata(path))
-                data = reader.read_row_group(int(self._in_file[clip]), ["hidden"])["hidden"][0].as_buffer()
-        except (FileNotFoundError, pa.ArrowException) as error:
-            reason = f"{path} was lost or damaged since it was computed: {error}"
-            raise TableError(reason, "delete it and rerun the command, which computes it again") from error
+        data = self._groups.read(clip, ["hidden"], _AHEAD_BYTES)["hidden"][0].as_buffer()
         hidden = np.frombuffer(data, "<f2").reshape(-1, self.dim)
         features[: len(hidden)] = hidden
-
-
-def _about(path: str) -> pa.Table:
-    with table.open_parquet(path) as file:
-        return pq.read_table(file, columns=_ABOUT)
-
-
-@lru_cache(maxsize=4096)
-def _metadata(path: str) -> pq.FileMetaData:
-    """The footer of a file, cached because reading a clip needs it."""
-    with table.open_parquet(path) as file:
-        return pq.read_metadata(file)

@@ -1,17 +1,15 @@
 """One recipe trained on Ray Train: any number of workers, checkpoints, resumed by the same call.
 
-The steps are `loop.py`; this file is what Ray Train needs around them. What the workers tell on their way goes to an
-actor (`Progress`), which the driver reads: Ray Train itself hands on only what comes with a checkpoint.
+The steps are `loop.py`; this file is what Ray Train needs around them. What the workers report is in `progress.py`.
 """
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.fs
 import ray
@@ -21,11 +19,11 @@ from speechdistill.engine import cluster, shards
 from speechdistill.io import storage
 from speechdistill.io.errors import AudioError, RunError, TableError, UnreadableError
 from speechdistill.training.loop import DamagedStateError, Loop, NotFiniteError, read_state
+from speechdistill.training.progress import Progress
 from speechdistill.training.recipe import MSE, Best, Training, TrainingRecipe
 
 _STATE = "state.pt"
-_TELL_S, _POINT_S = 0.5, 10.0  # for a progress bar, for a curve
-_UNTOLD = "no error was told; a worker may have been killed"
+_TELL_S = 0.5  # for a progress bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,98 +45,6 @@ class Job:
     starts: int = 6  # without a new checkpoint in between, after which the run is given up
 
 
-class Point(NamedTuple):
-    """Figures at a step."""
-
-    step: int
-    figures: dict[str, float]
-
-
-class Told(NamedTuple):
-    """What the workers told since the last time."""
-
-    step: int
-    loss: float
-    steps_per_s: float
-    workers: int
-    points: list[Point]
-
-
-class Progress:
-    """What the workers of a run tell: on the driver's node, so that it outlives them.
-
-    Points up to step `told` are left out: an earlier driver has had them, and steps may be made again.
-    """
-
-    def __init__(self, starts: int, told: int = -1) -> None:
-        actor = ray.remote(num_cpus=0)(_Progress).options(scheduling_strategy=cluster.this_node())
-        self._actor = actor.remote(starts, told)
-
-    def started(self, step: int, workers: int) -> str | None:
-        """Told by worker 0; why to give up, where the last start or too many of them from this step say so."""
-        failed: str | None = ray.get(self._actor.started.remote(step, workers))
-        return failed
-
-    def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
-        self._actor.stepped.remote(step, loss, steps_per_s)
-
-    def point(self, step: int, figures: Mapping[str, float]) -> None:
-        self._actor.point.remote(step, dict(figures))
-
-    def failed(self, error: str, for_good: bool) -> None:
-        """`for_good`: a new start would end the same way."""
-        ray.get(self._actor.failed.remote(error, for_good))
-
-    def read(self) -> Told:
-        told: Told = ray.get(self._actor.read.remote())
-        return told
-
-
-class _Progress:
-    def __init__(self, starts: int, told: int = -1) -> None:
-        self._most = starts
-        self._from, self._starts = -1, 0
-        self._error, self._for_good = _UNTOLD, False
-        self._step, self._loss, self._rate, self._workers = 0, math.nan, 0.0, 0
-        self._points: list[Point] = []
-        self._added = -math.inf
-        self._next = told + 1
-
-    def started(self, step: int, workers: int) -> str | None:
-        self._starts = self._starts + 1 if step == self._from else 1
-        self._from, self._step, self._workers = step, step, workers
-        failed, self._error = self._error, _UNTOLD
-        if self._for_good:
-            return failed
-        if self._starts > self._most:
-            return f"{self._most} starts from step {step} made no new checkpoint: {failed}"
-        return None
-
-    def stepped(self, step: int, loss: float, steps_per_s: float) -> None:
-        self._step, self._loss, self._rate = step, loss, steps_per_s
-        if time.monotonic() - self._added >= _POINT_S:
-            self._add(Point(step, {"loss": loss, "steps_per_s": steps_per_s, "workers": float(self._workers)}))
-            self._added = time.monotonic()
-
-    def point(self, step: int, figures: dict[str, float]) -> None:
-        self._step = step
-        self._add(Point(step, figures))
-
-    def failed(self, error: str, for_good: bool) -> None:
-        if self._error == _UNTOLD or for_good:  # what fails first; the other workers then lose their connections to it
-            self._error, self._for_good = error, for_good
-        self._workers = 0
-
-    def read(self) -> Told:
-        points, self._points = self._points, []
-        return Told(self._step, self._loss, self._rate, self._workers, points)
-
-    def _add(self, point: Point) -> None:
-        if point.step >= self._next:  # steps that are made again are not told again
-            self._points.append(point)
-            self._next = point.step  # of which there may be more
-
-
 def fit(job: Job, progress: Progress) -> dict[str, Any]:
     """Train, or go on training, and return the summary: `OUT/summary.json`, written last beside the folder `OUT/best`.
 
@@ -146,8 +52,8 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     again and again without a new checkpoint; progress so far is kept.
     """
     shards.claim(job.out, job.identity)
-    if summary := storage.read_json(f"{job.out}/summary.json"):
-        return dict(summary)
+    if summary := shards.completed(job.out):
+        return summary
     result = _trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
     if failure:
@@ -159,7 +65,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
             if file.name != _STATE and not file.name.startswith("."):
                 storage.publish(file.read_bytes(), f"{job.out}/best/{file.name}")
     summary = {"steps": job.training.steps, "best": {k: v for k, v in figures.items() if k != "is_best"}}
-    storage.publish_json(summary, f"{job.out}/summary.json")
+    shards.complete(job.out, summary)
     return summary
 
 

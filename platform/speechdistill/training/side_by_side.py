@@ -10,7 +10,8 @@ from tqdm import tqdm
 from speechdistill.engine import cluster
 from speechdistill.models.parameters import Parameters
 from speechdistill.tracking.run import Tracking
-from speechdistill.training.ray_train import Job, Progress, Told, fit
+from speechdistill.training.progress import Progress, Told
+from speechdistill.training.ray_train import Job, fit
 
 _POLL_S = 1.0
 

@@ -4,10 +4,6 @@ The weights come from the `distillmos` wheel (MIT), which is not imported: it ne
 line only. Scores equal that package's, with memory that does not grow with the length of the audio.
 """
 
-from io import BytesIO
-
-import torch
-
 from speechdistill.io import weights_file
 from speechdistill.models.networks.conv_transformer import ConvTransformer
 from speechdistill.models.student_scorer import Scorer
@@ -43,5 +39,5 @@ def _released_weights() -> str:
 def _network(data: bytes, path: str) -> ConvTransformer:
     network = ConvTransformer()
     with weights_file.fitting(path, "Distill-MOS v7 weights"):
-        network.load_state_dict(torch.load(BytesIO(data), map_location="cpu", weights_only=True)["model"])
+        network.load_state_dict(weights_file.state(data, "model"))
     return network.eval()

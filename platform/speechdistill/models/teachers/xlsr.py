@@ -5,9 +5,6 @@ The encoder (Apache 2.0) is a folder in the format of transformers or a model of
 """
 
 import hashlib
-from io import BytesIO
-
-import torch
 
 from speechdistill.io import weights_file
 from speechdistill.models.encoder_scorer import HEAD, EncoderScorer
@@ -58,7 +55,7 @@ def _head(path: str) -> tuple[QualityHead, str]:
     """The head in a file, and the file's sha256."""
     data, digest = weights_file.read(path, *_NO_HEAD)
     with weights_file.fitting(path, "a head of XLS-R"):
-        state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        state = weights_file.state(data)
         head = QualityHead(len(state["norm_input.weight"]), *HEAD)
         head.load_state_dict(state)
     return head.eval(), digest
