@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from speechdistill.engine import cluster
 from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
+from speechdistill.training.lanes import Part
 from speechdistill.training.progress import Board, Progress
 from speechdistill.training.ray_train import Job, _work, fit
-from speechdistill.training.recipe import Around, Training
+from speechdistill.training.recipe import Around, Errors, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run
 
@@ -47,11 +49,11 @@ class _Stopped(DistillRecipe):
         super().__init__(stopped.recipe)
         self._marks, self._left = Path(stopped.marks), stopped.step
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
         self._left -= 1
         if self._left == 0:
             self._stop()
-        return super().losses(network, inputs, targets, datasets, around)
+        return super().errors(network, arrays, part, around)
 
     def _stop(self) -> None:
         try:

@@ -154,15 +154,17 @@ def test_scores_are_heard_on_their_scales_and_labels_on_the_universal_one(
     recipe = Pruned(
         teacher=teacher, encoder=None, mix=mix, labeled=f"{tmp_path}/clips.parquet", pruning=Pruning()
     ).make()
-    batch = next(recipe.batches.stream(0, 1, 0, 1))
-    assert set(batch.datasets[:4]) == {0, 1} and set(batch.datasets[4:]) == {-1}
+    part = next(recipe.batches.stream(0, 1, 0, 1)).parts[0]
+    of = part.arrays["datasets"]
+    assert set(of[:4]) == {0, 1} and set(of[4:]) == {-1}
     network = recipe.network().eval()
-    inputs, targets, datasets = map(torch.from_numpy, (batch.inputs, batch.targets.astype(np.float32), batch.datasets))
+    arrays = {name: torch.from_numpy(array) for name, array in part.arrays.items()}
+    arrays["targets"] = arrays["targets"].float()
     with torch.no_grad():
-        found = recipe.losses(network, inputs, targets, datasets, Around(0, network, {}))
-        logits = network(*normalised(inputs))
+        found = recipe.errors(network, arrays, part, Around(0, network, {}))["mse"].sums
+        logits = network(*normalised(arrays["inputs"]))
     scales = {0: Scale(0.8, -0.3)}  # "b" is a listening test that the teacher has not heard
-    for loss, logit, target, dataset in zip(found, logits, targets, batch.datasets, strict=True):
+    for loss, logit, target, dataset in zip(found, logits, arrays["targets"], of, strict=True):
         scale = scales.get(int(dataset), Scale(1.2, 0.1))
         expected = (1 + 4 * torch.sigmoid(scale.a * logit + scale.b) - target) ** 2
         assert float(loss) == pytest.approx(float(expected), abs=1e-4)

@@ -95,11 +95,12 @@ def test_adjacent_samples_share_a_row_group_at_most_twice_as_often_as_after_a_fu
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])
 def test_workers_share_a_batch_whatever_their_number(run: str, scored: Labeled, world: int) -> None:
     batches = Batches(Mix(shards=(run,), crop_s=0.01), scored)
-    whole = next(batches.stream(7, 8, 0, 1))
-    parts = [next(batches.stream(7, 8, rank, world)) for rank in range(world)]
+    whole = next(batches.stream(7, 8, 0, 1)).parts[0]
+    parts = [next(batches.stream(7, 8, rank, world)).parts[0] for rank in range(world)]
     assert [name for part in parts for name in part.ids] == whole.ids
-    np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), whole.inputs)
-    np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), whole.targets)
+    assert {part.totals["mse"] for part in parts} == {20} and not {part.number for part in parts} - {0}
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(np.concatenate([part.arrays[name] for part in parts]), array)
 
 
 def test_more_workers_than_lanes_are_refused(run: str) -> None:
@@ -109,9 +110,10 @@ def test_more_workers_than_lanes_are_refused(run: str) -> None:
 
 def test_what_is_read_is_what_the_shards_hold(run: str, scored: Labeled) -> None:
     batches = Batches(Mix(shards=(run,), crop_s=0.02), scored)  # longer than the waves: padded
-    for batch in batches.stream(0, 3, 0, 1):
-        assert batch.inputs.shape == (20, 320) and batch.inputs.dtype == np.float32
-        for name, wave, target in list(zip(batch.ids, batch.inputs, batch.targets, strict=True))[4:]:
+    for (part,) in (batch.parts for batch in batches.stream(0, 3, 0, 1)):
+        inputs, targets = part.arrays["inputs"], part.arrays["targets"]
+        assert inputs.shape == (20, 320) and inputs.dtype == np.float32
+        for name, wave, target in list(zip(part.ids, inputs, targets, strict=True))[4:]:
             (known,) = Degrade()([{"id": int(name.removeprefix(f"{run}#"))}])
             np.testing.assert_array_equal(wave[:160], audio.decode(known["audio"], "pcm16"))
             assert not wave[160:].any() and target == pytest.approx(wave[:160].mean())

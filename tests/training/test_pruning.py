@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +25,10 @@ from speechdistill.models.label import Label
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import ConvTransformer
 from speechdistill.models.teachers.xlsr import Teacher
-from speechdistill.training.lanes import Batch
+from speechdistill.training.lanes import Batch, Part, scored
 from speechdistill.training.loop import Loop
 from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
-from speechdistill.training.recipe import MSE, Around, Best, Companion, Training
+from speechdistill.training.recipe import MSE, Around, Best, Companion, Errors, Term, Training
 from speechdistill.training.recipes.distill import tiny
 
 Files = tuple[str, str]
@@ -51,7 +51,7 @@ def network(files: Files) -> Network:
 def batch(step: int) -> Batch:
     rng = np.random.default_rng(step)
     waves = rng.standard_normal((BATCH, SAMPLES)).astype(np.float32)
-    return Batch(step, waves, rng.uniform(1, 5, BATCH), [""] * BATCH, np.full(BATCH, -1))
+    return Batch(step, (scored(waves, rng.uniform(1, 5, BATCH), np.full(BATCH, -1), [""] * BATCH, BATCH),))
 
 
 @dataclass
@@ -64,13 +64,14 @@ class Recipe:
 
     @property
     def batches(self) -> SimpleNamespace:
-        return SimpleNamespace(batch_size=BATCH, stream=self._stream)
+        return SimpleNamespace(stream=self._stream)
 
     def _stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         for step in range(start, stop):
             whole = batch(step)
             mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-            yield whole._replace(inputs=whole.inputs[mine], targets=whole.targets[mine], datasets=whole.datasets[mine])
+            arrays = {name: array[mine] for name, array in whole.parts[0].arrays.items()}
+            yield Batch(step, (whole.parts[0]._replace(arrays=arrays),))
 
     def network(self) -> Network:
         return network(self.files)
@@ -78,13 +79,17 @@ class Recipe:
     def companions(self, network: Network) -> dict[str, Companion]:
         return {"pruner": Pruner(network.encoder.model, self.pruning)}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
-        return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
+    def frozen(self) -> None:
+        return None
+
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
+        scores = 1 + 4 * torch.sigmoid(network(arrays["inputs"]))
+        return {"mse": Term((scores - arrays["targets"]).square())}
 
 
 def loss(model: nn.Module) -> Tensor:
-    first, like = batch(0), next(model.parameters())
-    waves, targets = (torch.from_numpy(part).to(like.dtype) for part in (first.inputs, first.targets))
+    first, like = batch(0).parts[0].arrays, next(model.parameters())
+    waves, targets = (torch.from_numpy(part).to(like.dtype) for part in (first["inputs"], first["targets"]))
     return (1 + 4 * torch.sigmoid(model(waves)) - targets).square().mean()
 
 
@@ -336,7 +341,7 @@ def halved(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netw
 def test_the_slim_model_is_a_teacher_that_scores_as_the_masked_one(halved: tuple[Network, Network, str]) -> None:
     whole, masked, folder = halved
     teacher = trained.scorer(folder, device="cpu")
-    waves = [batch(1).inputs.reshape(-1), batch(2).inputs[0]]
+    waves = [batch(1).parts[0].arrays["inputs"].reshape(-1), batch(2).parts[0].arrays["inputs"][0]]
     slim, scores = teacher.network, []
     for teacher.network in (slim, masked, whole):
         scores.append([label.score for label in teacher.label(waves) if isinstance(label, Label)])
@@ -356,9 +361,9 @@ def test_the_slim_model_can_be_pruned_further(halved: tuple[Network, Network, st
     loss(model).backward()
     pruner.after_backward()
     pruner.prune()
-    before = model.eval()(torch.from_numpy(batch(1).inputs))
+    before = model.eval()(torch.from_numpy(batch(1).parts[0].arrays["inputs"]))
     slim_encoder.slim(model.encoder.model, pruner.kept())
-    torch.testing.assert_close(model(torch.from_numpy(batch(1).inputs)), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(torch.from_numpy(batch(1).parts[0].arrays["inputs"])), before, atol=1e-5, rtol=0)
 
 
 def test_a_block_keeps_a_head_and_a_neuron(files: Files) -> None:

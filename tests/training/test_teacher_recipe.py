@@ -187,18 +187,19 @@ def test_scores_go_to_the_universal_scale_and_back() -> None:
 
 def test_batches_are_a_pure_function_of_seed_and_step(features: str) -> None:
     whole, again = FeatureBatches(features, seed=3), FeatureBatches(features, seed=3)
-    first = next(whole.stream(5, 6, 0, 1))
-    assert first.inputs.shape == (12, 384, DIM) and first.inputs.dtype == np.float16
-    assert not first.inputs[:, 6:].any()
-    parts = [next(again.stream(5, 6, rank, 5)) for rank in range(5)]
+    first = next(whole.stream(5, 6, 0, 1)).parts[0]
+    inputs = first.arrays["inputs"]
+    assert inputs.shape == (12, 384, DIM) and inputs.dtype == np.float16
+    assert not inputs[:, 6:].any()
+    parts = [next(again.stream(5, 6, rank, 5)).parts[0] for rank in range(5)]
     assert [name for part in parts for name in part.ids] == first.ids
-    np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), first.inputs)
+    np.testing.assert_array_equal(np.concatenate([part.arrays["inputs"] for part in parts]), inputs)
     assert [len(share(12, rank, 5)) for rank in range(5)] == [len(part.ids) for part in parts]
     rows = {name: (dataset, mos) for name, dataset, mos in zip(whole._ids, whole._names, whole._mos, strict=True)}
     names = whole.datasets.names
-    assert [rows[i][0] for i in first.ids] == [names[number] for number in first.datasets]
-    assert [rows[i][1] for i in first.ids] == first.targets.tolist()
-    assert next(FeatureBatches(features, seed=4).stream(5, 6, 0, 1)).ids != first.ids
+    assert [rows[i][0] for i in first.ids] == [names[number] for number in first.arrays["datasets"]]
+    assert [rows[i][1] for i in first.ids] == first.arrays["targets"].tolist()
+    assert next(FeatureBatches(features, seed=4).stream(5, 6, 0, 1)).parts[0].ids != first.ids
 
 
 def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio
 from speechdistill.io.errors import UserError
-from speechdistill.training.lanes import Batch, read_ahead, rng, share
+from speechdistill.training.lanes import Batch, Part, read_ahead, rng, scored, share
 
 _WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
 _PATTERN = 1_000  # period in steps of the mixture of several runs, whose weights are so exact to a thousandth
@@ -146,21 +146,21 @@ class Batches:
 
     @property
     def datasets(self) -> list[str]:
-        """The names behind the numbers of `Batch.datasets`."""
+        """The names behind the numbers of datasets."""
         return self._labeled.datasets.names if self._labeled else []
 
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
-        return read_ahead(lambda t: self.read(t, [self._ref(t, lane) for lane in lanes]), range(start, stop))
+        return read_ahead(lambda t: Batch(t, (self.read([self._ref(t, lane) for lane in lanes]),)), range(start, stop))
 
-    def read(self, t: int, refs: Sequence[Ref]) -> Batch:
-        """The samples `refs` of batch t."""
+    def read(self, refs: Sequence[Ref]) -> Part:
+        """The samples `refs` of a batch."""
         read = [self._read(ref) for ref in refs]
         waves = [audio.fit(wave, self.mix.crop_samples) for wave, _, _ in read]
         targets = np.array([target for _, target, _ in read])
         of = [-1 if ref.run >= 0 or self._labeled is None else int(self._labeled.datasets.of[ref.row]) for ref in refs]
-        return Batch(t, np.stack(waves), targets, [name for _, _, name in read], np.array(of))
+        return scored(np.stack(waves), targets, np.array(of), [name for _, _, name in read], self.batch_size)
 
     @property
     def num_held_out(self) -> int:

@@ -10,7 +10,7 @@ from speechdistill.data.scored_clips import Datasets
 from speechdistill.engine import shards
 from speechdistill.engine.finished_run import RowGroups
 from speechdistill.io.errors import TableError, UserError
-from speechdistill.training.lanes import Batch, read_ahead, rng, share
+from speechdistill.training.lanes import Batch, Part, read_ahead, rng, scored, share
 
 _FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
@@ -56,18 +56,19 @@ class FeatureBatches:
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
-        return read_ahead(lambda t: self.read(t, [self.draw(t, lane) for lane in lanes]), range(start, stop))
+        return read_ahead(lambda t: Batch(t, (self.read([self.draw(t, lane) for lane in lanes]),)), range(start, stop))
 
     def draw(self, t: int, lane: int) -> int:
         """The number of the training clip in lane `lane` of batch t."""
         return self.datasets.draw(rng(self._seed, t, lane))
 
-    def read(self, t: int, numbers: list[int]) -> Batch:
-        """Batch t of the training clips `numbers`."""
+    def read(self, numbers: list[int]) -> Part:
+        """The training clips `numbers`."""
         clips = self._train[numbers]
         features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
         list(self._readers.map(self._read_into, features, clips))
-        return Batch(t, features, self._mos[clips], [self._ids[i] for i in clips], self.datasets.of[numbers])
+        ids = [self._ids[i] for i in clips]
+        return scored(features, self._mos[clips], self.datasets.of[numbers], ids, self.batch_size)
 
     def validation_numbers(self, rank: int, world: int) -> list[int]:
         """A worker's share of the validation clips."""

@@ -5,7 +5,7 @@ which worker reads a sample.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,16 +16,46 @@ from speechdistill.io.errors import UserError
 _THREADS, _AHEAD = 2, 4  # batches read at once, and begun before they are asked for
 
 
-class Batch(NamedTuple):
-    """Inputs (samples, ...): waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or
-    features; targets (samples,) MOS; ids for messages; per sample the number of its dataset, -1 for a teacher's label.
+class Part(NamedTuple):
+    """The samples of one forward and backward pass: one task, arrays of one length.
+
+    `number` is the part's in its update, the same on all workers. A part may be shared by samples. Parts of a network
+    that draws random numbers (dropout, masks) or has statistics of its own are dealt to workers whole (`deal`).
+    `arrays` have a row for each sample; integers stay integers. `totals` are the divisors of each loss term: what its
+    sum is divided by, over all parts and workers of this update. `ids` name samples in messages.
     """
 
-    step: int
-    inputs: np.ndarray
-    targets: np.ndarray
+    number: int
+    task: str
     ids: list[str]
-    datasets: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+    totals: Mapping[str, float]
+
+
+class Batch(NamedTuple):
+    """One update of the optimiser: all parts of a worker, of which there is at least one."""
+
+    step: int
+    parts: tuple[Part, ...]
+
+
+def deal(parts: Sequence[Part], rank: int, world: int) -> tuple[Part, ...]:
+    """The parts of a worker, whole. Raises `UserError` if there are more workers than parts."""
+    if world > len(parts):
+        raise UserError(
+            f"{world} workers cannot share the {len(parts)} parts of an update", f"use at most {len(parts)} workers"
+        )
+    return tuple(parts[rank::world])
+
+
+def scored(inputs: np.ndarray, targets: np.ndarray, datasets: np.ndarray, ids: list[str], batch_size: int) -> Part:
+    """A part of scored samples, for the loss term `mse`.
+
+    `inputs` are waves (samples, crop) float32 at 16 kHz, zero-padded at the end, or features; `targets` (samples,) MOS;
+    `datasets` the number of each sample's dataset, -1 for a teacher's label.
+    """
+    arrays = {"inputs": inputs, "targets": targets, "datasets": datasets}
+    return Part(0, "score", ids, arrays, {"mse": batch_size})
 
 
 def share(batch_size: int, rank: int, world: int) -> list[int]:

@@ -1,12 +1,13 @@
 """The training loop of one worker. Ray Train starts it, and so may plain processes.
 
-The global batch, its loss, gradients and BatchNorm statistics do not depend on the number of workers: each worker's
-loss is weighted by its share of the batch. (Sums in another order differ by 1e-12 in float64.)
+The global batch, its loss, gradients and BatchNorm statistics do not depend on the number of workers: each sums
+of losses are divided by what all workers have together. (Sums in another order differ by 1e-12 in float64.)
 """
 
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +58,14 @@ class Loop:
         self._width = torch.float64 if self._dtype is torch.float64 else torch.float32
         self.network = globalise(recipe.network()).to(self._device, self._width)
         self._optimizer = torch.optim.AdamW(
-            self.network.parameters(), training.learning_rate, weight_decay=training.weight_decay
+            self.network.parameters(), training.learning_rate, training.betas, weight_decay=training.weight_decay
         )
-        model = wrap(self.network)
-        self._model: nn.Module = torch.compile(model) if training.compile else model  # type: ignore[assignment]
+        self._wrapped: Any = wrap(self.network)
+        self._model: nn.Module = torch.compile(self._wrapped) if training.compile else self._wrapped  # type: ignore[assignment]
         self._companions = recipe.companions(self.network)
+        self._frozen = recipe.frozen()
+        if self._frozen is not None:
+            self._frozen = self._frozen.to(self._device, self._width).eval().requires_grad_(False)
         self.step, self.best = 0, recipe.best.worst
         self.keeps: Mapping[str, float] = {}
 
@@ -76,7 +80,7 @@ class Loop:
 
     @property
     def around(self) -> Around:
-        return Around(self.step, self.network, self._companions)
+        return Around(self.step, self.network, self._companions, self._frozen)
 
     def validate(self) -> dict[str, float]:
         """Return the recipe's figures, and `is_best`, 1 if the deciding figure is the best so far.
@@ -120,45 +124,63 @@ class Loop:
         self.keeps = state.get("keeps", {})
 
     def _update(self, batch: Batch, asks: Callable[[], bool]) -> Stepped:
-        inputs = torch.from_numpy(batch.inputs).to(self._device, self._width)
-        targets = torch.from_numpy(batch.targets).to(self._device, self._width)
-        datasets = torch.from_numpy(batch.datasets).to(self._device)
-        torch.manual_seed(_seed(batch.step, self._rank))  # of dropout; a stored state would be another rank's
         for companion in self._companions.values():
             companion.before(batch.step)
-        low = self._dtype is torch.bfloat16
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
-            losses = self._recipe.losses(self._model, inputs, targets, datasets, self.around)
-        total = losses.sum() / self._recipe.batches.batch_size
+        factor = self._training.schedule.factor(batch.step, self._training.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._training.learning_rate * factor
+        self._optimizer.zero_grad(set_to_none=True)
+        passed = [self._pass(batch, index) for index in range(len(batch.parts))]
+        total = torch.stack([loss for loss, _ in passed]).sum()
         asked = self._rank == 0 and asks()
-        told = torch.stack([total.detach().double(), total.new_tensor(float(asked)).double()])
+        told = torch.stack([total.double(), total.new_tensor(float(asked)).double()])
         if self._world > 1:
             dist.all_reduce(told)
         loss, asked = float(told[0]), bool(told[1])
         if not math.isfinite(loss):
-            raise NotFiniteError(self._not_finite(batch, losses))
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(total * self._world)  # the workers' gradients are averaged
+            raise NotFiniteError(self._not_finite(batch, [bad for _, bad in passed]))
         for companion in self._companions.values():
             companion.after_backward()
+        if self._training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
         self._optimizer.step()
         self.step = batch.step + 1
         for companion in self._companions.values():
             companion.after_update(self.step)
         return Stepped(self.step, loss, asked)
 
-    def _not_finite(self, batch: Batch, losses: Tensor) -> str:
-        bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy())
-        names: list[list[str]] = [[batch.ids[i] for i in bad]]
+    def _pass(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of a part: its share of the loss, and which of its samples are not finite."""
+        part = batch.parts[index]
+        arrays = {name: self._on_device(array) for name, array in part.arrays.items()}
+        torch.manual_seed(_seed(batch.step, part.number))  # of dropout: the same on whichever worker
+        is_last = index == len(batch.parts) - 1
+        waits = nullcontext() if is_last or not hasattr(self._wrapped, "no_sync") else self._wrapped.no_sync()
+        with waits:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype is torch.bfloat16):
+                errors = self._recipe.errors(self._model, arrays, part, self.around)
+            sums = {name: term.weight * term.sums for name, term in errors.items()}
+            loss = torch.stack([value.sum() / part.totals[name] for name, value in sums.items()]).sum()
+            torch.autograd.backward(loss * self._world)  # the workers' gradients are averaged
+        is_bad = torch.stack([~torch.isfinite(value.detach()) for value in sums.values()]).any(dim=0)
+        return loss.detach(), is_bad
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array).to(self._device)
+        return tensor.to(self._width) if tensor.is_floating_point() else tensor
+
+    def _not_finite(self, batch: Batch, bad: list[Tensor]) -> str:
+        pairs = zip(batch.parts, bad, strict=True)
+        names = [[part.ids[i] for part, is_bad in pairs for i in torch.nonzero(is_bad)[:, 0].tolist()]]
         if self._world > 1:
             mine, names = names[0], [[] for _ in range(self._world)]
             dist.all_gather_object(names, mine)
-        found = [name for of_worker in names for name in of_worker]
-        return f"the loss is not finite at step {batch.step + 1}, from {len(found)} samples: {', '.join(found[:20])}"
+        ids = [name for of_worker in names for name in of_worker]
+        return f"the loss is not finite at step {batch.step + 1}, from {len(ids)} samples: {', '.join(ids[:20])}"
 
 
-def _seed(step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _seed(step: int, part: int) -> int:
+    return int(np.random.SeedSequence([step, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def read_state(file: str, out: str) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """The contract of a training recipe, and the settings of a training that every recipe has."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from speechdistill.io import fingerprint
 from speechdistill.io.errors import UserError
-from speechdistill.training.lanes import Batch
+from speechdistill.training.lanes import Batch, Part
+from speechdistill.training.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class Training:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     compile: bool = False
     milestones: tuple[tuple[int, str], ...] = ()
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=fingerprint.ADDED)
+    schedule: Schedule = field(default=Schedule(), metadata=fingerprint.ADDED)
+    clip_norm: float | None = field(default=None, metadata=fingerprint.ADDED)
 
     def __post_init__(self) -> None:
         if min(self.steps, self.validate_every) < 1 or not self.learning_rate > 0 or self.weight_decay < 0:
@@ -60,9 +64,6 @@ MSE = Best("mse", "min")
 class Source(Protocol):
     """Batches that are a pure function of their step, such as `batches.Batches`."""
 
-    @property
-    def batch_size(self) -> int: ...
-
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """A worker's share of batches `start` to `stop - 1`."""
         ...
@@ -89,11 +90,26 @@ class Companion(Protocol):
 
 
 class Around(NamedTuple):
-    """A loss's or validation's surroundings: updates made, the network without wrappers, and its companions."""
+    """A loss's or validation's surroundings: updates made, the network without wrappers, and what accompanies it.
+
+    `frozen` is the recipe's own: in evaluation mode on the device, without gradients, in neither the state nor DDP.
+    """
 
     step: int
     network: nn.Module
     companions: Mapping[str, Companion]
+    frozen: nn.Module | None = None
+
+
+class Term(NamedTuple):
+    """A term of the loss: a sum for each sample, and the term's weight. The part's `totals` have its divisor."""
+
+    sums: Tensor
+    weight: float = 1.0
+
+
+Errors = Mapping[str, Term]
+"""The terms of the loss of a part, by name."""
 
 
 class Validated(NamedTuple):
@@ -123,8 +139,16 @@ class TrainingRecipe(Protocol):
         """Make the network's companions, by name."""
         ...
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
-        """(samples,) from inputs (samples, ...), targets (samples,) and numbers of datasets (samples,)."""
+    def frozen(self) -> nn.Module | None:
+        """Make the network that the loss uses and does not train, such as a teacher."""
+        ...
+
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
+        """The terms of the loss of a part, whose arrays are on the device.
+
+        All that has a gradient comes from one call of `network`. A parameter that a task does not use, or a layer that
+        is dropped, enters as zero times its sum: without a gradient on one worker, workers would diverge silently.
+        """
         ...
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:

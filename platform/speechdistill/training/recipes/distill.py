@@ -26,7 +26,8 @@ from speechdistill.models.student import load_student, save_student
 from speechdistill.models.windowed import segment_starts
 from speechdistill.training import validation
 from speechdistill.training.batches import Batches, Mix
-from speechdistill.training.recipe import MSE, Around, Companion, Validated
+from speechdistill.training.lanes import Part
+from speechdistill.training.recipe import MSE, Around, Companion, Errors, Term, Validated
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 8 * SEGMENT_SAMPLES  # samples, in a validation
@@ -100,8 +101,12 @@ class DistillRecipe:
     def companions(self, network: nn.Module) -> dict[str, Companion]:
         return {}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
-        return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
+    def frozen(self) -> nn.Module | None:
+        return None
+
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
+        scores = 1 + 4 * torch.sigmoid(network(arrays["inputs"]))
+        return {"mse": Term((scores - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
         """Validate; figures are those of `validation.figures`."""

@@ -21,8 +21,9 @@ from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.speech_encoder import by_length
 from speechdistill.training import validation
 from speechdistill.training.batches import Batches, Mix
+from speechdistill.training.lanes import Part
 from speechdistill.training.pruning import Pruner, Pruning
-from speechdistill.training.recipe import MSE, Around, Companion, Validated
+from speechdistill.training.recipe import MSE, Around, Companion, Errors, Term, Validated
 
 _AT_ONCE_S = 64 * 7.68  # of audio, in a validation
 _MOST = round(WHOLE_S * audio.SAMPLE_RATE)  # samples of a clip
@@ -89,11 +90,15 @@ class PruningRecipe:
             )
         return {"pruner": Pruner(network.encoder.model, self._config.pruning)}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
+    def frozen(self) -> nn.Module | None:
+        return None
+
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
         assert isinstance(around.network, Network)
-        scales = self._scales.to(targets)[datasets]
-        logits = network(*normalised(inputs, around.network.encoder.normalises))
-        return (1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1]) - targets).square()
+        scales = self._scales.to(arrays["targets"])[arrays["datasets"]]
+        logits = network(*normalised(arrays["inputs"], around.network.encoder.normalises))
+        scores = 1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1])
+        return {"mse": Term((scores - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
         """Validate on the universal scale, to which scores are mapped.

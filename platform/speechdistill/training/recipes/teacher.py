@@ -18,7 +18,8 @@ from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.training import validation
 from speechdistill.training.feature_batches import FeatureBatches
-from speechdistill.training.recipe import MSE, Around, Companion, Validated
+from speechdistill.training.lanes import Part
+from speechdistill.training.recipe import MSE, Around, Companion, Errors, Term, Validated
 
 TRANSFORM = "label_transform.v1.json"
 """The file beside a checkpoint that maps scores of its listening tests to the universal scale."""
@@ -95,8 +96,12 @@ class TeacherRecipe:
     def companions(self, network: nn.Module) -> dict[str, Companion]:
         return {}
 
-    def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
-        return (1 + 4 * torch.sigmoid(network(inputs, datasets)) - targets).square()
+    def frozen(self) -> nn.Module | None:
+        return None
+
+    def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
+        scores = 1 + 4 * torch.sigmoid(network(arrays["inputs"], arrays["datasets"]))
+        return {"mse": Term((scores - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
         """Validate. `mse` is on the scales of the tests: in the paper the universal scale is found after training, so
