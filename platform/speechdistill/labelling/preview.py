@@ -22,7 +22,7 @@ def show(recipe: DegradationRecipe) -> str:
     wanted: dict[str, Need] = {}
     for stage in recipe.stages:
         for name, probability in [*stage.odds.items(), ("none", stage.none())]:
-            needs = components.needs(name) if name in stage.odds else ()
+            needs = components.component(name).needs if name in stage.odds else ()
             wanted |= {need.name: need for need in needs}
             note = f"  needs {', '.join(need.name for need in needs)}" if needs else ""
             ends = "  then nothing else" if stage.ends and name != "none" else ""

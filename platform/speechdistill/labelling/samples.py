@@ -98,9 +98,9 @@ class Degrade:
 
         torch.set_num_threads(1)  # spectral gating; one thread per actor, as everywhere
         file_cache.bound_bytes()  # what all samples would fail for is told now
-        for name in recipe.components:
-            if components.network(name) is None:
-                components.check(name)
+        for component in map(components.component, recipe.components):
+            if component.network is None:
+                component.check()
         self._clips = Clips.read(clips)
         self._plans = Plans(recipe, self._clips, seed)
         self._format, self._reference = audio_format, reference
@@ -201,7 +201,7 @@ class Enhance:
 
         torch.set_num_threads(1)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which transformers heeds too: one bar an actor
-        for kind in filter(None, map(components.network, recipe.components)):
+        for kind in filter(None, (components.component(name).network for name in recipe.components)):
             degradation.loaded(kind, recipe.assets[kind.need.name])
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
