@@ -16,11 +16,11 @@ from manifests import corpus_manifest, voice
 from speechdistill import cli
 from speechdistill.commands import pseudolabel
 from speechdistill.commands.pseudolabel import Pseudolabel
-from speechdistill.data import components, degradation
+from speechdistill.data import components, degradation, sentences
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural
 from speechdistill.data.degradation_recipes import chosen, network_passes, paper, with_assets
-from speechdistill.data.degradations import codecs, generated
+from speechdistill.data.degradations import codecs
 from speechdistill.data.plan import DegradationRecipe, Plan, Plans, RecipeStage
 from speechdistill.engine import flow
 from speechdistill.engine.pools import Pools
@@ -234,7 +234,7 @@ def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:
     recipe = with_assets(chosen("weights_free", (), {"texts": str(tmp_path)}))
     samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("Another one.\n")
-    generated._sentences.cache_clear()
+    sentences.sentences.cache_clear()
     with pytest.raises(ValueError, match="is not what the run began with"):
         samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("12 34\n")

@@ -97,7 +97,7 @@ def test_the_component_finds_its_weights_and_the_step_its_network(weights: Path)
     (need,) = components.component("vocoders.hifigan").needs
     assert components.component("vocoders.hifigan").network is HifiGan and need == HifiGan.need
     scene: Any = type("Scene", (), {"assets": {"hifigan": asset(weights)}})()
-    step = vocoders.hifigan(np.random.default_rng(0), scene)
+    step = vocoders.hifigan.draw(np.random.default_rng(0), scene)
     assert components.from_json(json.loads(json.dumps(components.to_json(step)))) == step
     wave = voice(0.5)
     np.testing.assert_array_equal(step.apply(wave), STEP.apply_batch(HifiGan.load(weights, "cpu"), wave[None])[0])

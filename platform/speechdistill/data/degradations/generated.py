@@ -16,14 +16,14 @@ import numpy as np
 
 from speechdistill.data import espeak_ng
 from speechdistill.data.degradation import Component, Neural, Scene
-from speechdistill.io import assets, audio
-from speechdistill.io.assets import Asset, Need
+from speechdistill.data.sentences import TEXTS, drawn_text, sentences
+from speechdistill.io import audio
+from speechdistill.io.assets import Need
 from speechdistill.io.errors import LibraryError, UserError
 
-_LANGUAGES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # voices of espeak-ng
+_VOICES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # of espeak-ng, by language
 _VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1, 8))
 _PITCHES, _RATES = (30, 70), (140, 200)
-_CHARACTERS_PER_S = 18  # fast speech (average: 14), so that most texts last as long as the scene
 _MODEL_FILES = ("model_file.pth", "model_file.pth.tar", "model.pth", "checkpoint.pth")  # in the order of Coqui TTS
 _LOADED = 8  # models kept in memory, 0.1 to 0.5 GB each
 
@@ -64,20 +64,6 @@ def _folder(model: str) -> str:
     return model.replace("/", "--")
 
 
-TEXTS = Need(
-    "texts",
-    "a folder of sentences, one a line in UTF-8, in files en.txt, de.txt, fr.txt, es.txt, pt.txt (or MultiSubs' "
-    "monolingual/en.sents.det); of a line with tabs, what follows the last one",
-    "MultiSubs, https://doi.org/10.5281/zenodo.5034605, or any other sentences",
-    "MultiSubs: Creative Commons, see its page; its sentences are from opensubtitles.org",
-    files=tuple(
-        pattern.format(lang)
-        for lang in _LANGUAGES
-        for pattern in ("{}.txt", "{}.sents.det", "monolingual/{}.sents.det")
-    ),
-)
-
-
 @dataclass(frozen=True)
 class EspeakNg:
     """A text spoken by espeak-ng in a voice variant (`f1`..`f4`, `m1`..`m7`), pitch 0..99, rate in words per minute."""
@@ -92,11 +78,11 @@ class EspeakNg:
     num_samples: int
 
     def __post_init__(self) -> None:
-        if self.language not in _LANGUAGES or self.variant not in _VARIANTS:
-            raise ValueError(f"{self}: choose a language from {list(_LANGUAGES)} and a variant from {list(_VARIANTS)}")
+        if self.language not in _VOICES or self.variant not in _VARIANTS:
+            raise ValueError(f"{self}: choose a language from {list(_VOICES)} and a variant from {list(_VARIANTS)}")
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
-        voice = f"{_LANGUAGES[self.language]}+{self.variant}"
+        voice = f"{_VOICES[self.language]}+{self.variant}"
         ((pcm, rate),) = espeak_ng.speak([{"text": self.text, "voice": voice, "pitch": self.pitch, "rate": self.rate}])
         spoken = np.frombuffer(pcm, np.int16).astype(np.float32) / 32768
         return _finished(spoken, rate, min(self.num_samples, len(wave)))
@@ -200,19 +186,20 @@ class Models:
 
 def _draw_espeak(rng: np.random.Generator, scene: Scene) -> EspeakNg:
     """Draw a language that has texts, a variant, a pitch of 30 to 70 and 140 to 200 words per minute, all uniform."""
-    language = str(rng.choice(sorted(_sentences(scene.assets["texts"]))))
+    language = str(rng.choice(sorted(sentences(scene.assets["texts"]))))
     variant = str(rng.choice(_VARIANTS))
     pitch, rate = (int(rng.integers(low, high + 1)) for low, high in (_PITCHES, _RATES))
-    return EspeakNg(_text(rng, scene, language), language, variant, pitch, rate, scene.num_samples)
+    text = drawn_text(rng, scene.assets["texts"], language, scene.num_samples)
+    return EspeakNg(text, language, variant, pitch, rate, scene.num_samples)
 
 
 def _draw_text_to_speech(rng: np.random.Generator, scene: Scene) -> CoquiTts:
     """Draw a model, uniformly among those whose language has texts, and one of its speakers."""
-    languages = _sentences(scene.assets["texts"])
+    languages = sentences(scene.assets["texts"])
     model = str(rng.choice([name for name in MODELS if name.split("/")[1] in languages]))
     speaker = str(rng.choice(SPEAKERS[model])) if model in SPEAKERS else None
     language = model.split("/")[1]
-    text, seed = _text(rng, scene, language), int(rng.integers(1 << 32))
+    text, seed = drawn_text(rng, scene.assets["texts"], language, scene.num_samples), int(rng.integers(1 << 32))
     return CoquiTts(*scene.assets["coqui"], model, speaker, language, text, seed, scene.num_samples)
 
 
@@ -248,55 +235,3 @@ def _with_local_paths(value: Any, files: Mapping[str, str]) -> Any:
     if isinstance(value, list):
         return [_with_local_paths(v, files) for v in value]
     return files.get(value.rpartition("/")[2], value) if isinstance(value, str) else value
-
-
-# Texts
-
-
-def _text(rng: np.random.Generator, scene: Scene, language: str) -> str:
-    """Draw sentences that take about as long as the scene."""
-    sentences = _sentences(scene.assets["texts"])[language]
-    wanted = max(1, round(_CHARACTERS_PER_S * scene.num_samples / audio.SAMPLE_RATE))
-    text = ""
-    for _ in range(1000 + wanted):
-        sentence = sentences[int(rng.integers(len(sentences)))]
-        if any(map(str.isalpha, sentence)):  # otherwise the sentence has nothing to pronounce
-            text = f"{text} {sentence}".lstrip()
-        if len(text) >= wanted:
-            return text if len(text) <= 2 * wanted else text[: 2 * wanted].rpartition(" ")[0] or text[: 2 * wanted]
-    raise UserError(f"{sentences.path} has hardly a word in its lines", "give texts with a sentence on each line")
-
-
-@lru_cache(maxsize=4)
-def _sentences(texts: Asset) -> dict[str, "_Sentences"]:
-    """Open the sentences of each language; raises `UserError` if there are none."""
-    folder = assets.local(TEXTS, texts)
-    files = [path for file in TEXTS.files if (path := folder / file).is_file() and path.stat().st_size]
-    if not files:
-        raise UserError(f"{texts.source} has no sentences", f"give {TEXTS.what}")
-    # The first file of a language wins.
-    return {path.name.partition(".")[0]: _Sentences(path) for path in reversed(files)}
-
-
-class _Sentences:
-    """The lines of a file by number, memory-mapped, since MultiSubs has ten million."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes = np.memmap(path, np.uint8, "r")
-        block = 1 << 24
-        starts = [
-            begin + np.flatnonzero(self._bytes[begin : begin + block] == ord("\n"))
-            for begin in range(0, len(self._bytes), block)
-        ]
-        self._ends = np.append(np.concatenate(starts), len(self._bytes))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        """Return the text after the last tab, without unprintable characters."""
-        start = self._ends[index - 1] if index else 0
-        line = self._bytes[start : self._ends[index]].tobytes().decode("utf-8", "replace")
-        words = line.rpartition("\t")[2].split()
-        return "".join(character for character in " ".join(words) if character.isprintable())
