@@ -28,6 +28,7 @@ class Scene:
     speaker: str | None
     num_samples: int
     clips: Clips
+    _: KW_ONLY
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
     assets: Mapping[str, Asset] = field(default_factory=dict)

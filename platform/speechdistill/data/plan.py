@@ -6,7 +6,7 @@ recipes.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -32,6 +32,7 @@ class RecipeStage:
 
     name: str
     odds: Mapping[str, float]
+    _: KW_ONLY
     ends: bool = False
 
     def none(self) -> float:
@@ -49,6 +50,7 @@ class DegradationRecipe:
 
     name: str
     stages: tuple[RecipeStage, ...] = ()
+    _: KW_ONLY
     segment_s: float = SEGMENT_S
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
@@ -111,7 +113,10 @@ class Plans:
         if seed < 0:
             raise UserError(f"seed {seed} is negative", "give at least 0")
         if recipe.segment_samples <= 0:
-            raise UserError(f"segments of {recipe.segment_s} s are too short", f"the student's are {SEGMENT_S} s")
+            raise UserError(
+                f"segments of {recipe.segment_s} s are too short",
+                f"the student's input is {SEGMENT_S} s",
+            )
         if not len(clips.speech):
             raise UserError("the manifest has no speech clips", "ingest some with --speech DIR")
         self._recipe, self._clips, self._seed = recipe, clips, seed
@@ -159,20 +164,27 @@ class Plans:
         return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, self._scene(clip, length)))
 
     def _scene(self, clip: Clip, length: int) -> Scene:
-        numbers = self._recipe.snr_mean_db, self._recipe.snr_sigma_db
-        return Scene(clip.clip_id, clip.speaker, length, self._clips, *numbers, self._recipe.assets)
-
-    def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
-        return Plan(
-            self._recipe.name,
-            self._seed,
-            sample_id,
+        return Scene(
             clip.clip_id,
-            clip.uri,
             clip.speaker,
-            start,
             length,
-            steps,
+            self._clips,
+            snr_mean_db=self._recipe.snr_mean_db,
+            snr_sigma_db=self._recipe.snr_sigma_db,
+            assets=self._recipe.assets,
+        )
+
+    def _plan(self, sample_id: int, clip: Clip, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
+        return Plan(
+            recipe=self._recipe.name,
+            seed=self._seed,
+            sample_id=sample_id,
+            clip_id=clip.clip_id,
+            uri=clip.uri,
+            speaker=clip.speaker,
+            start=start,
+            num_samples=length,
+            steps=steps,
         )
 
 

@@ -93,7 +93,7 @@ class Stored:
         at_least(self, rows_per_part=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherId:
     """The teacher in the identity of a run."""
 
@@ -155,7 +155,12 @@ def prepared(clips: str, samples: Samples, labeller: Labeller, stored: Stored) -
         stored=stored,
         recipe=recipe,
         num_samples=num_samples,
-        teacher=TeacherId(teacher.name, teacher.weights_hash, labeller.dtype, teacher.intrusive),
+        teacher=TeacherId(
+            name=teacher.name,
+            sha256=teacher.weights_hash,
+            dtype=labeller.dtype,
+            intrusive=teacher.intrusive,
+        ),
         clips=clips,
         clips_sha256=fingerprint.of_file(clips),
     )

@@ -83,9 +83,8 @@ class Telephone:
     def apply(self, wave: np.ndarray) -> np.ndarray:
         encoder, decoder, rate, delay = _TELEPHONE[self.codec]
         scale = np.float32(max(1.0, np.abs(wave).max(initial=0.0)))
-        padded = audio.fit(
-            wave / scale, len(wave) + _FRAME
-        )  # flushes the delayed samples; a single sample is enough too
+        # The additional frame flushes the delayed samples, and makes a single sample long enough.
+        padded = audio.fit(wave / scale, len(wave) + _FRAME)
         pcm = audio.quantise(audio.resample(padded, audio.SAMPLE_RATE, rate))
         decoded = _through(pcm, encoder, decoder, rate, self.bitrate_bps)[delay:]
         return audio.fit(audio.resample(decoded, rate), len(wave)) * scale
