@@ -202,7 +202,7 @@ def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow
     passes = degradation_recipes.network_passes(job.recipe)
     if gpus and passes and wanted.teach_gpus is not None:
         raise RunError(
-            "--teach-gpus does not work with a recipe that has networks, since they share the GPUs with the teacher",
+            "--teach-gpus cannot be given with a recipe that has networks, which share the GPUs with the teacher",
             "leave it out",
         )
     sizes = pools.sized(wanted, passes, cpus, gpus)
