@@ -74,7 +74,7 @@ def _report(manifest: pa.Table, options: Options, sources: dict[str, str]) -> No
     print("\nMilliseconds of CPU per second of audio, one core; of recipes ± the standard error of what was drawn\n")
     print("| | with recordings | without | known |\n|---|---|---|---|", flush=True)
     for name in dict.fromkeys(name for stage in stages for name in stage.odds):
-        number = -(-options.samples // 30) if components.network(name) else options.samples
+        number = -(-options.samples // 30) if components.component(name).network else options.samples
         costs = [_alone(name, Clips(rows), number, found) for rows in (manifest, poor)]
         print(f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} | {KNOWN.get(name, '–')} |", flush=True)
     for name, recipe in recipes.items():

@@ -21,7 +21,8 @@ import torch
 from figures import tell
 
 from speechdistill.data.degradation_recipes import weights_free
-from speechdistill.labelling.samples import Degrade, Teach, libraries
+from speechdistill.labelling.samples import Degrade, libraries
+from speechdistill.labelling.teach import Teach
 from speechdistill.models.load import load_teacher
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,8 @@ from speechdistill.engine import flow, limits, shards
 from speechdistill.engine.footers import Part
 from speechdistill.engine.isolate import Row, Worker
 from speechdistill.io import storage, table
-from speechdistill.labelling.samples import DEGRADED, TAUGHT, Degrade, Teach, libraries
+from speechdistill.labelling.samples import DEGRADED, TAUGHT, Degrade, libraries
+from speechdistill.labelling.teach import Teach
 
 RATE = 16_000
 

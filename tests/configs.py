@@ -44,7 +44,7 @@ def prepared(recipe: DegradationRecipe) -> Prepared:
         stored=Stored(),
         recipe=recipe,
         num_samples=1,
-        teacher=TeacherId("teacher", "0", "float32"),
+        teacher=TeacherId(name="teacher", sha256="0", dtype="float32"),
         clips="clips.parquet",
         clips_sha256="0",
     )

@@ -23,7 +23,7 @@ from speechdistill.data.degradations.codecs import EnCodec
 from speechdistill.data.degradations.denoisers import Demucs
 from speechdistill.data.degradations.vocoders import HifiGan
 from speechdistill.io import audio
-from speechdistill.labelling.samples import Teach
+from speechdistill.labelling.teach import Teach
 from speechdistill.models.encoder_scorer import HEAD, EncoderScorer
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher

@@ -34,7 +34,7 @@ def test_paper_has_the_papers_odds_and_says_what_is_missing_before_any_work() ->
     assert paper(lpcnet=True).stages[4].odds == {"vocoders.hifigan": 0.165, "vocoders.lpcnet_codec2": 0.165}
     with pytest.raises(MissingError) as caught:
         with_assets(paper())
-    neural = {c for stage in paper().stages for c in stage.odds if components.network(c)}
+    neural = {c for stage in paper().stages for c in stage.odds if components.component(c).network}
     assert neural <= set(caught.value.components)
     for part in (
         "denoisers.nsnet2: ",

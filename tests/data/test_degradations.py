@@ -271,7 +271,7 @@ def poor(files: dict[str, Path]) -> Scene:
 
 
 def drawn(component: str, where: Scene, count: int) -> list[Step]:
-    draw = components.component(component)
+    draw = components.component(component).draw
     return [draw(np.random.default_rng(seed), where) for seed in range(count)]
 
 

@@ -61,8 +61,8 @@ def test_another_corpus_has_the_same_bytes(corpus: Path, tmp_path: Path) -> None
 
 def test_order_does_not_matter(corpus: Path, tmp_path: Path) -> None:
     """espeak-ng keeps state: a clip made third must equal the same clip made first."""
-    jobs = [espeak._job(tmp_path, index) for index in (7, 2, 9, 0)]
-    espeak._speak(jobs)
+    utterances = {index: espeak._utterance(index) for index in (7, 2, 9, 0)}
+    espeak._speak({tmp_path / "speech" / espeak._name(index, one): one for index, one in utterances.items()})
     made = contents(tmp_path)
     assert len(made) == 4
     assert made.items() <= contents(corpus).items()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechdistill.data import components, degradation, espeak_ng
+from speechdistill.data import components, degradation, espeak_ng, sentences
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Scene
 from speechdistill.data.degradations import generated
@@ -44,7 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Asset:
     (folder / "monolingual" / "en.sents.det").write_bytes(ENGLISH.encode())
     for language, lines in SENTENCES.items():
         (folder / f"{language}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return assets.looked_up(generated.TEXTS, str(folder))
+    return assets.looked_up(sentences.TEXTS, str(folder))
 
 
 def scene(num_samples: int = NUM_SAMPLES, **found: Asset) -> Scene:
@@ -57,7 +57,7 @@ def scene(num_samples: int = NUM_SAMPLES, **found: Asset) -> Scene:
 
 
 def test_sentences_are_the_lines_without_what_nobody_says(texts: Asset) -> None:
-    found = generated._sentences(texts)
+    found = sentences.sentences(texts)
     assert set(found) == {"en", "de", "fr", "es", "pt"}
     assert {found["en"][i] for i in range(len(found["en"]))} == EN_SAID | {"- ...", ""}
     for language, lines in SENTENCES.items():
@@ -69,7 +69,7 @@ def test_texts_take_about_as_long_as_the_scene(texts: Asset) -> None:
         wanted = max(1, round(18 * seconds))
         for seed in range(20):
             where = scene(round(seconds * RATE), texts=texts)
-            text = generated._text(np.random.default_rng(seed), where, "en")
+            text = sentences.drawn_text(np.random.default_rng(seed), where.assets["texts"], "en", where.num_samples)
             assert text and min(wanted, 40) - 1 <= len(text) <= max(2 * wanted, wanted + 40)
             assert (
                 seconds < 7 or set(text.replace("six. ", "six.|").replace("ferry. ", "ferry.|").split("|")) <= EN_SAID
@@ -79,7 +79,7 @@ def test_texts_take_about_as_long_as_the_scene(texts: Asset) -> None:
 def test_lines_are_found_across_blocks(tmp_path: Path) -> None:
     lines = [f"{'ä' * (i % 97)}{i}" for i in range(300_000)]
     (tmp_path / "en.txt").write_text("\n".join(lines), encoding="utf-8")
-    found = generated._Sentences(tmp_path / "en.txt")
+    found = sentences.Sentences(tmp_path / "en.txt")
     assert len(found) == len(lines) and found._bytes.size > 1 << 24
     for i in (0, 1, 1234, 170_000, 180_001, 299_999):
         assert found[i] == lines[i]
@@ -87,35 +87,35 @@ def test_lines_are_found_across_blocks(tmp_path: Path) -> None:
 
 def test_folders_without_sentences_are_named(tmp_path: Path) -> None:
     (tmp_path / "de.txt").touch()
-    empty = assets.looked_up(generated.TEXTS, str(tmp_path))
-    for draw in (generated.espeak, generated.text_to_speech):
+    empty = assets.looked_up(sentences.TEXTS, str(tmp_path))
+    for draw in (generated.espeak.draw, generated.text_to_speech.draw):
         with pytest.raises(ValueError, match=f"{tmp_path} has no sentences"):
             draw(np.random.default_rng(0), scene(texts=empty, coqui=Asset("/models", "1")))
     (tmp_path / "de.txt").write_text("12\n...\n")
     with pytest.raises(ValueError, match=r"de\.txt has hardly a word"):
-        generated.espeak(np.random.default_rng(0), scene(texts=assets.looked_up(generated.TEXTS, str(tmp_path))))
+        generated.espeak.draw(np.random.default_rng(0), scene(texts=assets.looked_up(sentences.TEXTS, str(tmp_path))))
 
 
 @pytest.mark.parametrize("name", ["espeak", "text_to_speech"])
 def test_draws_are_equal_and_survive_json(name: str, texts: Asset) -> None:
-    draw, where = components.component(f"generated.{name}"), scene(texts=texts, coqui=Asset("/models", "ab"))
-    assert {need.name for need in components.needs(f"generated.{name}")} <= set(where.assets)
+    draw, where = components.component(f"generated.{name}").draw, scene(texts=texts, coqui=Asset("/models", "ab"))
+    assert {need.name for need in components.component(f"generated.{name}").needs} <= set(where.assets)
     for seed in range(20):
         step = draw(np.random.default_rng(seed), where)
         assert draw(np.random.default_rng(seed), where) == step
         assert components.from_json(json.loads(json.dumps(components.to_json(step)))) == step
         assert degradation.generates(step) and step.clip_ids() == ()
-    assert components.network(f"generated.{name}") is (CoquiTts if name == "text_to_speech" else None)
+    assert components.component(f"generated.{name}").network is (CoquiTts if name == "text_to_speech" else None)
 
 
 def test_languages_without_text_are_not_drawn(tmp_path: Path) -> None:
     for language in ("de", "pt"):
         (tmp_path / f"{language}.txt").write_text("\n".join(SENTENCES[language]), encoding="utf-8")
-    where = scene(texts=assets.looked_up(generated.TEXTS, str(tmp_path)), coqui=Asset("/models", "ab"))
+    where = scene(texts=assets.looked_up(sentences.TEXTS, str(tmp_path)), coqui=Asset("/models", "ab"))
     rng = np.random.default_rng(0)
-    spoken = Counter(generated.espeak(rng, where).language for _ in range(300))
+    spoken = Counter(generated.espeak.draw(rng, where).language for _ in range(300))
     assert set(spoken) == {"de", "pt"} and spoken["de"] == pytest.approx(150, abs=40)
-    models = Counter(generated.text_to_speech(rng, where).model for _ in range(400))
+    models = Counter(generated.text_to_speech.draw(rng, where).model for _ in range(400))
     assert set(models) == {name for name in MODELS if name.split("/")[1] in ("de", "pt")}
     assert min(models.values()) > 60
 
@@ -130,11 +130,11 @@ def installed() -> None:
 
 def test_what_was_said_before_changes_nothing(installed: None, texts: Asset) -> None:
     rng = np.random.default_rng(0)
-    steps = [generated.espeak(rng, scene(texts=texts)) for _ in range(16)]
+    steps = [generated.espeak.draw(rng, scene(texts=texts)) for _ in range(16)]
     assert len({step.language for step in steps}) == 5
     waves = [step.apply(ANY) for step in steps]
     jobs: list[espeak_ng.Job] = [
-        {"text": s.text, "voice": f"{generated._LANGUAGES[s.language]}+{s.variant}", "pitch": s.pitch, "rate": s.rate}
+        {"text": s.text, "voice": f"{generated._VOICES[s.language]}+{s.variant}", "pitch": s.pitch, "rate": s.rate}
         for s in steps
     ]
     for (pcm, rate), wave in zip(list(espeak_ng.speak(jobs[::-1]))[::-1], waves, strict=True):
@@ -339,7 +339,7 @@ def test_without_coqui_tts_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ImportError, match=r"pip install \"coqui-tts"):
         generated.Models(tmp_path, "cpu")
     with pytest.raises(ImportError, match=r"pip install \"coqui-tts"):
-        components.check("generated.text_to_speech")
+        components.component("generated.text_to_speech").check()
 
 
 def test_the_paper_s_seventeen_models() -> None:

@@ -16,11 +16,11 @@ from manifests import corpus_manifest, voice
 from speechdistill import cli
 from speechdistill.commands import pseudolabel
 from speechdistill.commands.pseudolabel import Pseudolabel
-from speechdistill.data import components, degradation
+from speechdistill.data import components, degradation, sentences
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation import Neural
 from speechdistill.data.degradation_recipes import chosen, network_passes, paper, with_assets
-from speechdistill.data.degradations import codecs, generated
+from speechdistill.data.degradations import codecs
 from speechdistill.data.plan import DegradationRecipe, Plan, Plans, RecipeStage
 from speechdistill.engine import flow
 from speechdistill.engine.pools import Pools
@@ -116,7 +116,7 @@ def test_encodec_keeps_the_length_and_a_batch_changes_nothing(encodec: Asset, nu
 
 def test_encodec_is_drawn_at_each_of_its_bandwidths(encodec: Asset) -> None:
     scene = degradation.Scene("c", None, 16_000, Clips(table.from_rows([], "clip.v1")), assets={"encodec": encodec})
-    drawn = {codecs.encodec(np.random.default_rng(seed), scene) for seed in range(100)}
+    drawn = {codecs.encodec.draw(np.random.default_rng(seed), scene) for seed in range(100)}
     assert {step.bandwidth_kbps for step in drawn} == {1.5, 3.0, 6.0, 12.0, 24.0}
     assert {(step.weights, step.sha256) for step in drawn} == {encodec}
 
@@ -172,7 +172,7 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
     clips: str, tmp_path: Path, encodec: Asset, local_ray: None
 ) -> None:
     without = [name for stage in paper().stages for name in stage.odds if name != "codecs.encodec"]
-    without = [name for name in without if components.network(name)]
+    without = [name for name in without if components.component(name).network]
     config = config_of(
         Pseudolabel,
         **{"clips": clips, "out": str(tmp_path / "run"), "recipe": "paper", "without": tuple(without)},
@@ -234,7 +234,7 @@ def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:
     recipe = with_assets(chosen("weights_free", (), {"texts": str(tmp_path)}))
     samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("Another one.\n")
-    generated._sentences.cache_clear()
+    sentences.sentences.cache_clear()
     with pytest.raises(ValueError, match="is not what the run began with"):
         samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("12 34\n")

@@ -216,10 +216,12 @@ def test_json_brings_back_the_step_and_its_effect(step: Neural) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_component_finds_its_weights(name: str) -> None:
-    (need,) = components.needs(f"denoisers.{name}")
+    (need,) = components.component(f"denoisers.{name}").needs
     assert need == KINDS[name].need and need.name == name and need.where.startswith("https://")
     scene = Scene("c", None, RATE, clips(), assets={name: Asset("/w/file", "ab")})
-    assert components.component(f"denoisers.{name}")(np.random.default_rng(0), scene) == KINDS[name]("/w/file", "ab")
+    assert components.component(f"denoisers.{name}").draw(np.random.default_rng(0), scene) == KINDS[name](
+        "/w/file", "ab"
+    )
 
 
 def test_no_global_state_changes(step: Neural) -> None:
@@ -396,7 +398,10 @@ def test_demucs_is_the_package_s(tmp_path: Path) -> None:
 def test_without_its_package_demucs_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "denoiser.demucs", None)
     (tmp_path / "w.th").write_bytes(b"")
-    for fails in (lambda: Demucs.load(tmp_path / "w.th", "cpu"), lambda: components.check("denoisers.demucs")):
+    for fails in (
+        lambda: Demucs.load(tmp_path / "w.th", "cpu"),
+        lambda: components.component("denoisers.demucs").check(),
+    ):
         with pytest.raises(ImportError, match="pip install --no-deps denoiser"):
             fails()
-    components.check("denoisers.nsnet2")
+    components.component("denoisers.nsnet2").check()

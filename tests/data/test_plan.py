@@ -95,7 +95,7 @@ def given(folder: Path) -> dict[str, Asset]:
     """Sentences in the five languages, and names of networks that are not there: plans open none."""
     for language in ("en", "de", "fr", "es", "pt"):
         (folder / f"{language}.txt").write_text("One sentence.\nAnother one.\n")
-    names = {need.name: need for stage in paper().stages for c in stage.odds for need in components.needs(c)}
+    names = {need.name: need for stage in paper().stages for c in stage.odds for need in components.component(c).needs}
     return {name: Asset(f"/{name}", "0") for name in names} | {"texts": assets.looked_up(names["texts"], str(folder))}
 
 

@@ -28,7 +28,7 @@ def test_two_samples_of_one_name_do_not_share_the_labels_of_the_last(tmp_path: P
     """webdataset/webdataset#157 and #173: names that occur twice."""
     members = [(f"a.{end}", {"speaker": who} if end == "json" else None) for who in "xy" for end in ("flac", "json")]
     *twice, good = rows_of(tmp_path / "s.tar", [*members, ("b.flac", None), ("b.json", {"speaker": "z"})])
-    assert len(twice) == 2 and all("several a.flac behind each other" in str(row["error"]) for row in twice)
+    assert len(twice) == 2 and all("several members a.flac in one sample" in str(row["error"]) for row in twice)
     assert good["speaker"] == "z"
 
 
@@ -36,7 +36,7 @@ def test_two_samples_of_one_name_do_not_share_the_labels_of_the_last(tmp_path: P
 def test_of_two_jsons_of_a_sample_none_is_taken(tmp_path: Path, names: tuple[str, str]) -> None:
     audio = names[0].replace("json", "flac")
     (row,) = rows_of(tmp_path / "s.tar", [(audio, None), *((name, {"mos": i + 1}) for i, name in enumerate(names))])
-    assert f"several {names[0]} behind each other" in str(row["error"])
+    assert f"several members {names[0]} in one sample" in str(row["error"])
 
 
 def test_samples_whose_members_lie_apart_are_told(tmp_path: Path) -> None:

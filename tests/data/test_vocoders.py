@@ -94,10 +94,10 @@ def test_a_wave_above_full_scale_is_brought_back(network: Any) -> None:
 
 
 def test_the_component_finds_its_weights_and_the_step_its_network(weights: Path) -> None:
-    (need,) = components.needs("vocoders.hifigan")
-    assert components.network("vocoders.hifigan") is HifiGan and need == HifiGan.need
+    (need,) = components.component("vocoders.hifigan").needs
+    assert components.component("vocoders.hifigan").network is HifiGan and need == HifiGan.need
     scene: Any = type("Scene", (), {"assets": {"hifigan": asset(weights)}})()
-    step = vocoders.hifigan(np.random.default_rng(0), scene)
+    step = vocoders.hifigan.draw(np.random.default_rng(0), scene)
     assert components.from_json(json.loads(json.dumps(components.to_json(step)))) == step
     wave = voice(0.5)
     np.testing.assert_array_equal(step.apply(wave), STEP.apply_batch(HifiGan.load(weights, "cpu"), wave[None])[0])
@@ -173,13 +173,12 @@ def lpcnet() -> Codec2Lpcnet:
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocoders, "lpcnet_library", vocoders.lpcnet_library.__wrapped__)
+    vocoders.lpcnet_library.cache_clear()
     monkeypatch.setattr("ctypes.util.find_library", lambda name: "libc.so.6")
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # a libcodec2 without LPCNet
-    monkeypatch.setattr(vocoders, "OPTIONAL", {"lpcnet_codec2": vocoders.lpcnet_library})
     with pytest.raises(ImportError, match="apt install libcodec2"):
-        components.check("vocoders.lpcnet_codec2")
-    step = vocoders.lpcnet_codec2(np.random.default_rng(0), None)  # type: ignore[arg-type]
+        components.component("vocoders.lpcnet_codec2").check()
+    step = vocoders.lpcnet_codec2.draw(np.random.default_rng(0), None)  # type: ignore[arg-type]
     with pytest.raises(ImportError, match="apt install libcodec2"):
         step.apply(voice(0.1))
 

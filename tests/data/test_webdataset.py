@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from manifests import voice
 from speechdistill.commands import ingest
 from speechdistill.commands.ingest import Ingest
-from speechdistill.data import headers, listed
+from speechdistill.data import file_patterns, headers, listed
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.errors import AudioError, TableError
@@ -103,7 +103,7 @@ def test_a_line_of_a_list_may_be_a_tar(tmp_path: Path, caplog: pytest.LogCapture
     paul = ("noise", "paul", "CC0-1.0")
     assert said == [("rir", None, None), ("noise", "anna", "CC0-1.0"), paul, ("speech", None, None)]
     (warning,) = caplog.messages
-    assert "json keys ['text'] are left out" in warning and str(tmp_path / "s.tar") in warning
+    assert "JSON keys ['text'] are left out" in warning and str(tmp_path / "s.tar") in warning
 
 
 def test_unknown_keys_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -421,7 +421,7 @@ def test_braces_and_globs_name_many_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
 
     def found(*patterns: str) -> list[str]:
-        return [Path(file).name for file in webdataset.files([f"{tmp_path}/{pattern}" for pattern in patterns])]
+        return [Path(file).name for file in file_patterns.files([f"{tmp_path}/{pattern}" for pattern in patterns])]
 
     assert found("s-{08..10}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar"]
     assert found("s-{10..09}.tar") == ["s-10.tar", "s-09.tar"]
@@ -429,11 +429,13 @@ def test_braces_and_globs_name_many_files(tmp_path: Path) -> None:
     assert found("x.tar", "*.tar") == ["x.tar", "s-08.tar", "s-09.tar", "s-10.tar"]
     assert found("s-{0,1}*.tar") == ["s-08.tar", "s-09.tar", "s-10.tar"]
     assert found("{a,b}.csv", "take[1].csv") == ["{a,b}.csv", "take[1].csv"]
+    (tmp_path / "odd{.csv").touch()
+    assert found("od*{.csv") == ["odd{.csv"]  # unbalanced: not expanded
     (tmp_path / ".x.tar").touch()
     (tmp_path / "latest.tar").symlink_to("s-10.tar")
     skipped = Skipped()
-    assert len(webdataset.files([f"{tmp_path}/*.tar"], skipped)) == 4 and sum(skipped.values()) == 2
-    assert webdataset.files([f"file://{tmp_path}/x.tar"]) == [f"{tmp_path}/x.tar"]
+    assert len(file_patterns.files([f"{tmp_path}/*.tar"], skipped)) == 4 and sum(skipped.values()) == 2
+    assert file_patterns.files([f"file://{tmp_path}/x.tar"]) == [f"{tmp_path}/x.tar"]
 
 
 def test_missing_and_compressed_files_are_told_before_the_work(tmp_path: Path) -> None:
@@ -450,7 +452,7 @@ def test_missing_and_compressed_files_are_told_before_the_work(tmp_path: Path) -
         with pytest.raises(TableError, match=message):
             ingest.run(Ingest(out=str(tmp_path / "m"), list=(f"{tmp_path}/{pattern}",)))
     with pytest.raises(TableError, match="nonsense"):
-        webdataset.files(["nonsense://a.tar"])
+        file_patterns.files(["nonsense://a.tar"])
     assert not (tmp_path / "m").exists()
 
 
@@ -543,7 +545,7 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
     s3.pipe("bucket/lists/l.csv", b"path\nc.flac\n../more/./d.flac\n../train/shard-000001.tar\nnone.flac\n")
     config = Ingest(
         out=str(tmp_path / "m"),
-        list=tuple(webdataset.files(["s3://bucket/train/shard-{000000..000000}.tar", "s3://bucket/lists/*.csv"])),
+        list=tuple(file_patterns.files(["s3://bucket/train/shard-{000000..000000}.tar", "s3://bucket/lists/*.csv"])),
     )
     lines = listed.merged(lambda: chain.from_iterable(map(ingest._lines, config.list)))
     rows = list(ingest._rows(config, lines, Skipped(), set(), Counter()))
@@ -560,8 +562,8 @@ def test_lists_and_tars_on_s3(tmp_path: Path, s3: AbstractFileSystem) -> None:
         audio.load(clips[3]["uri"]), soundfile.read(io.BytesIO(data["b.flac"]), dtype="float32")[0]
     )
     with pytest.raises(TableError, match=r"1 of the 3 files .*shard-000002.tar' \(no such file\)"):
-        webdataset.files(["s3://bucket/train/shard-{000000..000002}.tar"])
-    assert webdataset.files(["s3://bucket/*/*.tar"]) == [f"s3://bucket/train/shard-00000{i}.tar" for i in range(2)]
+        file_patterns.files(["s3://bucket/train/shard-{000000..000002}.tar"])
+    assert file_patterns.files(["s3://bucket/*/*.tar"]) == [f"s3://bucket/train/shard-00000{i}.tar" for i in range(2)]
     s3.pipe("bucket/train/shard-000001.tar", b"changed")
     with pytest.raises(AudioError, match=r"shard-000001\.tar#offset"):
         audio.load(clips[3]["uri"])

@@ -31,7 +31,7 @@ def test_a_recipe_is_shown_with_every_component_and_probability(name: str, capsy
         for component, probability in [*stage.odds.items(), ("none", stage.none())]:
             percent, *note = shown.pop((stage.name, component))
             assert float(percent[:-1]) == pytest.approx(100 * probability, abs=0.05)
-            needs = components.needs(component) if component != "none" else ()
+            needs = components.component(component).needs if component != "none" else ()
             assert [word.rstrip(",") for word in note if word not in ("then", "nothing", "else", "needs")] == [
                 need.name for need in needs
             ]

@@ -17,7 +17,7 @@ from speechdistill.commands.doctor_trials import Places
 from speechdistill.commands.pseudolabel import Pseudolabel
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import RunError
-from speechdistill.labelling.samples import Teach
+from speechdistill.labelling.teach import Teach
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
 

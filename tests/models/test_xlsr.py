@@ -18,7 +18,7 @@ from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill import cli
 from speechdistill.io import audio
-from speechdistill.labelling.samples import Teach
+from speechdistill.labelling.teach import Teach
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder

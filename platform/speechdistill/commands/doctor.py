@@ -99,7 +99,7 @@ def run(config: Doctor) -> list[Result]:
     `assets`."""
     required(config.require)
     out, clips = (place and storage.absolute(place) for place in (config.out, config.clips))
-    known = sorted({need.name for component in COMPONENTS for need in components.needs(component)})
+    known = sorted({need.name for name in COMPONENTS for need in components.component(name).needs})
     if unknown := sorted(set(config.assets) - set(known)):
         raise UserError(f"--assets {' '.join(unknown)} is unknown", f"choose from {', '.join(known)}")
     places = Places(out, clips, tuple((name, storage.absolute(place)) for name, place in config.assets.items()))

@@ -127,7 +127,7 @@ def _degradation(name: str, places: Places) -> str:
             wave = audio.load(clip.uri)
             scene = degradation.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=found)
             for seed in range(4):
-                step = component(np.random.default_rng(seed), scene)
+                step = component.draw(np.random.default_rng(seed), scene)
                 degraded = step.apply(wave)
                 check_step(step, wave, degraded)
                 steps.add(type(step).__name__)

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from speechdistill.commands import report
 from speechdistill.commands.guarded import guarded
 from speechdistill.commands.outputs import check_own
-from speechdistill.data import headers, listed, listening_tests, manifest_parts
+from speechdistill.data import file_patterns, headers, listed, listening_tests, manifest_parts
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import folder, listing, webdataset
 from speechdistill.data.corpus import HeldOut
-from speechdistill.data.headers import Probed, Row
+from speechdistill.data.headers import Probed
+from speechdistill.data.listed import Row
 from speechdistill.data.listening_tests import CorpusName
 from speechdistill.engine import cluster
 from speechdistill.engine.watch import stop_on_sigterm
@@ -99,7 +100,7 @@ def run(config: Ingest) -> dict[str, Any]:
         *(f"{out}/{name}" for name in ("clips.parquet", "rejects.parquet", "ingest.json", "parts/clips"))
     )
     skipped = Skipped()
-    files = webdataset.files(config.list, skipped)  # missing ones are told before the work
+    files = file_patterns.files(config.list, skipped)  # raises before the work if one is missing
     folder.speaker("", config.speaker_from)
     told: Counter[str] = Counter()
     labeled = scored_rows(config)

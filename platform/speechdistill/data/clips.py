@@ -1,7 +1,7 @@
-# data/: which clips there are (corpora/), and what sample i is (degradations/, recipes, plan).
-"""The clip manifest as plans see it: three pools of clips, in manifest order, shared by the processes of a node.
+# data/: the clips (corpora/), and the definition of sample i (degradations/, recipes, plan).
+"""The clip manifest for plans: three pools of clips in manifest order, shared by the processes of a node.
 
-They are an Arrow file, mapped and not read, so that ten million clips take no memory of a process's own.
+The pools are a memory-mapped Arrow file, so that ten million clips take no private memory of a process.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from speechdistill.io import audio, file_cache, storage, table
 from speechdistill.io.errors import TableError
 
 _KINDS = ("speech", "noise", "rir")
-# One record batch per kind, so that a column is one array: `large_string`, since 2 GiB are 22 million addresses.
+# One record batch per kind, so that a column is one array. `large_string`, since 22 million addresses exceed 2 GiB.
 _LAYOUT = pa.schema(
     [
         ("clip_id", pa.large_string()),
@@ -31,22 +31,22 @@ _LAYOUT = pa.schema(
         ("by_speaker", pa.int64()),  # positions in the order of speakers, unknown ones last
     ]
 )
-_SUFFIX = ".v1.arrow"  # of the layout
+_SUFFIX = ".v1.arrow"  # version of the layout
 _COLUMNS = {
     **dict.fromkeys(("uri", "clip_id", "speaker", "etag"), pa.large_string()),
     "size_bytes": pa.int64(),
     "duration_s": pa.float64(),
 }
-_SAMPLED = 1000  # clips of a pool that are looked at for other files of a storage
+_SAMPLED = 1000  # clips of a pool that are searched for other files of a storage
 
 
 def clip_id(kind: str, uri: str) -> str:
-    """16 hexadecimal digits that depend on the kind and the address alone."""
+    """Return 16 hexadecimal digits that depend only on kind and address."""
     return hashlib.blake2b(f"{kind}\0{uri}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 class Clip(NamedTuple):
-    """One file; `num_samples` is its length at 16 kHz, `size_bytes` and `etag` its version when it was ingested."""
+    """A file; `num_samples` is its length at 16 kHz, `size_bytes` and `etag` its version when it was ingested."""
 
     clip_id: str
     uri: str
@@ -57,7 +57,7 @@ class Clip(NamedTuple):
 
 
 class Pool:
-    """The clips of one kind, in manifest order; rows stay in Arrow memory, or in the mapped file, until asked for."""
+    """The clips of one kind, in manifest order. Rows stay in Arrow memory or in the mapped file until requested."""
 
     def __init__(self, rows: pa.RecordBatch) -> None:
         self._clip_ids, self._uris, self._speakers, self._sizes, self._etags, num_samples, by_speaker = rows.columns
@@ -78,7 +78,7 @@ class Pool:
         )
 
     def find(self, clip_id: str) -> Clip | None:
-        """The clip of that id, if it is here; the first call sorts the ids of all."""
+        """Return the clip of an id, if the pool has it; the first call sorts all ids."""
         ids, order = self._by_id
         place = int(np.searchsorted(ids, wanted := np.uint64(int(clip_id, 16)), sorter=order))
         return self[int(order[place])] if place < len(ids) and ids[order[place]] == wanted else None
@@ -89,14 +89,14 @@ class Pool:
         return ids, np.argsort(ids)
 
     def of_speaker(self, speaker: str) -> np.ndarray:
-        """The indices of a speaker's clips, ascending; found by bisection."""
+        """Return the indices of a speaker's clips, ascending, by bisection."""
         known = range(len(self) - self._speakers.null_count)
         speaker_at = lambda place: self._speakers[int(self._by_speaker[place])].as_py()  # noqa: E731
         first = bisect_left(known, speaker, key=speaker_at)
         return self._by_speaker[first : bisect_right(known, speaker, lo=first, key=speaker_at)]
 
     def uris(self, prefix: str) -> list[str]:
-        """The addresses that start so, of `_SAMPLED` clips that are evenly spread over the pool."""
+        """Return the addresses with a prefix among `_SAMPLED` clips, evenly spread over the pool."""
         places = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(np.int64))
         return [uri for place in places.tolist() if (uri := self._uris[place].as_py()).startswith(prefix)]
 
@@ -111,21 +111,21 @@ class Clips:
         self.speech, self.noise, self.rir = map(Pool, rows)
 
     def others(self, uri: str, most: int) -> list[str]:
-        """At most `most` other files of the storage (bucket, server, local disks) that has `uri`, far apart.
+        """Return at most `most` other files, far apart, of the storage (bucket, server, local disks) of `uri`.
 
-        Of a storage with less than a thousandth of many clips there may be none.
+        The result may be empty for a storage with less than a thousandth of the clips.
         """
         prefix = "".join(part + "/" for part in uri.split("/")[:3]) if "://" in uri else "/"
-        found = [other for pool in (self.speech, self.noise, self.rir) for other in pool.uris(prefix) if other != uri]
-        places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64))
-        return [found[place] for place in places.tolist()]
+        others = [other for pool in (self.speech, self.noise, self.rir) for other in pool.uris(prefix) if other != uri]
+        places = np.unique(np.linspace(0, len(others) - 1, min(most, len(others))).astype(np.int64))
+        return [others[place] for place in places.tolist()]
 
     @classmethod
     def read(cls, uri: str) -> "Clips":
-        """The clips of a manifest (Parquet), or of the copy that `share` has made of one.
+        """Open the clips of a manifest (Parquet), or of a copy of one made by `share`.
 
-        A local copy is mapped itself, anything else as a file on this node's disk, which its first process makes. Where
-        there can be none, the clips fill memory of this process.
+        A local copy is mapped. Otherwise the first process of this node makes a file on its disk, which is mapped. If
+        that is impossible, the clips are read into memory.
         """
         is_copy = uri.endswith(_SUFFIX)
         if is_copy and "://" not in uri:
@@ -160,10 +160,10 @@ def check_each_once(manifest: str) -> None:
 
 
 def share(manifest: str, folder: str, sha256: str) -> str:
-    """Make the copy of a manifest that processes map, in `folder`, unless it is there, and return its address.
+    """Make a copy of a manifest for mapping in `folder`, unless it exists, and return its address.
 
-    Its name has the manifest's `sha256`: that of another one is never taken for it. Where there can be none, it is the
-    manifest's own address, and each node makes a copy of its own.
+    The name of the copy contains the manifest's `sha256`, so that it is never mistaken for another. If no copy can be
+    made, return the address of the manifest: then each node makes a copy of its own.
     """
     copy = f"{folder}/clips-{sha256[:16]}{_SUFFIX}"
     if "://" not in copy:
@@ -174,15 +174,15 @@ def share(manifest: str, folder: str, sha256: str) -> str:
             return copy
         if (on_node := file_cache.made(manifest, _SUFFIX, partial(_convert, manifest))) is None:
             return manifest
-        fs.put_file(str(on_node), there)  # in one put, or in parts that are joined at the end: whole or not at all
+        fs.put_file(str(on_node), there)  # atomic: one put, or a multipart upload
     return copy
 
 
 def _convert(manifest: str, path: Path) -> None:
     with table.streamed(manifest, "clip.v1", ["kind", *_COLUMNS]) as batches:
-        found = _arranged(batches)
+        arranged = _arranged(batches)
     with pa.ipc.new_file(str(path), _LAYOUT) as file:
-        for batch in found:
+        for batch in arranged:
             file.write_batch(batch)
 
 
@@ -192,16 +192,16 @@ def _batches(source: pa.NativeFile) -> list[pa.RecordBatch]:
 
 
 def _arranged(batches: Callable[[list[str]], Iterable[pa.RecordBatch]]) -> list[pa.RecordBatch]:
-    """The rows of each kind in the layout; a pass for each column, of which the longest is in memory twice."""
-    found: list[dict[str, pa.Array]] = [{} for _ in _KINDS]
+    """Return the rows of each kind in the layout, with a pass for each column; the longest is in memory twice."""
+    kinds: list[dict[str, pa.Array]] = [{} for _ in _KINDS]
     for name, kept in _COLUMNS.items():
         parts: list[list[pa.Array]] = [[pa.array([], kept)] for _ in _KINDS]
         for batch in batches(["kind", name]):
             for kind, part in zip(_KINDS, parts, strict=True):
                 part.append(batch[name].filter(pc.equal(batch["kind"], kind)).cast(kept))
-        for arrays in found:
+        for arrays in kinds:
             arrays[name] = pa.concat_arrays(parts.pop(0))
-    return [_batch(arrays) for arrays in found]
+    return [_batch(arrays) for arrays in kinds]
 
 
 def _batch(arrays: dict[str, pa.Array]) -> pa.RecordBatch:
@@ -211,9 +211,9 @@ def _batch(arrays: dict[str, pa.Array]) -> pa.RecordBatch:
 
 
 def _sorted(texts: pa.Array) -> np.ndarray:
-    """`pc.sort_indices`, faster where texts come often."""
+    """Return `pc.sort_indices(texts)`, faster for repeated texts."""
     encoded = texts.dictionary_encode()
     ranks = np.empty(len(encoded.dictionary) + 1, np.int64)
     ranks[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(encoded.dictionary))
-    ranks[-1] = len(encoded.dictionary)  # of null
+    ranks[-1] = len(encoded.dictionary)  # null sorts last
     return np.argsort(ranks[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()], kind="stable")

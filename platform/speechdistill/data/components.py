@@ -1,76 +1,48 @@
-"""Degradation components by name, what they need, and steps as JSON.
+"""Look-up of degradation components by name, and steps as JSON.
 
-A **component** is a function `(rng, scene) -> step` that draws a step's parameters and opens no audio. Both are found
-by name, `family.name` (`codecs.Opus`, `codecs.opus`): a new one is a new file or function in `degradations/`, and its
-odds in a recipe (`degradation_recipes.py`). What a component needs beside the code, trained weights or texts, stands in
-its family's `NEEDS`, by the component's name; `OPTIONAL` has functions that raise `LibraryError` where a library of a
-component is missing that not every installation has, and `LIBRARIES` those that decide its bits.
+A component (`degradation.Component`) and the steps that it draws are found by name, `family.name`: `codecs.opus` and
+`codecs.Opus` are both in `degradations/codecs.py`. To add one, write a step and a `Component` there, and give the
+component a probability in a recipe (`degradation_recipes.py`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pkgutil import iter_modules
-from typing import Any, get_args, get_type_hints
-
-import numpy as np
+from types import ModuleType
+from typing import Any
 
 from speechdistill.data import degradations
-from speechdistill.data.degradation import Neural, Scene, Step
-from speechdistill.io.assets import Need
+from speechdistill.data.degradation import Component, Step
 from speechdistill.io.errors import UserError
-
-Component = Callable[[np.random.Generator, Scene], Step]
 
 
 def component(name: str) -> Component:
-    """The component `family.function`; raises `UserError` with the families there are."""
-    found: Component = _find(name)
+    """Return the component `family.name`; raises `UserError` if the family or the component does not exist."""
+    family, member = _split(name)
+    found = getattr(family, member, None)
+    if member.startswith("_") or not isinstance(found, Component):
+        raise _unknown(name)
     return found
 
 
-def network(name: str) -> type[Neural] | None:
-    """The kind of step that component `name` draws, where a network does it: its return type says so."""
-    declared = get_type_hints(component(name)).get("return")
-    kinds = [kind for kind in get_args(declared) or (declared,) if isinstance(kind, type) and issubclass(kind, Neural)]
-    if kinds and kinds != [declared]:
-        raise TypeError(f"component {name} draws {declared}; one with a network draws nothing else")
-    return kinds[0] if kinds else None
-
-
-def needs(name: str) -> tuple[Need, ...]:
-    """The assets of component `name`."""
-    module = import_module(component(name).__module__)
-    found: Mapping[str, tuple[Need, ...]] = getattr(module, "NEEDS", {})
-    return found.get(name.partition(".")[2], ())
-
-
-def check(name: str) -> None:
-    """Raise `LibraryError` where a library that component `name` wants, and not everybody has, is not installed."""
-    module = import_module(component(name).__module__)
-    checks: Mapping[str, Callable[[], None]] = getattr(module, "OPTIONAL", {})
-    checks.get(name.partition(".")[2], lambda: None)()
-
-
 def to_json(step: Step) -> dict[str, Any]:
-    """A step as JSON values: `{"step": "codecs.Opus", "bitrate_bps": 16000, ...}`."""
+    """Return a step as JSON values: `{"step": "codecs.Opus", "bitrate_bps": 16000, ...}`."""
     family = type(step).__module__.removeprefix(f"{degradations.__name__}.")
     return {"step": f"{family}.{type(step).__name__}", **asdict(step)}  # type: ignore[call-overload]
 
 
 def from_json(value: dict[str, Any]) -> Step:
-    """The inverse of `to_json`, also after a round through JSON text (lists become tuples).
+    """Invert `to_json`, also after a round trip through JSON text (lists become tuples).
 
-    Raises `UserError` for a step or parameter that this version does not know.
+    Raises `UserError` for a step or parameter that does not exist in this version.
     """
     parameters = {key: _tuples(v) for key, v in value.items() if key != "step"}
-    kind = _find(value["step"])
+    kind = _step_type(value["step"])
     try:
-        if not is_dataclass(kind) or not hasattr(kind, "apply"):
-            raise TypeError(f"{value['step']} is no step")
-        step: Step = kind(**parameters)  # type: ignore[assignment, operator]
+        step: Step = kind(**parameters)
     except TypeError as error:
         reason = f"{value} was written by another version of speechdistill: {error}"
         raise UserError(reason, "install that version to read it") from error
@@ -78,35 +50,45 @@ def from_json(value: dict[str, Any]) -> Step:
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of the libraries whose change would change what components `names` make; "" where one is missing."""
-    wanted = {"numpy", "scipy", "torch", "noisereduce", "pyroomacoustics"}
-    for name in names:
-        module = import_module(component(name).__module__)
-        wanted |= set(getattr(module, "LIBRARIES", {}).get(name.partition(".")[2], ()))
-    return {name: _version(name) for name in sorted(wanted)}
+    """Return the versions of the libraries that affect the output of components `names`; "" for a missing library."""
+    libraries = {"numpy", "scipy", "torch", "noisereduce", "pyroomacoustics"}
+    libraries.update(library for name in names for library in component(name).libraries)
+    return {library: _version(library) for library in sorted(libraries)}
 
 
-def _version(name: str) -> str:
+def _version(library: str) -> str:
     try:
-        return version(name)
+        return version(library)
     except PackageNotFoundError:
         return ""
 
 
-def _find(name: str) -> Any:
+def _step_type(name: str) -> type[Any]:
+    """Return a class of steps; only those that the family itself defines, since names come from stored plans too."""
+    family, member = _split(name)
+    kind = getattr(family, member, None)
+    if not isinstance(kind, type) or kind.__module__ != family.__name__ or member.startswith("_"):
+        raise _unknown(name)
+    if not is_dataclass(kind) or not hasattr(kind, "apply"):
+        raise UserError(f"{name} is not a degradation step", "correct the plan, or write it anew")
+    return kind
+
+
+def _split(name: str) -> tuple[ModuleType, str]:
+    """Return the module of a family and the name within it."""
     family, _, member = name.partition(".")
     if family not in _families():
         raise UserError(f"degradation {name!r} is not part of this version", f"its families are {_families()}")
-    module = import_module(f"{degradations.__name__}.{family}")
-    found = getattr(module, member, None)
-    # Names come from shards too: only what the family itself defines may be called.
-    if member.startswith("_") or getattr(found, "__module__", None) != module.__name__:
-        reason = f"degradation {name!r} is not part of this version: {family} has no {member}"
-        raise UserError(reason, "choose another, or install the version that has it")
-    return found
+    return import_module(f"{degradations.__name__}.{family}"), member
 
 
-@lru_cache(maxsize=1)  # it looks through the folder, and every plan asks
+def _unknown(name: str) -> UserError:
+    family, _, member = name.partition(".")
+    reason = f"degradation {name!r} is not part of this version: {family} has no {member}"
+    return UserError(reason, "choose another, or install the version that has it")
+
+
+@lru_cache(maxsize=1)  # lists a folder; called for every plan
 def _families() -> list[str]:
     return sorted(module.name for module in iter_modules(degradations.__path__))
 

@@ -1,8 +1,7 @@
-"""Corpora: one file each. `rows(root, ...)` yields manifest rows: dictionaries of `clip.v1` columns that start from
-`uri` and `kind`; what the file's header says (duration, rate, channels, size) the ingest job reads itself. A row with
-`error`, an exception, is rejected with it.
+"""Contract of corpora, one file each in `corpora/`, and what their readers share.
 
-Corpora that listeners scored give `READERS`: a reader for each of their datasets, by its name on the command line.
+`rows(root, ...)` yields manifest rows (`Row`). The ingest job reads the columns of a file's header itself: duration,
+rate, channels, size. Corpora that listeners scored have `READERS`: a reader for each dataset, by its command-line name.
 """
 
 import hashlib
@@ -16,37 +15,37 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from speechdistill.data import listed
+from speechdistill.data.listed import Row
 from speechdistill.io import storage, table, user_table
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
 _FROM_HEADER = {"clip_id", "duration_s", "sample_rate", "channels", "size_bytes", "etag"}
 _NUMBERS = {"mos", "votes"}
-_SHOWN = 10  # of everything that is wrong
-_THREADS = 32  # to ask a storage whether files exist
-Row = dict[str, Any]
+_SHOWN = 10  # examples in an error
+_THREADS = 32  # requests at a time whether files exist
 HeldOut = Literal["both", "either"]
 
 
 class Reader(NamedTuple):
-    """How a scored dataset is read, and how many clips of it Distill-MOS (section III-A, Table I) had in each split."""
+    """Reader of a scored dataset, and its numbers of clips in Distill-MOS (section III-A, Table I)."""
 
     rows: Callable[[str], Iterable[Row]]
-    """Rows of what lies in a folder, a path or URL; `mos` may be the text that the corpus gives."""
+    """Yields the rows of a folder, a path or URL; `mos` may be text as in the corpus."""
     paper: tuple[int, int, int] | None = None
-    """Clips to train, validate and test on; none where the paper has no such dataset."""
+    """Numbers of clips to train, validate and test on; None if the paper does not use the dataset."""
     challenge: bool = False
-    """The reader names no splits: those with systems and inputs set aside are made of its rows."""
+    """Whether splits are made by holding out systems and inputs, since the corpus has none."""
 
 
 @cache
 def columns() -> frozenset[str]:
-    """What a list or a tar may say of a clip."""
+    """Return the columns that a list or a tar may have for a clip."""
     return frozenset(table.schema("clip.v1").names) - _FROM_HEADER - {"uri"}
 
 
 def given(values: Mapping[str, Any]) -> Row:
-    """The known ones of `values` that are not empty, numbers as they were given and the others as text."""
+    """Return the `values` that are columns and not empty: `mos` and `votes` as they are, the others as text."""
     known = columns()
     return {
         key: value if key in _NUMBERS else _text(value)
@@ -56,32 +55,35 @@ def given(values: Mapping[str, Any]) -> Row:
 
 
 def _text(value: Any) -> str:
-    """A label as text: speaker 17 also from a list whose writer, pandas, made it 17.0 because another is missing."""
+    """Return a label as text; 17.0 as `17`, since pandas writes floats if another label of the column is missing."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def read(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -> Iterator[user_table.Line]:
-    """The rows of a table that lies in the folder of a corpus (`user_table.rows`); `TableError` if it is missing."""
+    """Yield the rows of a table in a corpus' folder (`user_table.rows`); raises `TableError` if it is missing."""
     try:
         yield from user_table.rows(file, needed, names)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise TableError(f"{file} is missing", "--root names the folder of the corpus as it is unpacked") from error
+        raise TableError(f"{file} is missing", "give the folder of the unpacked corpus with --root") from error
 
 
 def lines(file: str, needed: Sequence[str], header: bool = True) -> list[dict[str, str]]:
-    """The lines of a CSV with at least the columns `needed`, or of one without a header that has just these.
+    """Read the lines of a CSV that has at least the columns `needed`; without a `header` exactly these.
 
-    Names of columns are in lower case. Raises `TableError` for a file that is missing or lacks a column, and for lines
-    that are too short or too long.
+    Names of columns are in lower case. Raises `TableError` if the file or a column is missing, and for lines that are
+    too short or too long.
     """
-    found = list(read(file, needed, None if header else needed))
-    if wrong := [f"line {line.number} {line.fault}" for line in found if line.fault]:
+    read_lines = list(read(file, needed, None if header else needed))
+    if wrong := [f"line {line.number} {line.fault}" for line in read_lines if line.fault]:
         raise TableError(f"{file}: {some(wrong, 'rows do not fit')}", "complete or delete these rows")
-    return [line.values for line in found]
+    return [line.values for line in read_lines]
 
 
 def path_of(file: str, line: user_table.Line, *names: str) -> str:
-    """The path of a row, in the first of some columns that is not empty, which it loses; `TableError` if none."""
+    """Remove and return the path of a row, from the first column of `names` that is not empty.
+
+    Raises `TableError` if all are empty.
+    """
     for name in names:
         if not listed.is_empty(path := line.values.pop(name, None)):
             if isinstance(path, bytes):
@@ -91,7 +93,7 @@ def path_of(file: str, line: user_table.Line, *names: str) -> str:
 
 
 def described(file: str, line: user_table.Line, uri: str, values: Mapping[str, Any]) -> Row:
-    """The row of the clip at `uri` by the known `values` of a line, of kind speech unless they say another."""
+    """Return the row of the clip at `uri` with the known `values` of a line; `kind` defaults to speech."""
     columns_given, fault = given(values), line.fault
     if wrong := [key for key in columns_given if isinstance(values[key], bytes)]:
         fault = fault or f"has a {wrong[0]} that is not UTF-8"
@@ -99,13 +101,13 @@ def described(file: str, line: user_table.Line, uri: str, values: Mapping[str, A
 
 
 def under(root: str, path: str) -> str:
-    """The address of a path that a corpus gives relative to its folder, however it writes it."""
+    """Return the address of a path in a corpus, which may be relative to its folder and have backslashes."""
     path = path.strip().replace("\\", "/")
     return storage.one_name(path if "://" in path or path.startswith("/") else f"{root}/{posixpath.normpath(path)}")
 
 
 def exist(uris: Sequence[str]) -> list[bool]:
-    """Which of some files there are; raises `StorageError` where a storage does not say."""
+    """Return for each file whether it exists; raises `StorageError` if a storage does not answer."""
 
     def there(uri: str) -> bool:
         if "://" not in uri:
@@ -121,22 +123,22 @@ def exist(uris: Sequence[str]) -> list[bool]:
         return list(threads.map(there, uris))
 
 
-def some(found: Sequence[str], what: str) -> str:
-    """`3 files are missing (a, b, c)`, or nothing."""
-    more = ", ..." if len(found) > _SHOWN else ""
-    return f"{len(found):,} {what} ({', '.join(found[:_SHOWN])}{more})" if found else ""
+def some(items: Sequence[str], what: str) -> str:
+    """Return such as `3 files are missing (a, b, c)`, or "" for no items."""
+    more = ", ..." if len(items) > _SHOWN else ""
+    return f"{len(items):,} {what} ({', '.join(items[:_SHOWN])}{more})" if items else ""
 
 
 def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") -> list[Row]:
-    """The rows of a scored dataset below `root`, of kind speech, with splits and `mos` as numbers.
+    """Return the checked rows of a scored dataset below `root`, with splits and with `mos` as numbers.
 
-    Several rows of one file are one (`data/listed.py`), and clips without a score are counted in a warning. Raises
-    `TableError` with counts and the first ten for missing files, scores that are not from 1 to 5, unknown splits, and
-    rows of one file that disagree. Other clip counts than the paper's are a warning, too.
+    Rows of one file are merged (`data/listed.py`). Clips without a score, and counts that differ from the paper's, are
+    reported by warnings. Raises `TableError` with counts and ten examples for missing files, scores that are not from 1
+    to 5, unknown splits, and rows of one file that disagree.
     """
-    told: Counter[str] = Counter()
-    found = [_row(name, root, row) for row in reader.rows(storage.absolute(root))]
-    rows = list(listed.merged(lambda: found, told))
+    counts: Counter[str] = Counter()
+    described_rows = [_row(name, root, row) for row in reader.rows(storage.absolute(root))]
+    rows = list(listed.merged(lambda: described_rows, counts))
     uris = [row["uri"] for row in rows]
     problems = [
         some([uri for uri, there in zip(uris, exist(uris), strict=True) if not there], "files are missing"),
@@ -145,13 +147,13 @@ def checked(name: str, reader: Reader, root: str, held_out: HeldOut = "both") ->
             [row["uri"] for row in rows if reader.challenge and not (row.get("system") and row.get("input_id"))],
             "clips have no system_id or input_id",
         ),
-        "" if any(row.get("mos") is not None for row in rows) else "it has no clips with a score",
+        "" if any(row.get("mos") is not None for row in rows) else "no clip has a score",
     ]
     if any(problems):
         reason = f"{name} in {root}: {'; '.join(filter(None, problems))}"
         raise TableError(reason, "give the folder of the whole corpus, or correct its lists")
-    level = logging.WARNING if told["scored"] < told["rows"] else logging.INFO
-    _LOG.log(level, "%s in %s: %s", name, root, listed.summary(told))
+    level = logging.WARNING if counts["scored"] < counts["rows"] else logging.INFO
+    _LOG.log(level, "%s in %s: %s", name, root, listed.summary(counts))
     if reader.challenge:
         rows = held_out_rows(name, rows, held_out, reader.paper)
     _compare(name, rows, reader.paper)
@@ -168,16 +170,16 @@ def _row(name: str, root: str, row: Row) -> Row:
 def held_out_rows(
     name: str, rows: list[Row], held_out: HeldOut = "both", paper: tuple[int, int, int] | None = None
 ) -> list[Row]:
-    """Rows with `split`, where 1/4 of the systems and 1/4 of the inputs are set aside, in an order by hashes.
+    """Return rows with `split`, made by holding out 1/4 of the systems and 1/4 of the inputs, chosen by hashes.
 
-    They train where neither is set aside, and validate where both are, or with `held_out="either"` where one is, too.
-    The paper (section III-A) does not say which; its 9 : 1 speaks for `both`, which leaves the mixed rows out.
+    Rows train if neither is held out, and validate if both are, or if either is with `held_out="either"`. The paper
+    (section III-A) does not specify which; its ratio of 9 : 1 suggests `both`, which leaves out the mixed rows.
     """
     systems = _quarter(name, [row["system"] for row in rows])
     inputs = _quarter(name, [row["input_id"] for row in rows])
     aside = [(row["system"] in systems) + (row["input_id"] in inputs) for row in rows]
     counts = Counter(aside)
-    _LOG.warning(
+    _LOG.info(
         "%s: %d of the clips train; %d validate with both the system and the input held out, %d with either%s",
         name,
         counts[0],
@@ -190,7 +192,7 @@ def held_out_rows(
 
 
 def with_validation(rows: Iterable[Row], num_clips: int = 1_000) -> list[Row]:
-    """Rows whose `split` is validation for `num_clips` of them (a tenth of a small corpus), drawn by file names."""
+    """Return rows with `split`: `num_clips` validate (a tenth of a small corpus), chosen by hashes of file names."""
     rows = list(rows)
     ranked = sorted(rows, key=lambda row: _hash(row["uri"].rsplit("/", 2)[-2:]))
     chosen = {row["uri"] for row in ranked[: min(num_clips, len(rows) // 10)]}
@@ -207,12 +209,12 @@ def _hash(words: Sequence[str]) -> str:
 
 
 def _compare(name: str, rows: Sequence[Row], paper: tuple[int, int, int] | None) -> None:
-    counts = Counter(row.get("split", "train") for row in rows)
-    found = tuple(counts[split] for split in listed.SPLITS)
-    if paper and found != paper:
+    of_split = Counter(row.get("split", "train") for row in rows)
+    counts = tuple(of_split[split] for split in listed.SPLITS)
+    if paper and counts != paper:
         _LOG.warning(
             "%s has %d, %d and %d clips to train, validate and test on; the paper has %d, %d and %d",
             name,
-            *found,
+            *counts,
             *paper,
         )

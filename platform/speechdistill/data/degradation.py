@@ -1,12 +1,13 @@
-"""A degradation step: what it knows, what it does, and those that a trained network does.
+"""Degradation steps, the components that draw them, and steps that run a trained network.
 
-A **step** is a frozen dataclass of JSON values with `apply(wave) -> wave`: float32, shape (num_samples,), 16 kHz,
-the same length and alignment out as in. The families are in `degradations/`, their lookup in `components.py`.
+A **step** is a frozen dataclass of JSON values with `apply(wave) -> wave`: float32, shape (num_samples,), 16 kHz.
+Length and alignment stay the same. A **component** draws the parameters of a step and opens no audio. The families are
+in `degradations/`, the look-up by name in `components.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -21,35 +22,66 @@ from speechdistill.io.errors import UserError
 
 @dataclass(frozen=True)
 class Scene:
-    """What a component may know when it draws: the speech segment, the clips at hand, the recipe's numbers."""
+    """Input of a component: the speech segment, the available clips and the settings of the recipe."""
 
     clip_id: str
     speaker: str | None
     num_samples: int
     clips: Clips
+    _: KW_ONLY
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
     assets: Mapping[str, Asset] = field(default_factory=dict)
 
 
+def _no_check() -> None:
+    """Accept every installation."""
+
+
 class Step(Protocol):
-    """One degradation with all its parameters."""
+    """A degradation with all its parameters."""
 
     def apply(self, wave: np.ndarray) -> np.ndarray: ...
 
     def clip_ids(self) -> tuple[str, ...]:
-        """Clips of the manifest that it reads, such as a noise recording."""
+        """Return the clips of the manifest that the step reads, such as a noise recording."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """An entry of a degradation family, such as `opus = Component(_draw_opus, Opus)`.
+
+    `step` is the type of the steps that `draw` returns, or several types. A type that runs a network (`Neural`) must be
+    the only one, since samples are scheduled by it. `needs` are assets: trained weights or texts. `libraries` are
+    packages whose version affects the output. `check` raises `LibraryError` if an optional library is missing.
+    """
+
+    draw: Callable[[np.random.Generator, Scene], Step]
+    step: type[Step] | tuple[type[Step], ...]
+    _: KW_ONLY
+    needs: tuple[Need, ...] = ()
+    libraries: tuple[str, ...] = ()
+    check: Callable[[], object] = _no_check
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, tuple) and any(issubclass(kind, Neural) for kind in self.step):
+            raise TypeError(f"{self.step}: a component that draws a step with a network draws no other type")
+
+    @property
+    def network(self) -> "type[Neural] | None":
+        """The type of the drawn steps if they run a network, otherwise None."""
+        return self.step if isinstance(self.step, type) and issubclass(self.step, Neural) else None
 
 
 @dataclass(frozen=True)
 class Neural(ABC):
-    """A step that a trained network does: `weights` and `sha256` are an `Asset`, and come before its own parameters.
+    """A step that runs a trained network. `weights` and `sha256` are an `Asset` and precede the step's own parameters.
 
-    Equal steps take waves of equal length in one batch, which changes what comes out by 1e-4 at most.
+    Equal steps process waves of equal length in one batch, which changes the output by 1e-4 at most.
     """
 
     need: ClassVar[Need]
-    """Its weights."""
+    """The weights of the network."""
 
     weights: str
     sha256: str
@@ -57,14 +89,14 @@ class Neural(ABC):
     @classmethod
     @abstractmethod
     def load(cls, path: Path, device: str) -> Any:
-        """The network from its weights, a local file or folder, on a torch device, without gradients.
+        """Load the network from a local file or folder onto a torch device, without gradients.
 
-        Raises any exception for a file that is not such weights, `LibraryError` for a library that is missing.
+        Raises any exception for a file without the right weights, `LibraryError` if a library is missing.
         """
 
     @abstractmethod
     def apply_batch(self, network: Any, waves: np.ndarray) -> np.ndarray:
-        """float32 (batch, num_samples) at 16 kHz, the same shape out and each wave where it was."""
+        """Process waves of shape (batch, num_samples), float32 at 16 kHz; shape and order stay the same."""
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
         result: np.ndarray = apply_batch(self, wave[None])[0]
@@ -77,11 +109,11 @@ class Neural(ABC):
 def apply_together(
     steps: Sequence[Neural], waves: Sequence[np.ndarray], last: Sequence[bool]
 ) -> list[np.ndarray | Exception]:
-    """`steps[i].apply(waves[i])`; on a GPU in batches, and where one fails, each of its waves alone.
+    """Return `steps[i].apply(waves[i])` for each i, in batches on a GPU. If a batch fails, retry its waves one by one.
 
-    Only a step that is its plan's `last` shares a batch: a codec that followed would make more of a difference of
-    1e-7. On a CPU a batch is not faster, and one by one every sample is the same bit for bit whatever it came with.
-    Raises what `loaded` does.
+    Only a step that is the `last` of its plan shares a batch: a following codec would amplify differences of 1e-7. On a
+    CPU batches are not faster, and without them each sample is bit-equal whatever it is processed with. Raises the same
+    errors as `loaded`.
     """
     groups: dict[tuple[Neural, int, int], list[int]] = {}
     for i, (step, wave) in enumerate(zip(steps, waves, strict=True)):
@@ -89,7 +121,9 @@ def apply_together(
         groups.setdefault((step, len(wave), i if alone else -1), []).append(i)
     results: list[np.ndarray | Exception] = [np.empty(0)] * len(waves)
     for (step, *_), members in groups.items():
-        loaded(type(step), Asset(step.weights, step.sha256))  # a fault of the weights is no wave's
+        loaded(
+            type(step), Asset(step.weights, step.sha256)
+        )  # raises for unusable weights, which are no fault of a wave
         try:
             batch = apply_batch(step, np.stack([waves[i] for i in members]))
         except Exception as error:
@@ -102,20 +136,20 @@ def apply_together(
 
 
 def apply_batch(step: Neural, waves: np.ndarray) -> np.ndarray:
-    """A step on waves of one length, (batch, num_samples)."""
+    """Apply a step to waves of one length, shape (batch, num_samples)."""
     import torch
 
     network = loaded(type(step), Asset(step.weights, step.sha256))
-    # With TF32, which cuDNN takes by default, a wave would differ by more than 1e-4 with its batch.
+    # With TF32, the default of cuDNN, results of different batches would differ by more than 1e-4.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return step.apply_batch(network, waves)
 
 
 @lru_cache(maxsize=32)
 def loaded(kind: type[Neural], asset: Asset) -> Any:
-    """The network of a kind of step, kept for this process, on a GPU where there is one.
+    """Load the network of a type of steps, on a GPU if there is one, and keep it for this process.
 
-    Raises `UserError` naming the source of weights that are missing, have changed or are none.
+    Raises `UserError` naming the source if the weights are missing, changed or not of this network.
     """
     path = assets.local(kind.need, asset)
     try:
@@ -135,5 +169,8 @@ def _device() -> str:
 
 
 def generates(step: Step) -> bool:
-    """Whether a step makes speech of its own, at most as long as the wave that it is given, and needs nothing of it."""
+    """Return whether a step generates speech instead of transforming its input.
+
+    The output may be shorter than the input, never longer.
+    """
     return getattr(step, "generates", False)

@@ -1,6 +1,6 @@
-"""The degradation recipes that there are, the choice of one, and what its components need.
+"""The degradation recipes, the choice of one by name, and the assets of its components.
 
-What is trained is in `training/recipes/`.
+Training recipes are in `training/recipes/`.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,14 +20,14 @@ WEIGHTS_FREE = (
     "codecs.opus",
     "codecs.band_limit",
 )
-"""The paper's components that need no trained weights."""
+"""Components of the paper that need no trained weights."""
 
 
 def paper(lpcnet: bool = False) -> DegradationRecipe:
-    """The recipe of Distill-MOS, section IV-B.
+    """Return the recipe of Distill-MOS, section IV-B.
 
-    The paper's second vocoder, LPCNet on features that are not quantised, is not to be had as a library: with `lpcnet`
-    the codec of libcodec2 stands for it, which is harsher; without it HiFi-GAN has the probability of both.
+    The paper's second vocoder, LPCNet on unquantised features, is not available as a library. With `lpcnet` the harsher
+    codec of libcodec2 replaces it; otherwise HiFi-GAN gets the probability of both.
     """
     vocoders = ["vocoders.hifigan", *(["vocoders.lpcnet_codec2"] if lpcnet else [])]
     return DegradationRecipe(
@@ -52,9 +52,9 @@ def paper(lpcnet: bool = False) -> DegradationRecipe:
 
 
 def weights_free(texts: bool = False) -> DegradationRecipe:
-    """`paper` without the components that need trained weights: their probability goes to 'none' of their stage.
+    """Return `paper` without the components that need trained weights; their probability goes to 'none' of their stage.
 
-    With `texts`, sentences for it to say, espeak-ng stands for the paper's text-to-speech.
+    With `texts`, espeak-ng reads sentences instead of the paper's text-to-speech.
     """
     stages = [
         replace(stage, odds={name: p for name, p in stage.odds.items() if name in WEIGHTS_FREE})
@@ -65,12 +65,12 @@ def weights_free(texts: bool = False) -> DegradationRecipe:
 
 
 def as_is() -> DegradationRecipe:
-    """Recordings as they are, whole files in segments."""
+    """Return the recipe that degrades nothing and covers whole files with segments."""
     return DegradationRecipe("as_is", whole_files=True)
 
 
 def voip() -> DegradationRecipe:
-    """Beyond the paper: what calls do to speech. Rooms and noise as in the paper; the other odds are ours."""
+    """Return the degradations of calls, beyond the paper. Rooms and noise are the paper's; the other odds are ours."""
     return DegradationRecipe(
         "voip",
         (
@@ -94,19 +94,21 @@ COMPONENTS = tuple(
         for name in recipe.components
     )
 )
-"""All that recipes have."""
+"""The components of all recipes."""
 RecipeName = Literal["weights_free", "voip", "as_is", "paper"]
 
 
 def chosen(
     name: RecipeName, without: Collection[str] = (), sources: Mapping[str, str] | None = None, lpcnet: bool = False
 ) -> DegradationRecipe:
-    """The recipe as a user asks for it: less the components `without`, with `sources` of assets, not looked at.
+    """Return a recipe without the components `without`, and with `sources` of assets, which are not opened.
 
-    Raises `UserError` for a name that the recipe has no use for.
+    Raises `UserError` for a component or asset that the recipe does not use.
     """
     if lpcnet and name != "paper":
-        raise UserError(f"--lpcnet is an option of recipe paper, not of {name}", "leave it out, or give --recipe paper")
+        raise UserError(
+            f"--lpcnet is an option of recipe paper, not of {name}", "leave out --lpcnet, or give --recipe paper"
+        )
     recipe = paper(lpcnet) if name == "paper" else RECIPES[name]()
     sources = sources or {}
     if name == "weights_free" and "texts" in sources:
@@ -116,51 +118,52 @@ def chosen(
         choices = f"choose from {', '.join(known)}" if known else "leave it out"
         raise UserError(f"--without {' '.join(unknown)}: recipe {name} has no such component", choices)
     stages = [replace(stage, odds={c: p for c, p in stage.odds.items() if c not in without}) for stage in recipe.stages]
-    wanted = {need.name for component in known for need in components.needs(component)}
-    wanted |= {"texts"} if name == "weights_free" else set()
-    if unknown := sorted(set(sources) - wanted):
-        use = ", ".join(sorted(wanted)) or "none"
+    used = {need.name for name in known for need in components.component(name).needs}
+    used |= {"texts"} if recipe.name == "weights_free" else set()
+    if unknown := sorted(set(sources) - used):
+        use = ", ".join(sorted(used)) or "none"
         raise UserError(f"--assets {' '.join(unknown)}: recipe {name} does not use it", f"leave it out; used: {use}")
     given = {name: Asset(source) for name, source in sources.items()}
     return replace(recipe, stages=tuple(stage for stage in stages if stage.odds), assets=given)
 
 
 def with_assets(recipe: DegradationRecipe) -> DegradationRecipe:
-    """The recipe with all that its components need looked up and hashed.
+    """Return the recipe with the assets of its components looked up and hashed.
 
-    Raises `MissingError` telling for each component that lacks something what it is, where to get it and its licence.
+    Raises `MissingError` listing what each component lacks, where to get it and its licence.
     """
-    found: dict[str, Asset] = {}
-    lacks: dict[str, list[str]] = {}
-    for component in recipe.components:
+    resolved: dict[str, Asset] = {}
+    lacks: dict[str, list[str]] = {}  # names of components by reason
+    for name in recipe.components:
+        component = components.component(name)
         try:
-            components.check(component)
+            component.check()
         except LibraryError as error:
-            lacks.setdefault(str(error), []).append(component)
-        for need in components.needs(component):
+            lacks.setdefault(str(error), []).append(name)
+        for need in component.needs:
             try:
-                if need.name not in found:
+                if need.name not in resolved:
                     given = recipe.assets.get(need.name)
-                    found[need.name] = assets.looked_up(need, given.source if given else None)
+                    resolved[need.name] = assets.looked_up(need, given.source if given else None)
             except MissingError as error:
-                lacks.setdefault(str(error), []).append(component)
+                lacks.setdefault(str(error), []).append(name)
     if lacks:
-        lines = "".join(f"\n  {', '.join(components)}: {reason}" for reason, components in lacks.items())
-        names = tuple(dict.fromkeys(component for of_reason in lacks.values() for component in of_reason))
+        lines = "".join(f"\n  {', '.join(names)}: {reason}" for reason, names in lacks.items())
+        names = tuple(dict.fromkeys(name for of_reason in lacks.values() for name in of_reason))
         left_out = " ".join(f"--without {name}" for name in names)
         raise MissingError(
             f"recipe {recipe.name!r} has components that lack what they need:{lines}\n",
             f"recipe 'weights_free' works without them; {left_out} leaves out just these",
             names,
         )
-    return replace(recipe, assets=found)
+    return replace(recipe, assets=resolved)
 
 
 def network_passes(recipe: DegradationRecipe) -> int:
-    """How many times a sample's steps change, at most, from ordinary ones to those of networks."""
+    """Return how often the steps of a sample change from ordinary ones to steps of networks, at most."""
     ordinary, network, most = 0, 0, 0
     for stage in recipe.stages:
-        kinds = {components.network(name) is not None for name in stage.odds}
+        kinds = {components.component(name).network is not None for name in stage.odds}
         after_network = max(network, ordinary + 1) if True in kinds else network
         most = max(most, after_network)
         if not stage.ends:

@@ -1,8 +1,8 @@
-"""Speech by espeak-ng, the library inside the package espeakng_loader (GPL-3): equal texts give equal samples.
+"""Speech by espeak-ng, the library in the package espeakng_loader (GPL-3). Equal texts give equal samples.
 
-espeak-ng keeps state: in a process that has spoken before, the same text gives other samples. So a helper process,
-this file run as a program, forks for every text; forking the caller could copy a lock that another of its threads
-holds. The helper starts fast: it imports nothing but the standard library, and little of that.
+espeak-ng keeps state, so samples depend on earlier texts of the process. A helper process, this file run as a program,
+therefore forks for every text. Forking the caller instead could copy a lock that another thread holds. The helper
+imports only little of the standard library, so that it starts fast.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
-_SEED = 2512  # of the noise in some voices' breath
+_SEED = 2512  # for the breath noise of some voices
 
 
 class Job(TypedDict):
@@ -24,9 +24,9 @@ class Job(TypedDict):
 
 
 def speak(jobs: Sequence[Job]) -> Iterator[tuple[bytes, int]]:
-    """For each job, in turn: int16 samples in the machine's byte order, and their rate.
+    """Yield int16 samples in native byte order, and their rate, for each job in turn.
 
-    Raises `LibraryError` if espeak-ng is not installed, and `RuntimeError` if it cannot say a text.
+    Raises `LibraryError` if espeak-ng is not installed, and `RuntimeError` if it fails on a text.
     """
     if not jobs:
         return
@@ -54,18 +54,18 @@ def speak(jobs: Sequence[Job]) -> Iterator[tuple[bytes, int]]:
 
 
 def installed() -> tuple[str, str]:
-    """Where the library and its data are; raises `LibraryError` if they are not installed."""
+    """Return the paths of the library and its data; raises `LibraryError` if they are not installed."""
     from speechdistill.io.errors import LibraryError
 
     try:
         import espeakng_loader
     except ImportError as error:
-        raise LibraryError("no espeak-ng", 'pip install "speechdistill[demo]"') from error
+        raise LibraryError("espeak-ng is not installed", 'pip install "speechdistill[demo]"') from error
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
 
 def _helper() -> None:
-    """The helper process: a fork per text, each of which loads the library anew."""
+    """Run the helper process: fork for each text, and load the library anew in each fork."""
     request = json.load(sys.stdin)
     for job in request["jobs"]:
         child = os.fork()
@@ -77,14 +77,14 @@ def _helper() -> None:
             except BaseException:
                 sys.excepthook(*sys.exc_info())
                 sys.stderr.flush()
-                os._exit(1)  # never the helper's own clean-up
+                os._exit(1)  # without the clean-up of the helper
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(f"voice {job['voice']}, text {job['text']!r}")
 
 
 def _synthesise(library: str, data: str, job: dict[str, Any]) -> tuple[bytes, int]:
-    """One text, by the functions and constants of espeak-ng's speak_lib.h."""
+    """Synthesise a text with the functions and constants of espeak-ng's speak_lib.h."""
     import ctypes
 
     samples = bytearray()
@@ -96,10 +96,10 @@ def _synthesise(library: str, data: str, job: dict[str, Any]) -> tuple[bytes, in
 
     callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(received)
     espeak = ctypes.CDLL(library)
-    os.chdir(os.path.dirname(data))  # noqa: PTH120  # espeak-ng cuts a data path at 160 characters
+    os.chdir(os.path.dirname(data))  # noqa: PTH120  # espeak-ng truncates data paths to 160 characters
     synchronous, utf8, rate, pitch = 2, 1, 1, 3
     sample_rate = espeak.espeak_Initialize(synchronous, 0, b".", 0)
-    espeak.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))  # else the clock
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))  # seeded by the clock otherwise
     espeak.espeak_SetSynthCallback(callback)
     if espeak.espeak_SetVoiceByName(job["voice"].encode()):
         raise ValueError(f"espeak-ng has no voice {job['voice']}")
@@ -109,7 +109,7 @@ def _synthesise(library: str, data: str, job: dict[str, Any]) -> tuple[bytes, in
     espeak.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, utf8, None, None)
     espeak.espeak_Synchronize()
     if not samples:
-        raise RuntimeError("no sound came out")
+        raise RuntimeError("espeak-ng returned no samples")
     return bytes(samples), sample_rate
 
 

@@ -1,25 +1,25 @@
-"""Headers of audio files -> rows of the manifest, or the reason why there is none."""
+"""Rows of the manifest from the headers of audio files, and the reasons for rejected files."""
 
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from speechdistill.data.clips import clip_id
+from speechdistill.data.listed import Row
 from speechdistill.io import audio, audio_files, table, tar_files
 from speechdistill.io.audio import MIN_DURATION_S
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 
 _CONTENT = {"duration_s": "length", **dict.fromkeys(("size_bytes", "etag", "sample_rate", "channels"), "content")}
-_THREADS = 8  # per task: reading a header is mostly waiting
-Row = dict[str, Any]
+_THREADS = 8  # in a task; reading headers is mostly waiting
 
 
 class Probed(NamedTuple):
-    """The good and the rejected rows of a chunk, and what has changed of known clips."""
+    """Good and rejected rows of a chunk, and counts of the changes of known clips."""
 
     clips: pa.Table
     rejects: pa.Table
@@ -27,13 +27,13 @@ class Probed(NamedTuple):
 
 
 def probed(chunk: list[Row], probe: Callable[[Row], Row]) -> Probed:
-    """Nothing that a file or a list's line holds may stop the run."""
+    """Read the headers of a chunk with `probe`. Errors reject their row and never stop the run."""
     with ThreadPoolExecutor(_THREADS) as threads:
         results = list(threads.map(partial(_tried, probe), chunk))
     good = [result for result in results if isinstance(result, dict)]
     try:
         clips = table.from_rows(good, "clip.v1")
-    except TableError:  # row by row, to find which; otherwise it would cost more than reading the headers
+    except TableError:  # validated row by row only now: that takes longer than reading the headers
         results = [_valid(result) for result in results]
         clips = table.from_rows([result for result in results if isinstance(result, dict)], "clip.v1")
     changes: Counter[str] = Counter()
@@ -49,21 +49,19 @@ def probed(chunk: list[Row], probe: Callable[[Row], Row]) -> Probed:
 
 
 def _tried(probe: Callable[[Row], Row], row: Row) -> Row | Exception | None:
-    """The row as it is stored, its error, or None for a known clip that is as it was."""
+    """Return the row to store, its error, or None for a known clip that has not changed."""
     known = row.get("known", {})
     row = {key: value for key, value in row.items() if key != "known"}
     try:
         if known and _is_same(row, known):
             return None
         return {**known, **probe(row), "clip_id": clip_id(str(row["kind"]), row["uri"])}
-    except Exception as error:  # whatever a file or a line holds: its row is rejected with it
+    except Exception as error:  # any error of a file or a line rejects its row
         return error
 
 
 def _is_same(row: Row, known: Row) -> bool:
-    """Whether a known clip has the labels that are given, and the version of its file; False where that is not known,
-    which its probe will tell.
-    """
+    """Return whether labels and file version of a known clip are unchanged; False if the version is unknown."""
     try:
         now = {**row, **_version(row)}
     except Exception:
@@ -72,7 +70,7 @@ def _is_same(row: Row, known: Row) -> bool:
 
 
 def _is_kept(row: Row, error: Exception) -> bool:
-    """Whether a known clip stays as it is: its storage did not answer, which may be temporary."""
+    """Return whether a known clip is kept: its storage did not answer, which may be temporary."""
     return "known" in row and isinstance(error, UnreadableError)
 
 
@@ -100,12 +98,12 @@ def _reason(error: Exception) -> Row:
 
 
 def clip(row: Row) -> Row:
-    """Return a row of the manifest for a file; raises `AudioError` if the file is unusable."""
+    """Return the row of a file for the manifest; raises `AudioError` if the file is unusable."""
     uri = row["uri"]
-    if "error" in row:  # what its corpus found out already
+    if "error" in row:  # found by the reader of its corpus
         raise row["error"]
     if any("\ud800" <= character <= "\udfff" for character in uri):
-        raise AudioError(uri, "its name is not UTF-8, and tables hold only UTF-8", "rename the file")
+        raise AudioError(uri, "the name is not UTF-8, which tables require", "rename the file")
     info = audio.probe(uri)
     if row["kind"] == "speech" and info.duration_s < MIN_DURATION_S:
         raise AudioError(uri, f"{info.duration_s:.4f} s of speech cannot be judged", "leave it out")
@@ -114,9 +112,9 @@ def clip(row: Row) -> Row:
 
 def _version(row: Row) -> Row:
     member = tar_files.parse(row["uri"])
-    if member and "etag" in row:  # the tar's: asking again would be a request for each member
+    if member and "etag" in row:  # the etag of the tar; looking it up again would be a request for each member
         return {"size_bytes": member.size}
-    if "size_bytes" in row:  # the listing of its folder told it
+    if "size_bytes" in row:  # from the listing of its folder
         return {}
     size, etag = audio_files.version(row["uri"])
     return {"size_bytes": size, "etag": etag}

@@ -1,4 +1,4 @@
-"""Which scored clips a model was trained on and selected by: kept in its provenance, asked when it is judged."""
+"""The scored clips that a model was trained on and selected by, from its provenance; comparisons mark them."""
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ TRAINED, SELECTED = "trained on", "selected on"
 
 
 def record(train: pa.Table | None, validation: pa.Table | None) -> dict[str, str]:
-    """Clips of schema `clip.v1` as JSON, for `CLIPS` of a provenance: the sorted ids, 8 bytes each, in base64."""
+    """Return clips of schema `clip.v1` as JSON for `CLIPS` of a provenance: sorted ids, 8 bytes each, in base64."""
     parts = {TRAINED: train, SELECTED: validation}
     return {how: _packed(clips["clip_id"].to_pylist()) for how, clips in parts.items() if clips is not None}
 
 
 def marks(provenance: Mapping[str, Any], clip_ids: Sequence[str]) -> list[str | None]:
-    """How a model knows each of these clips: `TRAINED`, `SELECTED` (its best checkpoint was chosen by them) or None.
+    """Return a mark for each clip: `TRAINED`, `SELECTED` (the best checkpoint was chosen by it) or None.
 
-    A model that was trained further knows all that the first one knew. Copies of a file at other addresses, and clips
+    The clips of a model also count for models that were trained from it. Copies of a file at other addresses, and clips
     of models of earlier versions, are not recognised.
     """
     ids = _numbers(clip_ids)
@@ -31,10 +31,10 @@ def marks(provenance: Mapping[str, Any], clip_ids: Sequence[str]) -> list[str | 
 
 
 def mark_of_samples(provenance: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
-    """`TRAINED` if the held-out samples of a label run may have trained a model; `run` is as `shards` has it.
+    """Return `TRAINED` if the held-out samples of a label run may have trained a model, else None.
 
-    A run with the same manifest counts too. The hashes of names decide: what the model's training held out as well is
-    unknown to it.
+    `run` has the form of an entry of `shards` in the provenance. A run with the same manifest counts too. Samples are
+    unknown to the model if its training held them out as well, by the hashes of names.
     """
     of_models = [one["shards"] for one in ancestry(provenance) if isinstance(one.get("shards"), list)]
     for shards in (shards for of_model in of_models for shards in of_model):
@@ -46,7 +46,7 @@ def mark_of_samples(provenance: Mapping[str, Any], run: Mapping[str, Any]) -> st
 
 
 def ancestry(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A model's provenance, and that of the model it was trained from, and so on."""
+    """Yield the provenance of a model, then of the model that it was trained from, and so on."""
     yield provenance
     if isinstance(first := provenance.get("init"), Mapping):
         yield from ancestry(first)

@@ -1,7 +1,7 @@
-"""Opus at 16 kHz in 20 ms packets, by libopus itself, which `av` brings.
+"""Opus at 16 kHz in 20 ms packets, by the libopus in the package `av`.
 
-FFmpeg neither makes up for lost packets nor decodes the repair data of others, and decodes at 48 kHz alone, which with
-the way back to 16 kHz takes four times as long.
+Not by FFmpeg, which neither conceals lost packets nor decodes repair data, and decodes at 48 kHz only: with resampling
+to 16 kHz that takes four times as long.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from speechdistill.io import audio
 from speechdistill.io.errors import LibraryError
 
 _FRAME = audio.SAMPLE_RATE // 50
-_MOST_BYTES = 1275  # of a packet with one frame (RFC 6716, section 3.4)
+_MOST_BYTES = 1275  # largest packet with one frame (RFC 6716, section 3.4)
 # opus_defines.h
 _VOIP = 2048
 _SET_BITRATE, _SET_COMPLEXITY, _SET_FEC, _SET_EXPECTED_LOSS, _GET_LOOKAHEAD = 4002, 4010, 4012, 4014, 4027
@@ -25,15 +25,15 @@ _SET_BITRATE, _SET_COMPLEXITY, _SET_FEC, _SET_EXPECTED_LOSS, _GET_LOOKAHEAD = 40
 def encoded(
     wave: np.ndarray, bitrate_bps: int, complexity: int, fec: bool = False, loss: float = 0.0
 ) -> tuple[list[bytes], int]:
-    """The packets of a wave within full scale, and by how many samples what they decode to comes late.
+    """Return the packets of a wave within full scale, and the delay of the decoded wave in samples.
 
-    Tuned for speech (`OPUS_APPLICATION_VOIP`), of variable bit rate. With `fec` a packet repeats the one before it, as
-    an expected `loss` (0..1) makes it worth. Raises `ValueError` for a number that libopus refuses.
+    The coder is tuned for speech (`OPUS_APPLICATION_VOIP`), with variable bit rate. With `fec` packets repeat the
+    previous one if the expected `loss` (0..1) justifies it. Raises `ValueError` for settings that libopus refuses.
     """
     opus, error = _libopus(), ctypes.c_int()
     encoder = opus.opus_encoder_create(audio.SAMPLE_RATE, 1, _VOIP, ctypes.byref(error))
     if error.value:
-        raise RuntimeError(f"libopus makes no encoder (error {error.value})")
+        raise RuntimeError(f"libopus cannot create an encoder (error {error.value})")
     try:
         for setting, value in (
             (_SET_BITRATE, bitrate_bps),
@@ -42,7 +42,7 @@ def encoded(
             (_SET_EXPECTED_LOSS, round(100 * loss)),
         ):
             if opus.opus_encoder_ctl(encoder, setting, ctypes.c_int(value)):
-                raise ValueError(f"libopus refuses {value} for its setting {setting}")
+                raise ValueError(f"libopus refuses {value} for setting {setting}")
         lookahead = ctypes.c_int()
         opus.opus_encoder_ctl(encoder, _GET_LOOKAHEAD, ctypes.byref(lookahead))
         return _packets(encoder, wave, lookahead.value), lookahead.value
@@ -51,15 +51,15 @@ def encoded(
 
 
 def decoded(packets: Sequence[bytes], arrives: np.ndarray | None = None, fec: bool = False) -> np.ndarray:
-    """float32 samples at 16 kHz, 320 for each packet.
+    """Decode packets to float32 samples at 16 kHz, 320 for each.
 
-    Where `arrives`, shape (packets,), is false, the decoder makes up for the packet, or with `fec` takes it from the
-    next one if that arrives.
+    Packets with false in `arrives`, shape (packets,), are concealed, or with `fec` repaired from the next packet if
+    that arrives.
     """
     opus, error = _libopus(), ctypes.c_int()
     decoder = opus.opus_decoder_create(audio.SAMPLE_RATE, 1, ctypes.byref(error))
     if error.value:
-        raise RuntimeError(f"libopus makes no decoder (error {error.value})")
+        raise RuntimeError(f"libopus cannot create a decoder (error {error.value})")
     wave = np.zeros((len(packets), _FRAME), np.float32)
     try:
         for i, packet in enumerate(packets):
@@ -77,7 +77,7 @@ def decoded(packets: Sequence[bytes], arrives: np.ndarray | None = None, fec: bo
 
 
 def _packets(encoder: int, wave: np.ndarray, lookahead: int) -> list[bytes]:
-    count = -(-(len(wave) + lookahead) // _FRAME)  # with silence at the end, so that the last sample comes out
+    count = -(-(len(wave) + lookahead) // _FRAME)  # padded with silence, which flushes the last sample
     padded = np.ascontiguousarray(audio.fit(wave, count * _FRAME), np.float32)
     buffer = ctypes.create_string_buffer(_MOST_BYTES)
     packets = []
@@ -105,7 +105,7 @@ def _libopus() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     opus.opus_encoder_create.restype = opus.opus_decoder_create.restype = pointer
     opus.opus_encoder_destroy.argtypes = opus.opus_decoder_destroy.argtypes = [pointer]
-    opus.opus_encoder_ctl.argtypes = [pointer, number]  # variadic: on some machines passed otherwise
+    opus.opus_encoder_ctl.argtypes = [pointer, number]  # variadic arguments, which some ABIs pass differently
     opus.opus_encode_float.argtypes = [pointer, pointer, number, pointer, number]
     opus.opus_decode_float.argtypes = [pointer, ctypes.c_char_p, number, pointer, number, number]
     return opus

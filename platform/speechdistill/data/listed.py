@@ -1,13 +1,13 @@
-"""Rules for the row of a list: the score, the votes and the split, however they are written, and several
-rows of one clip. The rules are the same for lists, corpora, manifests and tars.
+"""Rules for the rows of lists, corpora, manifests and tars: spellings of scores, votes and splits, and several rows of
+one clip.
 
-- A score that is empty or NaN is none: the clip stays, without a score. One that is no number from 1 to 5 is a fault.
+- An empty score or NaN is no score: the clip stays, without a score. Anything else but a number from 1 to 5 is a fault.
 - Splits are train, validation and test; `SPLIT_NAMES` has their other spellings. Another name is a fault.
-- Several rows of one clip are its mean score, weighted by votes (a row without votes is one), and the sum of the votes.
+- Several rows of one clip become its mean score, weighted by votes (1 for a row without votes), and the sum of votes.
   Other columns that disagree are a fault.
 
 A row with a fault has `error`, an `AudioError` that names the clip, the list and the line. `ingest` rejects its clip;
-commands that train or judge refuse the list.
+commands that train or compare refuse the list.
 """
 
 import math
@@ -29,24 +29,29 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 PLACE = "listed in"
-"""The key of a row under which the list and the line are, for messages; `merged` takes it away."""
+"""Key of a row for its list and line, which messages name. `merged` removes it."""
 
 _EMPTY = {"", "nan", "na", "n/a", "null", "none", "<na>"}
 _FIX = "correct the list"
 _HELD_ROWS = 100_000
 _KINDS = ("speech", "noise", "rir")
 Row = dict[str, Any]
+"""A row of a manifest that is being made: columns of `clip.v1`, first of all `uri` and `kind`.
+
+A row with `error`, an exception, is rejected with it. `known` is the stored row of a clip that the manifest already
+has.
+"""
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value of any column is none: null, blank text, or the NaN that other tools write for both."""
+    """Return whether a value is null, blank text, or NaN, which other tools write for both."""
     if isinstance(value, str):
         return not value or value.isspace()
     return value is None or bool(value != value)
 
 
 def split_name(value: Any) -> str | None:
-    """The split that a name means; raises `TableError` for a name that means none."""
+    """Return the split for a name, None for an empty one; raises `TableError` for an unknown name."""
     if is_empty(value):
         return None
     if (name := SPLIT_NAMES.get(str(value).strip().lower())) is None:
@@ -55,18 +60,20 @@ def split_name(value: Any) -> str | None:
 
 
 def score(value: Any) -> float | None:
-    """A mean opinion score, also with a decimal comma; raises `TableError` unless it is a number from 1 to 5."""
+    """Parse a mean opinion score, also with a decimal comma; raises `TableError` unless it is from 1 to 5."""
     number = _number(value)
     if number is None:
         return None
-    if not 1 <= number <= 5:  # nor is what is no number
+    if not 1 <= number <= 5:  # also true for NaN
         raise TableError(f"mos {value!r:.60} is not a number from 1 to 5", _FIX)
     return number
 
 
 def described(uri: str, place: str, columns: Row, fault: str | None = None) -> Row:
-    """The row of the clip at `uri`, of kind speech unless `columns` say another, normalised; or with `error`, which
-    names `place`, the list and the line."""
+    """Return the normalised row of the clip at `uri`; `kind` defaults to speech.
+
+    A row with a `fault` has `error`, which names `place`, the list and the line.
+    """
     row = {"kind": "speech", **columns, "uri": uri, PLACE: place}
     try:
         if fault:
@@ -76,16 +83,19 @@ def described(uri: str, place: str, columns: Row, fault: str | None = None) -> R
         return {**row, "error": AudioError(uri, f"{error.reason} ({place})", error.fix)}
 
 
-def summary(told: Counter[str]) -> str:
-    """`9 rows = 6 files (5 with a score) + 2 further rows of the same files + 1 rejected`, by what `merged` counted."""
-    scored = f" ({told['scored']:,} with a score)" if told["scored"] else ""
-    parts = [f"{told['rows']:,} rows = {told['files']:,} files{scored}"]
-    left = {"further rows of the same files": told["further"], "rejected": told["rejected"]}
+def summary(counts: Counter[str]) -> str:
+    """Return a line for the counts of `merged`.
+
+    Such as `9 rows = 6 files (5 with a score) + 2 further rows of the same files + 1 rejected`.
+    """
+    scored = f" ({counts['scored']:,} with a score)" if counts["scored"] else ""
+    parts = [f"{counts['rows']:,} rows = {counts['files']:,} files{scored}"]
+    left = {"further rows of the same files": counts["further"], "rejected": counts["rejected"]}
     return " + ".join([*parts, *(f"{count:,} {what}" for what, count in left.items() if count)])
 
 
 def normalised(row: Row) -> Row:
-    """A row with `mos`, `votes`, `split` and `kind` as they are stored; raises `TableError` for one of another form."""
+    """Return a row with `mos`, `votes`, `split` and `kind` as stored; raises `TableError` for an invalid value."""
     row = dict(row)
     for key, rule in _RULES:
         if key in row:
@@ -93,25 +103,25 @@ def normalised(row: Row) -> Row:
     return row
 
 
-def merged(read: Callable[[], Iterable[Row]], told: Counter[str] | None = None) -> Iterator[Row]:
-    """One row for each clip of the rows that `read()` gives; several rows of a clip come last, as one.
+def merged(read: Callable[[], Iterable[Row]], counts: Counter[str] | None = None) -> Iterator[Row]:
+    """Yield one row for each clip of the rows that `read()` returns; clips with several rows come last.
 
-    All are read at once, so that a list that cannot be read is known before the work; many of them a second time later,
-    since memory holds 100,000 and eight bytes of each. `told` counts rows, files, scored ones, further rows of a file,
-    and rejected ones.
+    All rows are read first, so that an unreadable list raises before the work. At most 100,000 rows are kept in memory,
+    so a longer list is read twice. `counts` gets the numbers of `rows`, `files`, `scored` files, `further` rows of a
+    file, and `rejected` rows.
     """
     rows = iter(read())
     held = list(islice(rows, _HELD_ROWS))
     ids = np.fromiter((int(_identity(row), 16) for row in chain(held, rows)), np.uint64)
-    found, counts = np.unique(ids, return_counts=True)
-    repeated = {f"{identity:016x}" for identity in found[counts > 1].tolist()}
-    told = Counter() if told is None else told
-    told["rows"] += len(ids)
-    return _merged(held if len(held) == len(ids) else _same(read(), ids), repeated, told)
+    distinct, occurrences = np.unique(ids, return_counts=True)
+    repeated = {f"{identity:016x}" for identity in distinct[occurrences > 1].tolist()}
+    counts = Counter() if counts is None else counts
+    counts["rows"] += len(ids)
+    return _merged(held if len(held) == len(ids) else _same(read(), ids), repeated, counts)
 
 
 def _same(rows: Iterable[Row], ids: np.ndarray) -> Iterator[Row]:
-    """The rows as they are read again; raises `TableError` if they are not those of the first time."""
+    """Read the rows again; raises `TableError` if they are not those of the first time."""
     number = 0
     for number, row in enumerate(rows, 1):
         if number > len(ids) or int(_identity(row), 16) != ids[number - 1]:
@@ -123,27 +133,27 @@ def _same(rows: Iterable[Row], ids: np.ndarray) -> Iterator[Row]:
     raise TableError(f"a list changed while it was read, at row {number:,} of {len(ids):,}", "rerun the command")
 
 
-def _merged(rows: Iterable[Row], repeated: set[str], told: Counter[str]) -> Iterator[Row]:
+def _merged(rows: Iterable[Row], repeated: set[str], counts: Counter[str]) -> Iterator[Row]:
     several: dict[str, list[Row]] = {}
     for row in rows:
         if repeated and (identity := _identity(row)) in repeated:
             several.setdefault(identity, []).append(row)
         else:
-            yield _counted(row, told)
+            yield _counted(row, counts)
     for group in several.values():
-        told["further"] += len(group) - 1
-        yield _counted(_one(group), told)
+        counts["further"] += len(group) - 1
+        yield _counted(_one(group), counts)
 
 
-def _counted(row: Row, told: Counter[str]) -> Row:
-    told["rejected" if "error" in row else "files"] += 1
-    told["scored"] += "error" not in row and row.get("mos") is not None
+def _counted(row: Row, counts: Counter[str]) -> Row:
+    counts["rejected" if "error" in row else "files"] += 1
+    counts["scored"] += "error" not in row and row.get("mos") is not None
     row.pop(PLACE, None)
     return row
 
 
 def _one(rows: list[Row]) -> Row:
-    """Several rows of one clip as one."""
+    """Merge the rows of one clip."""
     if fault := next((row for row in rows if "error" in row), None):
         return fault
     known: Row = {"uri": rows[0]["uri"]}
@@ -159,25 +169,25 @@ def _one(rows: list[Row]) -> Row:
 
 
 def _disagreement(rows: list[Row], key: str) -> AudioError:
-    said = [row for row in rows if row.get(key) is not None]
-    first, other = said[0], next(row for row in said if row[key] != said[0][key])
+    filled = [row for row in rows if row.get(key) is not None]
+    first, other = filled[0], next(row for row in filled if row[key] != filled[0][key])
     places = " and ".join(f"{row[key]!r} ({row.get(PLACE, 'its list')})" for row in (first, other))
     return AudioError(first["uri"], f"its rows disagree: {key} is {places}", "keep one of them")
 
 
 def _identity(row: Row) -> str:
-    uri = row["uri"]  # a list may write a local path in several ways; what it is stored as stays
+    uri = row["uri"]  # may be one of several spellings of a local path
     return clip_id(str(row["kind"]), uri if "://" in uri else normpath(uri))
 
 
 def _number(value: Any) -> float | None:
-    """None for what is empty, NaN for what is no number."""
+    """Return None for an empty value, NaN for an invalid number."""
     if is_empty(value):
         return None
     if isinstance(value, str):
         if value.strip().lower() in _EMPTY:
             return None
-        value = value.replace(",", ".") if "." not in value else value  # `4,5`: the comma of half of Europe
+        value = value.replace(",", ".") if "." not in value else value  # `4,5` is 4.5
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):

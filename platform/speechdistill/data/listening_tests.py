@@ -1,6 +1,6 @@
-"""Corpora that listeners scored, by the names they have on the command line."""
+"""Corpora that listeners scored, by their command-line names."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from speechdistill.data import corpus
 from speechdistill.data.corpora import (
@@ -13,6 +13,7 @@ from speechdistill.data.corpora import (
     tcd_voip,
     voicemos,
 )
+from speechdistill.data.listed import Row
 from speechdistill.io.errors import TableError
 
 CorpusName = Literal[
@@ -51,8 +52,8 @@ READERS: dict[str, corpus.Reader] = {
 }
 
 
-def rows(name: str, root: str, held_out: corpus.HeldOut = "both") -> list[dict[str, Any]]:
-    """The checked rows of a corpus in folder `root`; raises `TableError` for what does not fit, and unknown names."""
+def rows(name: str, root: str, held_out: corpus.HeldOut = "both") -> list[Row]:
+    """Return the checked rows of a corpus in folder `root`; raises `TableError` for faults and unknown names."""
     if name not in READERS:
-        raise TableError(f"no corpus {name!r}", f"choose from {', '.join(sorted(READERS))}")
+        raise TableError(f"corpus {name!r} is unknown", f"choose from {', '.join(sorted(READERS))}")
     return corpus.checked(name, READERS[name], root, held_out)

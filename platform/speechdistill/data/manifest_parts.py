@@ -1,6 +1,6 @@
-"""The folder that ingest fills: parts of good and of rejected rows, committed one by one, and the manifest of all.
+"""The output folder of ingest: parts of good and rejected rows, committed one by one, and their merged manifest.
 
-The last part that has a clip decides.
+If several parts have a clip, the last one counts.
 """
 
 import os
@@ -18,17 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from speechdistill.data.clips import clip_id
-from speechdistill.data.headers import Probed, Row
+from speechdistill.data.headers import Probed
+from speechdistill.data.listed import Row
 from speechdistill.io import storage, table
 
 _CHUNK_ROWS = 2_000
-_KNOWN_ROWS = 50_000  # known clips that are sorted by their parts, so that each part is read seldom
+_KNOWN_ROWS = 50_000  # known clips sorted by part at a time, so that parts are read rarely
 _LISTED_ROWS = 500
 _PART = re.compile(r"(clips|rejects)-(\d{6})\.parquet")
 
 
 def merge(out: str) -> dict[str, Any]:
-    """`clips.parquet` and `rejects.parquet` from all parts, and their sums."""
+    """Write `clips.parquet` and `rejects.parquet` from all parts; returns their totals."""
     clips: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     known = _known(out)
@@ -54,20 +55,23 @@ def merge(out: str) -> dict[str, Any]:
 
 
 def next_number(out: str) -> int:
-    """The number of the next part."""
+    """Return the number of the next part."""
     return 1 + max((number for what in ("clips", "rejects") for number, _ in _parts(out, what)), default=-1)
 
 
 def commit(probed: Probed, out: str, number: int) -> int:
     """Write a part; returns its number of rows."""
-    # Clips last: a kill in between leaves rejects of files that are looked at again.
+    # Clips last: if the process is killed in between, the rejected files are read again.
     storage.publish(table.parquet_bytes(probed.rejects), f"{out}/parts/rejects-{number:06d}.parquet")
     storage.publish(table.parquet_bytes(probed.clips), f"{out}/parts/clips-{number:06d}.parquet")
     return len(probed.clips) + len(probed.rejects)
 
 
 def forget_rejects(ids: Iterable[str], out: str) -> None:
-    """Tars that are whole by now: no clip has their id, by which a mended file is told from others."""
+    """Delete the rejects of tars that were read to the end by now.
+
+    Rejects of other files are superseded by clips with their id, which a tar does not have.
+    """
     mended = pa.array(ids, pa.string())
     for _, path in _parts(out, "rejects") if len(mended) else []:
         rejects = table.read(path, "reject.v1")
@@ -77,19 +81,19 @@ def forget_rejects(ids: Iterable[str], out: str) -> None:
 
 
 class _Known(NamedTuple):
-    """The clips that parts have: sorted ids, and the number of the last part that has each."""
+    """The clips in the parts: sorted ids, and the last part of each."""
 
     ids: np.ndarray
     parts: np.ndarray
 
     def parts_of(self, ids: np.ndarray) -> np.ndarray:
-        """The part of each clip; -1 for one that is not known."""
+        """Return the part of each clip; -1 for unknown clips."""
         places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where(self.ids[places] == ids, self.parts[places], -1) if len(self.ids) else np.full(len(ids), -1)
 
 
 def _known(out: str) -> _Known:
-    """Clips that were not rejected since: those are looked at again."""
+    """Return the clips that were not rejected later; rejected files are read again."""
     ids, parts, is_good = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     for what, column in (("clips", "clip_id"), ("rejects", "id")):
         for number, path in _parts(out, what):
@@ -109,7 +113,7 @@ def _ids(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def chunks(rows: Iterator[Row], out: str) -> Iterator[list[Row]]:
-    """Chunks of the rows that are not seen earlier in this run; those of known clips have `known`, the stored row."""
+    """Yield chunks of rows without duplicates; rows of known clips have `known`, the stored row."""
     _listing.cache_clear()
     known, seen = _known(out), _Seen()
     waiting: list[tuple[int, Row]] = []
@@ -129,13 +133,13 @@ def chunks(rows: Iterator[Row], out: str) -> Iterator[list[Row]]:
 
 
 class _Seen:
-    """The ids of this run. A set of all would take a dozen times the eight bytes that each has in a sorted array."""
+    """The ids seen in this run, mostly in a sorted array: a set would take a dozen times its eight bytes per id."""
 
     def __init__(self) -> None:
         self._sorted, self._recent = np.zeros(0, np.uint64), set[int]()
 
     def add(self, ids: Collection[int]) -> list[int]:
-        """Those that are not there yet."""
+        """Add ids, and return those that are new."""
         all_ids = np.fromiter(ids, np.uint64, len(ids))
         places = np.minimum(np.searchsorted(self._sorted, all_ids), len(self._sorted) - 1)
         if len(self._sorted):
@@ -150,13 +154,13 @@ class _Seen:
 
 
 def _with_stored(rows: list[tuple[int, Row]], out: str) -> Iterator[list[Row]]:
-    """Chunks of known rows, by their parts, with what is stored of each. (Read here: workers need not see `out`.)"""
+    """Yield chunks of known rows, ordered by part, with their stored rows. Workers do not need access to `out`."""
     _note_versions([row for _, row in rows])
     rows.sort(key=lambda pair: pair[0])
     chunk: list[Row] = []
     for part, group in groupby(rows, lambda pair: pair[0]):
-        found = table.read(f"{out}/parts/clips-{part:06d}.parquet", "clip.v1").to_pylist()
-        stored = {row["clip_id"]: row for row in found}
+        rows_of_part = table.read(f"{out}/parts/clips-{part:06d}.parquet", "clip.v1").to_pylist()
+        stored = {row["clip_id"]: row for row in rows_of_part}
         for _, row in group:
             chunk.append({**row, "known": stored[clip_id(str(row["kind"]), row["uri"])]})
             if len(chunk) == _CHUNK_ROWS:
@@ -167,8 +171,9 @@ def _with_stored(rows: list[tuple[int, Row]], out: str) -> Iterator[list[Row]]:
 
 
 def _note_versions(rows: list[Row]) -> None:
-    """Add sizes and etags of objects whose folder many of the rows share, from its listing: a request for a thousand.
-    (The others are asked for one by one, by the workers.)
+    """Add sizes and etags of objects from the listings of folders that many rows share: one request for a thousand.
+
+    Workers request those of other objects one by one.
     """
     folders: dict[str, list[Row]] = {}
     for row in rows:
@@ -177,15 +182,15 @@ def _note_versions(rows: list[Row]) -> None:
     for folder_uri, inside in folders.items():
         if len(inside) < _LISTED_ROWS:
             continue
-        with suppress(Exception):  # of the storage, which the workers meet again
+        with suppress(Exception):  # errors of the storage, which the workers will report
             listing = _listing(folder_uri)
             for row in inside:
                 row.update(listing.get(row["uri"].rpartition("/")[2], {}))
 
 
-@lru_cache(maxsize=1)  # rows of a folder mostly follow each other
+@lru_cache(maxsize=1)  # rows of a folder are mostly consecutive
 def _listing(folder_uri: str) -> dict[str, Row]:
-    """The versions of a folder's objects, by name; of those that have an etag."""
+    """Return size and etag of the objects in a folder, by name; only of those that have an etag."""
     fs, path = fsspec.url_to_fs(folder_uri, use_listings_cache=False)
     return {
         info["name"].rpartition("/")[2]: {"size_bytes": info["size"], "etag": str(etag).strip('"')}
@@ -199,12 +204,12 @@ def _parts(out: str, what: str) -> list[tuple[int, str]]:
     fs.invalidate_cache()
     with storage.access(f"{out}/parts"):
         names = [os.path.basename(name) for name in fs.ls(path, detail=False)] if fs.exists(path) else []  # noqa: PTH119
-    found = [(int(match[2]), match[0]) for name in names if (match := _PART.fullmatch(name)) and match[1] == what]
-    return [(number, f"{out}/parts/{name}") for number, name in sorted(found)]
+    numbered = [(int(match[2]), match[0]) for name in names if (match := _PART.fullmatch(name)) and match[1] == what]
+    return [(number, f"{out}/parts/{name}") for number, name in sorted(numbered)]
 
 
 def _last_rejects(out: str, known: _Known) -> list[Row]:
-    """The latest reason of every file that is still rejected: one mended since then is among the clips."""
+    """Return the latest reject of each file that has not become a clip since."""
     rejects = {
         row["id"]: row for _, path in _parts(out, "rejects") for row in table.read(path, "reject.v1").to_pylist()
     }

@@ -5,7 +5,7 @@ from speechdistill.io.errors import TableError
 
 
 def check(source: str) -> None:
-    """Raise `TableError` for a path or URL where nothing is, and for a folder, which `ingest` makes a manifest of."""
+    """Raise `TableError` for a path or URL that does not exist, and for a folder, which needs `ingest` first."""
     fs, path = storage.file_system(source)
     with storage.access(source):
         if fs.isfile(path):

@@ -1,12 +1,12 @@
-"""What sample i is: a pure function of (recipe, clips, seed, i) that opens no audio.
+"""Plans: sample i as a pure function of (recipe, clips, seed, i), which opens no audio.
 
-A recipe lists stages in order; each stage draws one of its components, or none. The recipes that there are stand in
-`degradation_recipes.py`.
+A recipe lists stages in order; each stage draws one of its components, or none. `degradation_recipes.py` has the
+recipes.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,18 +20,19 @@ from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import UserError
 
 SEGMENT_S = 7.68
-"""The student's input and the teacher's centre crop: 384 frames of 20 ms."""
+"""Length of the student's input and of the teacher's centre crop: 384 frames of 20 ms."""
 
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """One draw: `odds` maps components to probabilities, what is left is the stage's 'none'.
+    """One draw: `odds` maps components to probabilities, and 'none' has the rest.
 
-    A stage that `ends` leaves the sample as it is once one of its components was drawn.
+    If a component of a stage with `ends` is drawn, no further stage follows.
     """
 
     name: str
     odds: Mapping[str, float]
+    _: KW_ONLY
     ends: bool = False
 
     def none(self) -> float:
@@ -40,15 +41,16 @@ class RecipeStage:
 
 @dataclass(frozen=True)
 class DegradationRecipe:
-    """How speech is degraded before it is labelled.
+    """Degradation of speech before labelling.
 
-    `snr_sigma_db` is 10, or √10 where the paper's "variance 10 dB" is read literally. `whole_files` covers every
-    clip with segments in manifest order; otherwise each sample is one segment drawn from one clip. `assets` are what
-    its components need beside the code, by name.
+    `snr_sigma_db` is 10, or √10 if the paper's "variance 10 dB" is read literally. `whole_files` covers every clip with
+    segments in manifest order; otherwise each sample is one segment drawn from one clip. `assets` are the weights and
+    texts of the components, by name.
     """
 
     name: str
     stages: tuple[RecipeStage, ...] = ()
+    _: KW_ONLY
     segment_s: float = SEGMENT_S
     snr_mean_db: float = 10.0
     snr_sigma_db: float = 10.0
@@ -57,7 +59,7 @@ class DegradationRecipe:
 
     @property
     def components(self) -> list[str]:
-        """The names of all components, in order."""
+        """Names of all components, in order."""
         return [name for stage in self.stages for name in stage.odds]
 
     @property
@@ -81,7 +83,7 @@ class Plan:
 
     @property
     def is_generated(self) -> bool:
-        """Whether its first step makes its speech; then the clip is not in it."""
+        """Whether the first step generates the speech, so that the clip is not used."""
         return bool(self.steps) and degradation.generates(self.steps[0])
 
     @property
@@ -101,23 +103,26 @@ class Plan:
 
 
 class Plans:
-    """The plans of a run: `plans[i]` for any i ≥ 0 (below `len` where the recipe covers whole files).
+    """Plans of a run: `plans[i]` for any i ≥ 0 (below `len` if the recipe covers whole files).
 
-    Clips follow a seeded permutation, a new one each time all were used, so `len(plans)` samples use every clip
-    once (or every segment of every clip) and a larger number only adds samples.
+    Clips follow a seeded permutation, with a new one for each pass, so `len(plans)` samples use every clip once (or
+    every segment of every clip), and a larger number only adds samples.
     """
 
     def __init__(self, recipe: DegradationRecipe, clips: Clips, seed: int) -> None:
         if seed < 0:
-            raise UserError(f"seed {seed}", "give at least 0")
+            raise UserError(f"seed {seed} is negative", "give at least 0")
         if recipe.segment_samples <= 0:
-            raise UserError(f"segments of {recipe.segment_s} s are too short", f"the student's are {SEGMENT_S} s")
+            raise UserError(
+                f"segments of {recipe.segment_s} s are too short",
+                f"the student's input is {SEGMENT_S} s",
+            )
         if not len(clips.speech):
             raise UserError("the manifest has no speech clips", "ingest some with --speech DIR")
         self._recipe, self._clips, self._seed = recipe, clips, seed
         scene = self._scene(clips.speech[0], recipe.segment_samples)
-        for name in recipe.components:  # what cannot be drawn, for want of texts, is told now
-            components.component(name)(np.random.default_rng(0), scene)
+        for name in recipe.components:  # raises now if a component lacks its texts
+            components.component(name).draw(np.random.default_rng(0), scene)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._recipe.whole_files else len(self._clips.speech)
@@ -130,7 +135,7 @@ class Plans:
         return self._drawn(sample_id)
 
     def clip(self, sample_id: int) -> Clip:
-        """The speech clip of a sample."""
+        """Return the speech clip of a sample."""
         if self._recipe.whole_files:
             return self._clips.speech[int(np.searchsorted(self._ends, sample_id, side="right"))]
         epoch, position = divmod(sample_id, len(self._clips.speech))
@@ -138,7 +143,7 @@ class Plans:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Number of segments up to and including each clip."""
+        """Number of segments up to and including each clip, shape (clips,)."""
         return np.cumsum(-(-self._clips.speech.num_samples // self._recipe.segment_samples))
 
     def _covered(self, sample_id: int) -> Plan:
@@ -146,7 +151,7 @@ class Plans:
         clip, segment = self._clips.speech[index], self._recipe.segment_samples
         count = -(-clip.num_samples // segment)
         number = sample_id - (int(self._ends[index]) - count)
-        # Evenly spaced from start to end, as the released model cuts long files: no short remainder is scored.
+        # Evenly spaced from start to end, like the released model, so that no short remainder is scored.
         start = number * max(0, clip.num_samples - segment) // max(1, count - 1)
         length = min(segment, clip.num_samples)
         return self._plan(sample_id, clip, start, length, ())
@@ -159,20 +164,27 @@ class Plans:
         return self._plan(sample_id, clip, start, length, _steps(self._recipe, rng, self._scene(clip, length)))
 
     def _scene(self, clip: Clip, length: int) -> Scene:
-        numbers = self._recipe.snr_mean_db, self._recipe.snr_sigma_db
-        return Scene(clip.clip_id, clip.speaker, length, self._clips, *numbers, self._recipe.assets)
-
-    def _plan(self, sample_id: int, clip: Any, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
-        return Plan(
-            self._recipe.name,
-            self._seed,
-            sample_id,
+        return Scene(
             clip.clip_id,
-            clip.uri,
             clip.speaker,
-            start,
             length,
-            steps,
+            self._clips,
+            snr_mean_db=self._recipe.snr_mean_db,
+            snr_sigma_db=self._recipe.snr_sigma_db,
+            assets=self._recipe.assets,
+        )
+
+    def _plan(self, sample_id: int, clip: Clip, start: int, length: int, steps: tuple[Step, ...]) -> Plan:
+        return Plan(
+            recipe=self._recipe.name,
+            seed=self._seed,
+            sample_id=sample_id,
+            clip_id=clip.clip_id,
+            uri=clip.uri,
+            speaker=clip.speaker,
+            start=start,
+            num_samples=length,
+            steps=steps,
         )
 
 
@@ -181,7 +193,7 @@ def _steps(recipe: DegradationRecipe, rng: np.random.Generator, scene: Scene) ->
     for stage, u in zip(recipe.stages, rng.random(len(recipe.stages)), strict=True):
         name = _chosen(stage.odds, u)
         if name is not None:
-            steps.append(components.component(name)(rng, scene))
+            steps.append(components.component(name).draw(rng, scene))
             if stage.ends:
                 break
     return tuple(steps)
@@ -197,7 +209,7 @@ def _chosen(odds: Mapping[str, float], u: float) -> str | None:
 
 @lru_cache(maxsize=2)  # a run walks through the epochs in order
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    # In half the memory of `permutation(length)`, whose order it is: each worker has its own.
+    # Same order as `permutation(length)` in half the memory, which each worker has to itself.
     order = np.arange(length, dtype=np.uint32)
     np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch))).shuffle(order)
     return order

@@ -1,4 +1,4 @@
-"""Clips that listeners scored: which of them train, which validate, drawing and reading them."""
+"""Clips that listeners scored: their splits, and drawing and reading them."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,19 @@ from speechdistill.data import listed
 from speechdistill.data.clips import clip_id
 from speechdistill.data.corpora import listing
 from speechdistill.data.label_scale import LabelTransform
+from speechdistill.data.listed import Row
 from speechdistill.io import audio, audio_files, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError, UserError
 
 _LOG = logging.getLogger(__name__)
-_CAP = 7_000  # a dataset counts as at most so many clips (Distill-MOS caps above 7,000; the form is ours)
-_VALIDATION_SHARE = 20  # one clip of so many, where the clips name no split
-_TRIES = 20  # clips tried in place of one that cannot be used
+_CAP = 7_000  # clips that a dataset counts as, at most (Distill-MOS caps above 7,000; the form is ours)
+_VALIDATION_SHARE = 20  # one in so many validates, if clips have no splits
+_TRIES = 20  # clips tried instead of an unusable one
 _THREADS = 16
 
 
 class ScoredClip(NamedTuple):
-    """A clip to validate on; `target` is its score on the universal scale."""
+    """A clip for validation; `target` is its score on the universal scale."""
 
     clip_id: str
     uri: str
@@ -37,10 +38,10 @@ class ScoredClip(NamedTuple):
 
 
 class Datasets:
-    """To which dataset each of some clips belongs, and drawing clips: a dataset with p in proportion to
-    min(clips, 7000), then one of its clips.
+    """Datasets of clips, and random clips: first a dataset with p ~ min(clips, 7000), then one of its clips.
 
-    `names` are sorted, `of` is the number of each clip's dataset, (clips,), `members` are each one's clips.
+    `names` are sorted, `of` has the number of each clip's dataset, shape (clips,), and `members` the clips of each
+    dataset.
     """
 
     def __init__(self, datasets: Sequence[str]) -> None:
@@ -52,7 +53,7 @@ class Datasets:
         self._ends = np.cumsum(capped) / np.sum(capped)
 
     def draw(self, rng: np.random.Generator) -> int:
-        """The number of a clip."""
+        """Draw the number of a clip."""
         dataset = int(np.searchsorted(self._ends, rng.random(), side="right"))
         members = self.members[min(dataset, len(self.members) - 1)]
         return int(members[rng.integers(len(members))])
@@ -74,9 +75,9 @@ class Labeled:
         return len(self._rows)
 
     def read(self, number: int, crop: float, crop_samples: int) -> tuple[np.ndarray, float, str]:
-        """At most `crop_samples` of a clip, its target and its address.
+        """Return at most `crop_samples` of a clip, its target and its address.
 
-        For a clip that cannot be used its dataset's next one is taken, with a warning: also a pure function.
+        An unusable clip is replaced by the next clip of its dataset, with a warning. The choice is deterministic.
         """
         members = self.datasets.members[self.datasets.of[number]]
         place = int(np.searchsorted(members, number))
@@ -86,58 +87,57 @@ class Labeled:
             try:
                 wave = audio.load(uri, start, min(crop_samples, length))
                 return wave, float(self._targets[other]), uri
-            except UnreadableError:  # the storage's fault, perhaps: not to be trained around
+            except UnreadableError:  # perhaps the storage fails: do not train without its clips
                 raise
             except AudioError as error:
                 if other not in self._warned:
-                    _LOG.warning("%s; the next clip of its dataset is taken instead", error)
+                    _LOG.warning("%s; the next clip of its dataset is used instead", error)
                 self._warned.add(other)
         name = self.datasets.names[self.datasets.of[number]]
         raise TableError(f"{_TRIES} clips of dataset {name} in a row cannot be used", "see the warnings above")
 
     def clips(self) -> Iterator[ScoredClip]:
-        """All of them, in order."""
+        """Return an iterator over all clips, in order."""
         columns = (self._rows["clip_id"].to_pylist(), self._rows["uri"].to_pylist())
         names = [self.datasets.names[number] for number in self.datasets.of]
         return map(ScoredClip, *columns, self._lengths.tolist(), names, self._targets.tolist())
 
 
 def manifest(source: str, headers: bool = True) -> pa.Table:
-    """Scored clips to train with as a `clip.v1` table: a manifest of the ingest job, or a list with path and mos.
+    """Read scored clips for training as a `clip.v1` table, from a manifest of ingest or a list with path and mos.
 
-    The headers of a list's files are read here, or with `headers` false not at all: then durations and rates are 0.
-    Raises `TableError` for a source without scores, or with a row that has a fault (`data/listed.py`), and `AudioError`
-    for a list's file that cannot be used.
+    The headers of the files of a list are read too, unless `headers` is false: then durations and rates are 0. Raises
+    `TableError` for a source without scores or with faulty rows (`data/listed.py`), and `AudioError` for an unusable
+    file of a list.
     """
     clips, about = _scored(source, headers)
     splits = Counter(clips["split"].to_pylist())
-    _tell(about, len(clips) - splits["test"], {"of split test": splits["test"]})
+    _log(about, len(clips) - splits["test"], {"of split test": splits["test"]})
     return clips
 
 
 def held_out(source: str, headers: bool = True) -> pa.Table:
-    """Scored clips to judge by: of those that `manifest` gives, the ones of split `test` if there are any, else all but
-    those of `train`.
+    """Read scored clips for evaluation, like `manifest`: those of split `test` if any, else all but those of `train`.
 
-    Raises `TableError` where there is none, too.
+    Also raises `TableError` if no clip remains.
     """
     clips, about = _scored(source, headers)
     splits = np.array(clips["split"].to_pylist(), object)
     wanted = splits == "test" if (splits == "test").any() else splits != "train"
     if not wanted.any():
-        raise TableError(f"{source}: its clips are all of split train", "give some that trained no student")
-    _tell(about, wanted.sum(), Counter(f"of split {name}" for name in splits[~wanted]))
+        raise TableError(f"{source}: its clips are all of split train", "give clips that no student was trained on")
+    _log(about, wanted.sum(), Counter(f"of split {name}" for name in splits[~wanted]))
     return clips.filter(pa.array(wanted))
 
 
 def dataset_names(clips: pa.Table) -> list[str]:
-    """The dataset of each clip; its corpus where it names none."""
+    """Return the dataset of each clip, or its corpus if it has none."""
     names: list[str] = pc.coalesce(clips["dataset"], clips["corpus"], pa.scalar("labeled")).to_pylist()
     return names
 
 
 def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Clips to train and to validate on: by their column `split`, else one of twenty speakers (or clips) validates."""
+    """Split clips into training and validation, by column `split`; if empty, 1 of 20 speakers (or clips) validates."""
     named = [listed.split_name(name) for name in clips["split"].to_pylist()]
     if any(named):
         is_validation = np.array([name == "validation" for name in named])
@@ -146,14 +146,14 @@ def split(clips: pa.Table) -> tuple[pa.Table, pa.Table]:
         groups = pc.coalesce(clips["speaker"], clips["clip_id"]).to_pylist()
         numbers = np.array([int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) for group in groups])
         is_validation = numbers % _VALIDATION_SHARE == 0
-        if not is_validation.any() and len(set(groups)) > 1:  # a small set: the group with the smallest hash
+        if not is_validation.any() and len(set(groups)) > 1:  # a small set: the group with the smallest hash validates
             is_validation = numbers == numbers.min()
         is_train = ~is_validation
     return clips.filter(pa.array(is_train)), clips.filter(pa.array(is_validation))
 
 
 def _scored(source: str, headers: bool) -> tuple[pa.Table, str]:
-    """Speech clips with scores, and what became of the rows of `source`."""
+    """Return the scored speech clips of `source`, and a line that accounts for its rows."""
     if source.lower().endswith(".parquet") and not {"clip_id", "duration_s"} - set(table.column_names(source)):
         rows, about = _stored(source)
     else:
@@ -171,22 +171,22 @@ def _scored(source: str, headers: bool) -> tuple[pa.Table, str]:
     )
 
 
-def _tell(about: str, used: int, left: Mapping[str, int]) -> None:
-    """One line that accounts for every row, a warning if some are left out."""
-    told = "".join(f"; {count:,} left out, {why}" for why, count in left.items() if count)
-    level = logging.WARNING if "left out" in about + told or " + " in about else logging.INFO
-    _LOG.log(level, "%s%s; %s clips are used", about, told, f"{used:,}")
+def _log(about: str, used: int, left: Mapping[str, int]) -> None:
+    """Log a line that accounts for every row; a warning if some are left out."""
+    left_out = "".join(f"; {count:,} left out, {why}" for why, count in left.items() if count)
+    level = logging.WARNING if "left out" in about + left_out or " + " in about else logging.INFO
+    _LOG.log(level, "%s%s; %s clips are used", about, left_out, f"{used:,}")
 
 
 def _stored(source: str) -> tuple[pa.Table, str]:
-    """A manifest, which an earlier version or somebody else may have stored: several ones as one, for example."""
+    """Read a manifest, possibly of an earlier version or of another tool, such as several manifests in one."""
     rows = _normalised(table.read(source, "clip.v1"), source)
     _check_unchanged(rows, source)
-    told = Counter(rows=len(rows), files=len(rows), scored=len(rows) - rows["mos"].null_count)
+    counts = Counter(rows=len(rows), files=len(rows), scored=len(rows) - rows["mos"].null_count)
     if len(rows["clip_id"].unique()) < len(rows):
-        told = Counter()
-        rows = table.from_rows(_merged(source, rows.to_pylist, told), "clip.v1")
-    return rows, f"{source}: {listed.summary(told)}"
+        counts = Counter()
+        rows = table.from_rows(_merged(source, rows.to_pylist, counts), "clip.v1")
+    return rows, f"{source}: {listed.summary(counts)}"
 
 
 def _check_unchanged(rows: pa.Table, source: str) -> None:
@@ -213,7 +213,7 @@ def _if_changed(uri: str, etag: str) -> str | None:
 
 
 def _normalised(rows: pa.Table, source: str) -> pa.Table:
-    """Scores that are NaN are none, splits are spelled as they are now."""
+    """Replace NaN scores by null and old spellings of splits by current ones."""
     try:
         names = {name: listed.split_name(name) for name in rows["split"].unique().to_pylist()}
     except TableError as error:
@@ -228,22 +228,22 @@ def _normalised(rows: pa.Table, source: str) -> pa.Table:
 
 
 def _listed(source: str, headers: bool) -> tuple[pa.Table, str]:
-    told: Counter[str] = Counter()
-    rows = _merged(source, lambda: listing.rows(source), told)
+    counts: Counter[str] = Counter()
+    rows = _merged(source, lambda: listing.rows(source), counts)
     with ThreadPoolExecutor(_THREADS) as threads:
         clips = table.from_rows(threads.map(partial(_with_header, headers), rows), "clip.v1")
-    return clips, f"{source}: {listed.summary(told)}"
+    return clips, f"{source}: {listed.summary(counts)}"
 
 
-def _merged(source: str, read: Callable[[], Iterable[dict[str, Any]]], told: Counter[str]) -> list[dict[str, Any]]:
-    """`listed.merged`, where a single row with a fault refuses the list: without it the figures are others."""
-    rows = list(listed.merged(read, told))
+def _merged(source: str, read: Callable[[], Iterable[Row]], counts: Counter[str]) -> list[Row]:
+    """Return `listed.merged`; a single faulty row raises `TableError`, since figures without it would differ."""
+    rows = list(listed.merged(read, counts))
     if faults := [row["error"] for row in rows if "error" in row]:
-        reason = f"{len(faults):,} of {told['rows']:,} rows cannot be used; the first is {faults[0].path}"
+        reason = f"{len(faults):,} of {counts['rows']:,} rows cannot be used; the first is {faults[0].path}"
         raise TableError(f"{source}: {reason}: {faults[0].reason}", faults[0].fix)
     return rows
 
 
-def _with_header(is_read: bool, row: dict[str, Any]) -> dict[str, Any]:
+def _with_header(is_read: bool, row: Row) -> Row:
     header = audio.probe(row["uri"]).columns() if is_read else {"duration_s": 0.0, "sample_rate": 0, "channels": 0}
     return {**row, **header, "clip_id": clip_id(row["kind"], row["uri"])}

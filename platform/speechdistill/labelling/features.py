@@ -1,7 +1,7 @@
-# labelling/: samples to shards: degrade, label, features.
-"""Hidden states of a frozen speech encoder for scored clips, computed once: a job on the engine, resumable.
+# labelling/: from samples to shards: degrade, label, features.
+"""Hidden states of a frozen speech encoder for scored clips, computed once by a resumable job on the engine.
 
-A clip of 7.68 s or more takes 384 frames of the encoder's width in float16: 1.5 MB with XLS-R 2B.
+A clip of 7.68 s or more has 384 frames of the encoder's width in float16: 1.5 MB with XLS-R 2B.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from speechdistill.models.label import problem
 SCHEMA = "feature.v1"
 LONGEST_S = 15.0
 _LONGEST = round(LONGEST_S * audio.SAMPLE_RATE)  # samples
-"""Of a longer clip the middle is taken: the encoder hears as much, and the head the middle 7.68 s of that."""
+"""Longer clips are cut to their middle. The encoder takes all of it as input, the head only the middle 7.68 s."""
 
 _ABOUT = ("clip_id", "dataset", "split", "mos")
 _FIELDS = {field.name: field for field in table.schema(SCHEMA)}
@@ -41,7 +41,7 @@ _SEGMENT_S = 7.68
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What to compute. `clips` is a table that `scored_clips` made, `encoder` an address of `speech_encoder.load`."""
+    """Settings of the job. `clips` is a table of `scored_clips`, `encoder` an address for `speech_encoder.load`."""
 
     clips: str
     out: str
@@ -54,11 +54,14 @@ class Features:
 
 
 def scored_clips(clips: pa.Table) -> pa.Table:
-    """Of scored clips those that train and validate, with split and dataset filled in; `TableError` without either."""
+    """Return the clips for training and validation, with split and dataset filled in.
+
+    Raises `TableError` if either split is empty.
+    """
     parts = []
     for name, part in zip(("train", "validation"), split(clips), strict=True):
         if not len(part):
-            splits = sorted({str(found) for found in clips["split"].to_pylist()})
+            splits = sorted({str(split_name) for split_name in clips["split"].to_pylist()})
             reason = f"of {len(clips)} scored clips none is of split {name} (there are: {splits})"
             raise TableError(reason, "give clips of both splits, or of none")
         dataset = pc.coalesce(part["dataset"], part["corpus"], pa.scalar("labeled"))
@@ -69,7 +72,7 @@ def scored_clips(clips: pa.Table) -> pa.Table:
 
 
 def compute(config: Features) -> Totals:
-    """Make, or go on making, the features; raises `RunError` as `flow.run` does."""
+    """Compute the features, or resume computing them; raises `RunError` like `flow.run`."""
     num_clips = len(table.read(config.clips, "clip.v1", columns=["clip_id"]))
     layout = shards.Layout(
         out=config.out,
@@ -113,7 +116,7 @@ def _stages(config: Features, cpus: float, gpus: float) -> tuple[Stage, ...]:
 
 
 class Load:
-    """Worker of the first stage: the middle 15 s of a clip at most."""
+    """Worker of the first stage: load at most the middle 15 s of a clip."""
 
     def __init__(self, clips: str) -> None:
         self._source = clips
@@ -137,7 +140,7 @@ class Load:
 
 
 class Encode:
-    """Worker of the second stage: the middle 384 hidden states of each wave. `batch_s` are seconds at once."""
+    """Worker of the second stage: compute the middle 384 hidden states of waves, in batches of `batch_s` seconds."""
 
     def __init__(self, encoder: str, layer: int, dtype: str, sha256: str, batch_s: float) -> None:
         import torch
@@ -147,11 +150,11 @@ class Encode:
         from speechdistill.models.windowed import DTYPES
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
-        found, digest = speech_encoder.load(encoder, layer)
+        network, digest = speech_encoder.load(encoder, layer)
         if digest != sha256:
             reason = f"{encoder} has other weights on this node than on the driver"
-            raise UserError(reason, "install the same everywhere")
-        self._encoder = found.to_dtype(DTYPES[dtype]).to(torch_device(None)).eval()
+            raise UserError(reason, "install the same weights on all nodes")
+        self._encoder = network.to_dtype(DTYPES[dtype]).to(torch_device(None)).eval()
         self._most = round(batch_s * audio.SAMPLE_RATE)
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
@@ -170,11 +173,11 @@ class Encode:
 
         with torch.inference_mode():
             frames, counts = self._encoder(*self._encoder.prepared(waves))
-            heard = middle(frames, counts).to(torch.float16).cpu().numpy()
-        for hidden, count in zip(heard, counts.clamp(max=FRAMES).tolist(), strict=True):
+            states = middle(frames, counts).to(torch.float16).cpu().numpy()
+        for hidden, count in zip(states, counts.clamp(max=FRAMES).tolist(), strict=True):
             kept = hidden[:count]
             if not np.isfinite(kept).all():
-                yield ArithmeticError("hidden states that float16 cannot hold (above 65504)")
+                yield ArithmeticError("hidden states exceed the range of float16 (65504)")
                 continue
             yield {"num_frames": count, "dim": kept.shape[1], "hidden": kept.astype("<f2").tobytes(), "wave": None}
 

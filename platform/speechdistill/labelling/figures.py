@@ -1,4 +1,4 @@
-"""What a label run has made, in figures: of each part, of this session, while it runs and at its end."""
+"""Figures of a label run: of each part, of this session, during the run and at its end."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SCORE_EDGES = np.linspace(1.0, 5.0, 41)
 
 
 def of_part(rows: pa.Table) -> dict[str, Any]:
-    """What is summed up over the parts (`shards.Layout`): seconds, scores and their histogram."""
+    """Return the figures that are summed over parts (`shards.Layout`): seconds, scores and their histogram."""
     scores = rows["score"].to_numpy()
     return {
         "audio_s": float(np.sum(rows["num_samples"].to_numpy()) / audio.SAMPLE_RATE),
@@ -26,7 +26,7 @@ def of_part(rows: pa.Table) -> dict[str, Any]:
 
 
 class Session:
-    """What this process made, and how fast; the earlier sessions of a resumed run are not counted."""
+    """Output and speed of this process, without the earlier sessions of a resumed run."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -37,7 +37,7 @@ class Session:
         self._audio_s += part.totals["audio_s"]
 
     def count(self, samples: int) -> None:
-        """Of a run that was stopped: parts may be committed that were not told."""
+        """Correct the number of samples of a stopped run, which may have committed parts without `add`."""
         self._audio_s *= max(1.0, samples / max(1, self.samples))
         self.samples = max(self.samples, samples)
 
@@ -52,13 +52,13 @@ class Session:
 
 
 def live(figures: Mapping[str, float]) -> dict[str, float]:
-    """The monitor's figures, with the audio's in the field's terms."""
+    """Return the monitor's figures, with the speed in hours of audio."""
     audio_s = {"audio_hours_per_s": figures["per_s/audio_s"] / 3600} if "per_s/audio_s" in figures else {}
     return {**{key: value for key, value in figures.items() if not key.startswith("per_s/")}, **audio_s}
 
 
 def summary(out: str, totals: Totals, session: Session) -> dict[str, Any]:
-    """The figures of `summary.json`; of a run that goes on, those so far."""
+    """Return the figures of `summary.json`, so far if the run is not complete."""
     counts = totals.sums.get("score_counts")
     return {
         "num_samples": totals.done,
@@ -73,7 +73,7 @@ def summary(out: str, totals: Totals, session: Session) -> dict[str, Any]:
 
 
 def histogram(summary: Mapping[str, Any]) -> Any:
-    """The histogram of scores as a matplotlib figure."""
+    """Draw the histogram of scores as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

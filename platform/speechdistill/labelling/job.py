@@ -1,4 +1,4 @@
-"""The labelling job: which samples it makes, which teacher labels them, and its stages on the engine."""
+"""The labelling job: its samples, its teacher, and its stages on the engine."""
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,32 +19,33 @@ from speechdistill.io.audio import MIN_DURATION_S
 from speechdistill.io.errors import RunError
 from speechdistill.io.options import at_least
 from speechdistill.labelling import figures
-from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
+from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, libraries
+from speechdistill.labelling.teach import Teach
 from speechdistill.models.load import load_teacher
 
-_NOTHING = pa.schema([])  # these stages fill columns that are there
-_CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
+_NOTHING = pa.schema([])  # the stage adds no columns
+_CALLS = 3  # concurrent batches of a teacher on a GPU: one in the network, two being decoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Which samples are made."""
+    """The samples of a run."""
 
     recipe: RecipeName = "weights_free"
-    """weights_free: the paper's degradations that need no trained weights. voip: rooms, noise, clipping, changing
-    levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments. paper: the paper's
-    degradations, whose networks need their weights: `speechdistill recipe show paper` lists them."""
+    """Degradation recipe. weights_free: the paper's degradations that need no trained weights. voip: rooms, noise,
+    clipping, changing levels, lost packets, telephone codecs. as_is: recordings as they are, whole files in segments.
+    paper: all degradations of the paper; their networks need weights, which `speechdistill recipe show paper` lists."""
     assets: dict[str, str] = field(default_factory=dict)
-    """Weights or texts of the recipe's components, NAME and a path or URL (hf://OWNER/MODEL too), such as nsnet2 FILE;
-    may be repeated. With texts, espeak-ng speaks 15% of the samples of weights_free."""
+    """Weights or texts of the recipe's components: NAME and a path or URL (also hf://OWNER/MODEL), such as nsnet2 FILE.
+    May be repeated. With texts, espeak-ng speaks 15% of the samples of weights_free."""
     without: tuple[str, ...] = ()
-    """A component to leave out, such as denoisers.demucs; its probability goes to 'none'. May be repeated."""
+    """Component to leave out, such as denoisers.demucs; its probability goes to 'none'. May be repeated."""
     lpcnet: bool = False
-    """Recipe paper: half of the vocoders are libcodec2's LPCNet codec, harsher than the LPCNet of the paper."""
+    """Recipe paper: use libcodec2's LPCNet codec for half of the vocoders; it is harsher than the paper's LPCNet."""
     num_samples: int | None = None
-    """Samples to make in all; may grow later. Default: every speech clip once (as_is: every segment)."""
+    """Total number of samples; may be raised later. Default: every speech clip once (as_is: every segment)."""
     seed: int = 0
-    """Decides clips, segments and degradations of all samples."""
+    """Seed of the clips, segments and degradations of all samples."""
     segment_s: float = plan.SEGMENT_S
     """Length of a sample in seconds; shorter clips stay whole."""
     snr_sigma_db: float = 10.0
@@ -54,7 +55,7 @@ class Samples:
         at_least(self, num_samples=1, seed=0, segment_s=MIN_DURATION_S, snr_sigma_db=0)
 
     def chosen(self) -> DegradationRecipe:
-        """Return the recipe with its assets; raises `UserError` if one of them is missing."""
+        """Return the recipe with its assets; raises `UserError` if an asset is missing."""
         recipe = degradation_recipes.chosen(self.recipe, self.without, self.assets, self.lpcnet)
         return degradation_recipes.with_assets(
             replace(recipe, segment_s=self.segment_s, snr_sigma_db=self.snr_sigma_db)
@@ -63,39 +64,39 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Labeller:
-    """The teacher that labels them."""
+    """The teacher that labels the samples."""
 
     teacher: str = "distillmos"
-    """Which teacher labels: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, one that was trained here
-    (the folder of its checkpoint or models:/NAME@champion), pesq_oracle, which compares with the clean segment, or
-    ensemble:NAME=0.7,NAME=0.3, their weighted mean."""
+    """Teacher: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, a teacher trained here (the folder of
+    its checkpoint or models:/NAME@champion), pesq_oracle, which compares with the clean segment, or a weighted mean of
+    teachers such as ensemble:NAME=0.7,NAME=0.3."""
     weights: str | None = None
-    """The teacher's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
-    hf://OWNER/NAME. Default: the released ones; of a head, the place that its encoder had in training."""
+    """File with the teacher's weights; for xlsr, and for a head trained here, the encoder's folder or hf://OWNER/NAME.
+    Default: the released weights; for a head, the encoder that it was trained with."""
     head: str | None = None
-    """Of teacher xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
+    """Teacher xlsr: file of the head above the encoder. Default: the original head from the wheel xls-r-sqa."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teacher's network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What the shards hold."""
+    """Contents of the shards."""
 
     audio_format: Literal["flac", "pcm16"] = "flac"
-    """How audio is stored in the shards."""
+    """Format of the audio in the shards."""
     reference: bool = False
     """Keep the clean segment beside each degraded one."""
     rows_per_part: int = 64
-    """Samples per shard file; a killed driver loses the parts that are on their way."""
+    """Samples per shard file. A killed driver loses its unfinished files."""
 
     def __post_init__(self) -> None:
         at_least(self, rows_per_part=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherId:
-    """The teacher of a run, in its identity."""
+    """The teacher in the identity of a run."""
 
     name: str
     sha256: str
@@ -105,7 +106,7 @@ class TeacherId:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job that was checked: nothing is written yet. `clips` is the manifest, with the hash of its bytes."""
+    """A checked job, before anything is written. `clips` is the manifest, `clips_sha256` the hash of its bytes."""
 
     samples: Samples
     labeller: Labeller
@@ -118,10 +119,10 @@ class Prepared:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that decide each sample and its label; the same in another run make the same rows."""
+        """The settings that affect samples and labels. Runs with equal identities make equal rows."""
         return {
             "job": "pseudolabel",
-            # With the sources of its assets, which are in the plans.
+            # The sources of assets are included, since they are in the plans.
             "recipe": {
                 **asdict(self.recipe),
                 "assets": {name: asset._asdict() for name, asset in self.recipe.assets.items()},
@@ -137,7 +138,7 @@ class Prepared:
 
 
 def prepared(clips: str, samples: Samples, labeller: Labeller, stored: Stored) -> Prepared:
-    """Check the job of a manifest; raises `UserError` for what cannot be made."""
+    """Check a job on a manifest; raises `UserError` if it is impossible."""
     recipe = samples.chosen()
     manifest_path.check(clips)
     plans = Plans(recipe, Clips.read(clips), samples.seed)
@@ -145,7 +146,7 @@ def prepared(clips: str, samples: Samples, labeller: Labeller, stored: Stored) -
     if recipe.whole_files and num_samples > len(plans):
         reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
         raise RunError(reason, f"give 1 to {len(plans)}")
-    # On the CPU: the driver needs only its name and hash, and must not hold a GPU for the run.
+    # On the CPU: the driver needs only name and hash of the teacher, and must not occupy a GPU during the run.
     teacher = load_teacher(labeller.teacher, labeller.weights, "cpu", labeller.dtype, head=labeller.head).teacher
     if teacher.intrusive:
         _check_has_clean(labeller.teacher, recipe)
@@ -155,7 +156,12 @@ def prepared(clips: str, samples: Samples, labeller: Labeller, stored: Stored) -
         stored=stored,
         recipe=recipe,
         num_samples=num_samples,
-        teacher=TeacherId(teacher.name, teacher.weights_hash, labeller.dtype, teacher.intrusive),
+        teacher=TeacherId(
+            name=teacher.name,
+            sha256=teacher.weights_hash,
+            dtype=labeller.dtype,
+            intrusive=teacher.intrusive,
+        ),
         clips=clips,
         clips_sha256=fingerprint.of_file(clips),
     )
@@ -174,7 +180,7 @@ def _check_has_clean(teacher: str, recipe: DegradationRecipe) -> None:
 
 
 def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow:
-    """Return the job as the engine runs it, into the folder `out`."""
+    """Return the job for the engine, with output in the folder `out`."""
     layout = shards.Layout(
         out=out,
         schema=SCHEMA,
@@ -193,11 +199,11 @@ def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow
 
 
 def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[Stage, ...]:
-    """The stages of the job, with pools for a cluster of so many CPUs and GPUs."""
+    """Return the stages of the job, with pools for a cluster of `cpus` and `gpus`."""
     passes = degradation_recipes.network_passes(job.recipe)
     if gpus and passes and wanted.teach_gpus is not None:
         raise RunError(
-            "--teach-gpus cannot be given with a recipe that has networks: they and the teacher share the GPUs equally",
+            "--teach-gpus cannot be given with a recipe that has networks, which share the GPUs with the teacher",
             "leave it out",
         )
     sizes = pools.sized(wanted, passes, cpus, gpus)
@@ -230,7 +236,7 @@ def _degrade_stage(job: Prepared) -> Stage:
 def _teach_stage(job: Prepared, pool: pools.Pool, batch_s: float | None) -> Stage:
     by, segment_s = job.labeller, job.recipe.segment_s
     batch_s = batch_s or segment_s * (64 if pool.num_gpus else 8)
-    # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU needs the whole batch.
+    # On a CPU one segment at a time is fastest; a GPU needs the whole batch.
     at_once_s = batch_s if pool.num_gpus else None
     return Stage(
         name="teach",

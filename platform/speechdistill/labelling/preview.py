@@ -1,4 +1,4 @@
-"""A degradation recipe in words, and one sample of it to listen to."""
+"""A degradation recipe as text, and a sample of it as WAV files."""
 
 from io import BytesIO
 
@@ -15,36 +15,36 @@ from speechdistill.labelling.samples import make_sample
 
 
 def show(recipe: DegradationRecipe) -> str:
-    """A line per component, with its stage and probability, and a line for each thing that they need."""
+    """Return a line per component with its stage and probability, and the assets that components need."""
     lines = [f"{recipe.name}: segments of {recipe.segment_s:g} s, {'whole files' if recipe.whole_files else 'drawn'}"]
     if any("noise.noise" in stage.odds for stage in recipe.stages):
         lines.append(f"SNR: normal, mean {recipe.snr_mean_db:g} dB, standard deviation {recipe.snr_sigma_db:g} dB")
-    wanted: dict[str, Need] = {}
+    all_needs: dict[str, Need] = {}
     for stage in recipe.stages:
         for name, probability in [*stage.odds.items(), ("none", stage.none())]:
-            needs = components.needs(name) if name in stage.odds else ()
-            wanted |= {need.name: need for need in needs}
+            needs = components.component(name).needs if name in stage.odds else ()
+            all_needs |= {need.name: need for need in needs}
             note = f"  needs {', '.join(need.name for need in needs)}" if needs else ""
             ends = "  then nothing else" if stage.ends and name != "none" else ""
             lines.append(f"  {stage.name:<13}{name:<28}{probability:>6.1%}{ends}{note}")
-    if wanted:
+    if all_needs:
         lines.append("needs, given with --assets NAME PATH:")
-    for need in wanted.values():
+    for need in all_needs.values():
         lines.append(f"  {need.name}: {need.what}\n    from {need.where} (licence: {need.licence})")
-        lines += [f"    not given: {need.hub}, where this machine has it or reaches the hub"] if need.hub else []
+        lines += [f"    default: {need.hub}, from the local cache or the hub"] if need.hub else []
     return "\n".join(lines)
 
 
 def files(out: str) -> tuple[str, str]:
-    """The WAV file of a sample, and that of its clean segment beside it."""
+    """Return the paths of the WAV files of a sample and of its clean segment."""
     return out, f"{out.removesuffix('.wav')}-clean.wav"
 
 
 def listen(recipe: DegradationRecipe, clips: str, seed: int, index: int, out: str) -> Plan:
-    """Write sample `index` of a run as the WAV file `out`, its clean segment beside it, and return its plan.
+    """Write sample `index` of a run to the WAV file `out`, with its clean segment beside it, and return its plan.
 
-    Raises `UserError` for a recipe whose components lack something or a sample that does not exist, `TableError` for a
-    manifest and `AudioError` for a recording that cannot be used.
+    Raises `UserError` if an asset of the recipe is missing or the sample does not exist, `TableError` for an unusable
+    manifest and `AudioError` for an unusable recording.
     """
     try:
         sample = Plans(with_assets(recipe), Clips.read(clips), seed)[index]

@@ -1,25 +1,25 @@
 """A small synthetic corpus for demos and tests: speech by espeak-ng, computed noise, simulated rooms.
 
-Nothing is downloaded, and every file is a function of its row alone: bit for bit with equal library versions,
-whatever else was made before it.
+Nothing is downloaded. Every file is a function of its row alone, and bit-equal with equal library versions.
 """
 
 import csv
 from collections.abc import Iterator
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 from scipy.signal import butter, sosfilt
 
 from speechdistill.data import espeak_ng
+from speechdistill.data.listed import Row
 from speechdistill.io import fingerprint, storage
 from speechdistill.io.audio import SAMPLE_RATE
 
-_SEED = 2512  # of everything drawn here
-_LICENCE = "CC0-1.0"  # the sentences are ours; espeak-ng's GPL does not cover what it says
+_SEED = 2512  # for everything drawn here
+_LICENCE = "CC0-1.0"  # the sentences are ours; the GPL of espeak-ng does not cover its output
 _COLUMNS = ("path", "kind", "corpus", "speaker", "language", "licence")
 _NOISE_S = 10
 
@@ -80,7 +80,7 @@ _AFTERTHOUGHTS = {
 
 
 def write(root: str | Path, num_clips: int = 60) -> Path:
-    """Make the corpus in folder `root`; returns its list `corpus.csv`, with paths relative to the list."""
+    """Write the corpus to folder `root`; returns its list `corpus.csv`, with paths relative to the list."""
     target = Path(root).absolute() / "corpus.csv"
     text = StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
@@ -92,17 +92,20 @@ def write(root: str | Path, num_clips: int = 60) -> Path:
     return target
 
 
-def rows(root: str | Path, num_clips: int = 60) -> Iterator[dict[str, Any]]:
-    """Manifest rows: `num_clips` of speech, then 6 noises and 6 impulse responses; missing files are made first.
+def rows(root: str | Path, num_clips: int = 60) -> Iterator[Row]:
+    """Yield the manifest rows of `num_clips` speech clips, 6 noises and 6 impulse responses; makes missing files first.
 
     Speech is 22.05 kHz, 4 to 10 s long, in five languages with six speakers each; the rest is 16 kHz. Raises
     `LibraryError` if espeak-ng is not installed.
     """
     folder = Path(root).absolute()
-    jobs = [_job(folder, index) for index in range(num_clips)]
-    _speak([job for job in jobs if not Path(job["path"]).exists()])
-    for job in jobs:
-        yield _row(Path(job["path"]), "speech", speaker=job["speaker"], language=job["language"])
+    utterances = {}
+    for index in range(num_clips):
+        utterance = _utterance(index)
+        utterances[folder / "speech" / _name(index, utterance)] = utterance
+    _speak({path: utterance for path, utterance in utterances.items() if not path.exists()})
+    for path, utterance in utterances.items():
+        yield _row(path, "speech", speaker=utterance.speaker, language=utterance.language)
     for index, (name, make) in enumerate(_NOISES.items()):
         path = folder / "noise" / f"{name}.wav"
         if not path.exists():
@@ -115,7 +118,7 @@ def rows(root: str | Path, num_clips: int = 60) -> Iterator[dict[str, Any]]:
         yield _row(path, "rir")
 
 
-def _row(path: Path, kind: str, **columns: str) -> dict[str, Any]:
+def _row(path: Path, kind: str, **columns: str) -> Row:
     return {"uri": str(path), "kind": kind, "corpus": "espeak", "licence": _LICENCE, **columns}
 
 
@@ -128,42 +131,55 @@ def _publish(path: Path, wave: np.ndarray, rate: int, subtype: str) -> None:
 # Speech
 
 
-def _job(folder: Path, index: int) -> dict[str, Any]:
-    """What clip `index` says, who says it, and where it is stored, under a name that changes with all of it."""
+class _Utterance(NamedTuple):
+    """The text of a clip in a voice of espeak-ng (`espeak_ng.Job`)."""
+
+    language: str
+    speaker: str
+    voice: str
+    text: str
+    rate: int
+    pitch: int
+
+
+def _utterance(index: int) -> _Utterance:
     rng = np.random.default_rng([_SEED, index])
     language = list(_VOICES)[index % len(_VOICES)]
     variant, pitch, rate = _SPEAKERS[index // len(_VOICES) % len(_SPEAKERS)]
-    job = {
-        "language": language,
-        "speaker": f"{language}-{variant}",
-        "voice": f"{_VOICES[language]}+{variant}",
-        "text": _text(rng, language),
-        "rate": rate + int(rng.integers(-12, 13)),
-        "pitch": pitch + int(rng.integers(-5, 6)),
-    }
-    name = f"{index:05d}-{job['speaker']}-{fingerprint.of(job)[:8]}.wav"
-    return {**job, "path": str(folder / "speech" / name)}
+    return _Utterance(
+        language=language,
+        speaker=f"{language}-{variant}",
+        voice=f"{_VOICES[language]}+{variant}",
+        text=_text(rng, language),
+        rate=rate + int(rng.integers(-12, 13)),
+        pitch=pitch + int(rng.integers(-5, 6)),
+    )
+
+
+def _name(index: int, utterance: _Utterance) -> str:
+    """Return the file name of a clip, which changes with the utterance."""
+    return f"{index:05d}-{utterance.speaker}-{fingerprint.of(utterance._asdict())[:8]}.wav"
 
 
 def _text(rng: np.random.Generator, language: str) -> str:
-    """A sentence and one or two short ones: 4 to 10 s."""
+    """Draw a sentence and one or two short ones: 4 to 10 s."""
     short = rng.choice(_AFTERTHOUGHTS[language], size=int(rng.integers(1, 3)), replace=False)
     return " ".join([str(rng.choice(_SENTENCES[language])), *short])
 
 
-def _speak(jobs: list[dict[str, Any]]) -> None:
-    texts: list[espeak_ng.Job] = [
-        {"text": job["text"], "voice": job["voice"], "pitch": job["pitch"], "rate": job["rate"]} for job in jobs
+def _speak(utterances: dict[Path, _Utterance]) -> None:
+    jobs: list[espeak_ng.Job] = [
+        {"text": one.text, "voice": one.voice, "pitch": one.pitch, "rate": one.rate} for one in utterances.values()
     ]
-    for job, (pcm, rate) in zip(jobs, espeak_ng.speak(texts), strict=True):
-        _publish(Path(job["path"]), np.frombuffer(pcm, np.int16), rate, "PCM_16")
+    for path, (pcm, rate) in zip(utterances, espeak_ng.speak(jobs), strict=True):
+        _publish(path, np.frombuffer(pcm, np.int16), rate, "PCM_16")
 
 
 # Noise, shape (num_samples,)
 
 
 def _coloured(rng: np.random.Generator, exponent: float) -> np.ndarray:
-    """Power falling with frequency to the power `exponent`, from 20 Hz."""
+    """Return noise of power spectrum 1/f^`exponent` from 20 Hz."""
     spectrum = np.fft.rfft(rng.standard_normal(_NOISE_S * SAMPLE_RATE))
     hertz = np.fft.rfftfreq(_NOISE_S * SAMPLE_RATE, 1 / SAMPLE_RATE)
     return np.fft.irfft(np.where(hertz >= 20, spectrum / np.maximum(hertz, 20) ** (exponent / 2), 0))
@@ -176,7 +192,7 @@ def _hum(rng: np.random.Generator) -> np.ndarray:
 
 
 def _babble(rng: np.random.Generator) -> np.ndarray:
-    """Twelve talkers, each a band of noise that swells with the rhythm of syllables."""
+    """Return twelve talkers, each a band of noise that swells in the rhythm of syllables."""
     n = _NOISE_S * SAMPLE_RATE
     syllables = butter(2, [1, 5], "bandpass", fs=SAMPLE_RATE, output="sos")
     talkers = np.zeros(n)
@@ -189,7 +205,7 @@ def _babble(rng: np.random.Generator) -> np.ndarray:
 
 
 def _bursts(rng: np.random.Generator, per_s: float, decay_s: float, band_hz: tuple[float, float]) -> np.ndarray:
-    """Random decaying clicks in a frequency band."""
+    """Return random decaying clicks in a frequency band."""
     n = _NOISE_S * SAMPLE_RATE
     hits = np.where(rng.uniform(size=n) < per_s / SAMPLE_RATE, rng.exponential(size=n), 0)
     decay = np.exp(-np.arange(round(8 * decay_s * SAMPLE_RATE)) / (decay_s * SAMPLE_RATE))
@@ -199,7 +215,7 @@ def _bursts(rng: np.random.Generator, per_s: float, decay_s: float, band_hz: tup
 
 
 def _typing(rng: np.random.Generator) -> np.ndarray:
-    """Keys in a quiet room: no part is silent, so any part can be mixed at a signal-to-noise ratio."""
+    """Return keys in a quiet room; no part is silent, so that any part can be mixed at an SNR."""
     return _bursts(rng, 7, 0.004, (800, 6000)) + 1e-3 * _coloured(rng, 0)
 
 
@@ -218,7 +234,7 @@ _NOISES = {
 
 
 def _levelled(wave: np.ndarray) -> np.ndarray:
-    """At -26 dB re full scale, or less where the peaks would clip."""
+    """Scale a wave to -26 dB re full scale, or lower if the peaks would clip."""
     return np.asarray(wave * min(0.05 / np.sqrt(np.mean(wave**2)), 0.9 / np.abs(wave).max()))
 
 
@@ -237,7 +253,7 @@ _ROOMS = {
 def _response(
     size: tuple[float, ...], source: tuple[float, ...], microphone: tuple[float, ...], rt60_s: float
 ) -> np.ndarray:
-    """The impulse response of a shoebox room by the image method; shape (num_samples,), peak 0.9."""
+    """Return the impulse response of a shoebox room by the image method; shape (num_samples,), peak 0.9."""
     import pyroomacoustics
 
     absorption, order = pyroomacoustics.inverse_sabine(rt60_s, size)

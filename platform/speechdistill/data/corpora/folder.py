@@ -1,17 +1,17 @@
-"""A folder of audio files, local or behind an fsspec URL: nothing is known but where the files are."""
+"""A folder of audio files, local or an fsspec URL, without further information about them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
+from speechdistill.data.listed import Row
 from speechdistill.io import places, storage
 from speechdistill.io.errors import UserError
 from speechdistill.io.places import Seen, Skipped
 
 
-def rows(root: str, kind: str, skipped: Skipped, seen: Seen | None = None) -> Iterator[dict[str, Any]]:
-    """A row per audio file below `root`, as `places.below` walks; roots with one `seen` give each file once.
+def rows(root: str, kind: str, skipped: Skipped, seen: Seen | None = None) -> Iterator[Row]:
+    """Yield a row per audio file below `root`, in the order of `places.below`; a shared `seen` avoids duplicates.
 
     Raises `UserError` if there is no such folder.
     """
@@ -24,24 +24,27 @@ def rows(root: str, kind: str, skipped: Skipped, seen: Seen | None = None) -> It
 
 
 def names(roots: Iterable[str]) -> dict[str, str]:
-    """The name of each folder, by its absolute address: the corpus of its files."""
+    """Return the name of each folder, which is the corpus of its files, by absolute address."""
     return {storage.absolute(root): _name(root) for root in roots}
 
 
-def known(row: dict[str, Any], roots: Mapping[str, str], rule: str | None) -> dict[str, Any]:
-    """The row of a list, with what the first of the `roots` (`names`) that holds its file says of it where the list is
-    silent: the folder's name, and of speech the speaker by `rule`.
+def known(row: Row, roots: Mapping[str, str], rule: str | None) -> Row:
+    """Fill in the row of a list from the first of the `roots` (as `names` returns) that contains its file.
+
+    If the list has no `corpus`, it is the folder's name; if it has no `speaker` of speech, `rule` gives one.
     """
     root = next((root for root in roots if row["uri"].startswith(f"{root.rstrip('/')}/")), None)
     if root is None:
         return row
-    said = {"corpus": roots[root], "speaker": speaker(row["uri"], rule) if row["kind"] == "speech" else None}
-    return row | {key: value for key, value in said.items() if value is not None and row.get(key) is None}
+    defaults = {"corpus": roots[root], "speaker": speaker(row["uri"], rule) if row["kind"] == "speech" else None}
+    return row | {key: value for key, value in defaults.items() if value is not None and row.get(key) is None}
 
 
 def speaker(uri: str, rule: str | None) -> str | None:
-    """Who speaks in a file: by the `rule` "parent" its folder's name, else the group or whole match of a regular
-    expression. None if that does not match, or without a rule. Raises `UserError` for an expression that is none.
+    """Return the speaker of a file by `rule`: "parent" for the name of its folder, else a regular expression.
+
+    The speaker is the first group or the whole match; None without a match or a rule. Raises `UserError` for an invalid
+    expression.
     """
     if rule is None:
         return None
@@ -56,6 +59,6 @@ def speaker(uri: str, rule: str | None) -> str | None:
 
 
 def _name(root: str) -> str:
-    """The last part of an address as it was given, unless that is `.` or `..`."""
+    """Return the last part of an address as given, unless that is `.` or `..`."""
     given = PurePosixPath(root.rstrip("/")).name
     return given if given not in ("", "..") else PurePosixPath(storage.absolute(root)).name

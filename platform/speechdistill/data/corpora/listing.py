@@ -1,24 +1,24 @@
-"""A list of files with what the user knows of them: CSV, TSV, JSONL or Parquet."""
+"""A list of files with their labels: CSV, TSV, JSONL or Parquet."""
 
 import logging
 import posixpath
 from collections.abc import Iterator
 from os.path import splitext
 from pathlib import Path
-from typing import Any
 
 from speechdistill.data import corpus, manifest_path
+from speechdistill.data.listed import Row
 from speechdistill.io import storage, user_table
 from speechdistill.io.errors import TableError
 
 _LOG = logging.getLogger(__name__)
 
 
-def rows(file: str) -> Iterator[dict[str, Any]]:
-    """A row per line of `file`, a path or URL; its column `path` (or `uri`) is relative to the list's own folder.
+def rows(file: str) -> Iterator[Row]:
+    """Yield a row per line of `file`, a path or URL; its column `path` (or `uri`) is relative to the list's folder.
 
-    The other columns are those of `clip.v1` (`kind` defaults to speech); further ones are named in a warning and
-    left out. Raises `TableError` for a file of another kind or without paths.
+    The other columns are those of `clip.v1` (`kind` defaults to speech); unknown columns are left out with a warning.
+    Raises `TableError` for a file of another type or without paths.
     """
     if splitext(file)[1].lower() not in user_table.SUFFIXES:  # noqa: PTH122 (a URL is no path)
         manifest_path.check(file)
@@ -39,7 +39,7 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
 def _absolute(path: str, folder: str) -> str:
     if "://" not in path and not path.startswith("/"):
         path = f"{folder}/{path}"
-        if "://" in path and {".", ".."} & set(path.split("/")):  # an object store takes them for names
+        if "://" in path and {".", ".."} & set(path.split("/")):  # names, to an object store
             scheme, place = path.split("://", 1)
             return f"{scheme}://{posixpath.normpath(place)}"
     return storage.one_name(path)

@@ -1,20 +1,20 @@
 """NISQA Corpus (Mittag et al., Interspeech 2021): simulated, live, FOR, LiveTalk and P.501.
 
-`NISQA_Corpus.zip` (zenodo.org/record/4728081) unpacks to `NISQA_corpus_file.csv` and a folder per database, as
+`NISQA_Corpus.zip` (zenodo.org/record/4728081) unpacks to `NISQA_corpus_file.csv` and a folder per database, such as
 `NISQA_TRAIN_SIM/deg/*.wav`. The list has, among others, `db, con, filename_ref, lang, votes, mos, filepath_deg`, the
-last relative to the corpus. Confirmed by the corpus' authors' evaluation script (gabrielmittag/NISQA,
-`run_evaluate.py`: file name, `con`, `filepath_deg`, `mos`) and by lcn-kul/conferencing-speech-2022 (all columns).
+last relative to the corpus. Confirmed by the authors' evaluation script (gabrielmittag/NISQA, `run_evaluate.py`: file
+name, `con`, `filepath_deg`, `mos`) and by lcn-kul/conferencing-speech-2022 (all columns).
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from speechdistill.data import corpus
+from speechdistill.data.listed import Row
 
 
-def rows(root: str, splits: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of the databases that are keys of `splits`. A condition number counts within its database."""
+def rows(root: str, splits: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of the databases that are keys of `splits`. Condition numbers are unique within a database."""
     needed = ["db", "con", "filename_ref", "lang", "votes", "mos", "filepath_deg"]
     for line in corpus.lines(f"{root}/NISQA_corpus_file.csv", needed):
         if line["db"] not in splits:

@@ -1,20 +1,20 @@
-"""A folder with `labels.csv`: the plain layout for scores of one's own, and for corpora that are not public.
+"""A folder with `labels.csv`: the plain layout for your own scores, and for corpora that are not public.
 
-Columns `wav_path` (relative to the list) and `score` (1 to 5), and where known `system_id`, `input_id`, `dataset`,
+Columns are `wav_path` (relative to the list) and `score` (1 to 5), and optionally `system_id`, `input_id`, `dataset`,
 `split` (train, validation or test; `data/listed.py` has other spellings) and further columns of `clip.v1`, such as
 `votes` or `language`.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from speechdistill.data import corpus
+from speechdistill.data.listed import Row
 
 _RENAMED = {"score": "mos", "system_id": "system"}
 
 
-def rows(root: str) -> Iterator[dict[str, Any]]:
-    """A row per line; `root` is the folder, or the CSV itself under another name."""
+def rows(root: str) -> Iterator[Row]:
+    """Yield a row per line; `root` is the folder, or the CSV itself under any name."""
     is_file = root.lower().endswith((".csv", ".tsv"))
     file = root if is_file else f"{root}/labels.csv"
     for line in corpus.read(file, ["wav_path", "score"]):

@@ -1,24 +1,24 @@
 """VoiceMOS Challenge 2022 (Huang et al., Interspeech 2022): the English main track and the Chinese out-of-domain track.
 
-`main.tar.gz` and `ood.tar.gz` (zenodo.org/records/6572573) make `DATA/wav/*.wav` and lists without a header,
-`DATA/sets/{train,val,test}_mos_list.txt`, of lines `sys64e2f-utt9c183cd.wav,3.5`. The out-of-domain track's
-`unlabeled_mos_list.txt` is without scores; they came later, as `unlabeled_mos_list_LABELS.txt`, and the paper (section
-III-A) trains on them. Confirmed by the READMEs of both tracks, lines by public code that reads them; that the list of
-labels is written as the others are is an assumption. Scripts that come with the lists fetch the recordings.
+`main.tar.gz` and `ood.tar.gz` (zenodo.org/records/6572573) unpack to `DATA/wav/*.wav` and lists without a header,
+`DATA/sets/{train,val,test}_mos_list.txt`, with lines such as `sys64e2f-utt9c183cd.wav,3.5`. The out-of-domain track's
+`unlabeled_mos_list.txt` has no scores; `unlabeled_mos_list_LABELS.txt` was published later, and the paper (section
+III-A) trains on it. Confirmed by the READMEs of both tracks, and the lines by public code. The format of the list of
+labels is assumed to be the same. Scripts that come with the lists download the recordings.
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from speechdistill.data import corpus
+from speechdistill.data.listed import Row
 
 _MAIN = {"train_mos_list": "train", "val_mos_list": "validation", "test_mos_list": "test"}
 _OOD = {**_MAIN, "unlabeled_mos_list_LABELS": "train"}
 
 
-def rows(root: str, splits: dict[str, str], language: str) -> Iterator[dict[str, Any]]:
-    """`root` is the folder that holds `DATA`; `splits` says what each of its lists is for."""
+def rows(root: str, splits: dict[str, str], language: str) -> Iterator[Row]:
+    """Yield a row per line; `root` is the folder that contains `DATA`, `splits` the split of each list."""
     for name, split in splits.items():
         for line in corpus.lines(f"{root}/DATA/sets/{name}.txt", ["wav", "mos"], header=False):
             yield {

@@ -1,13 +1,14 @@
-"""Denoisers: spectral gating and three trained networks; the distortion they leave is part of the recipe."""
+"""Denoisers: spectral gating and three trained networks, for the distortion that they leave."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from speechdistill.data import onnx_denoisers
-from speechdistill.data.degradation import Neural, Scene
+from speechdistill.data.degradation import Component, Neural, Scene
 from speechdistill.io import audio
 from speechdistill.io.assets import Need
 from speechdistill.io.errors import LibraryError
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 _WINDOW, _HOP = 1024, 256  # TorchGate's defaults
-_MOVING_MEAN = 21  # frames; its default of 20 has no middle
+_GATE = {"sr": audio.SAMPLE_RATE, "n_fft": _WINDOW, "hop_length": _HOP}
+_MOVING_MEAN = 21  # frames; the default of TorchGate, 20, has no middle
 
 
 @dataclass(frozen=True)
 class SpectralGating:
-    """Spectral gating as noisereduce's TorchGate does it, on the wave's own statistics.
+    """Spectral gating by TorchGate of noisereduce, with statistics of the wave itself.
 
-    The threshold of a frequency is fixed (`stationary`) or follows a moving mean; what falls below it is
-    lowered to 1 - `strength`.
+    The threshold of a frequency is fixed (`stationary`) or follows a moving mean. Bins below the threshold are scaled
+    by 1 - `strength`.
     """
 
     stationary: bool
@@ -36,7 +38,7 @@ class SpectralGating:
         # TorchGate refuses less than two windows, and its inverse transform drops an incomplete hop.
         length = max(2 * _WINDOW, -(-len(wave) // _HOP) * _HOP)
         padded = torch.from_numpy(audio.fit(wave, length).astype(np.float32))
-        gated: np.ndarray = _gate(self.stationary, self.strength)(padded[None])[0].numpy()
+        gated: np.ndarray = _gate_class()(self.stationary, self.strength)(padded[None])[0].numpy()
         return gated[: len(wave)]
 
     def clip_ids(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class SpectralGating:
 
 @dataclass(frozen=True)
 class NSNet2(Neural):
-    """The DNS challenge's baseline: gains per frequency from log powers (Braun and Tashev, arXiv 2008.06412)."""
+    """Baseline of the DNS challenge: gains per frequency from log powers (Braun and Tashev, arXiv 2008.06412)."""
 
     need: ClassVar[Need] = Need(
         "nsnet2",
@@ -57,7 +59,7 @@ class NSNet2(Neural):
     @classmethod
     def load(cls, path: Path, device: str) -> Any:
         session = onnx_denoisers.session(path.read_bytes(), device)
-        onnx_denoisers.gained(session, np.zeros((1, 1), np.float32))  # a graph of another shape fails here
+        onnx_denoisers.gained(session, np.zeros((1, 1), np.float32))  # fails here for a graph of another shape
         return session
 
     def apply_batch(self, network: Any, waves: np.ndarray) -> np.ndarray:
@@ -70,7 +72,7 @@ class NSNet2(Neural):
 class DeepFilterNet3(Neural):
     """Gains per ERB band, and below 4.8 kHz a filter over five frames, at 48 kHz (Schröter et al., arXiv 2305.08227).
 
-    As its `enhance` does it: without a limit to the attenuation and without the post-filter.
+    The attenuation is unlimited and the post-filter off, like in `enhance` of DeepFilterNet.
     """
 
     need: ClassVar[Need] = Need(
@@ -83,18 +85,17 @@ class DeepFilterNet3(Neural):
     @classmethod
     def load(cls, path: Path, device: str) -> Any:
         network = onnx_denoisers.deep_filter(path, device)
-        onnx_denoisers.deep_filtered(network, np.zeros(1, np.float32))  # graphs of other shapes fail here
+        onnx_denoisers.deep_filtered(network, np.zeros(1, np.float32))  # fails here for graphs of other shapes
         return network
 
     def apply_batch(self, network: Any, waves: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [onnx_denoisers.deep_filtered(network, wave) for wave in waves]
-        )  # the export has a batch of one
+        # One by one: the exported graphs have a batch of one.
+        return np.stack([onnx_denoisers.deep_filtered(network, wave) for wave in waves])
 
 
 @dataclass(frozen=True)
 class Demucs(Neural):
-    """The causal Demucs on waveforms, trained on the DNS challenge, dns64 (Défossez et al., arXiv 2006.12847)."""
+    """Causal Demucs on waveforms, dns64, trained on the DNS challenge (Défossez et al., arXiv 2006.12847)."""
 
     need: ClassVar[Need] = Need(
         "demucs",
@@ -107,10 +108,10 @@ class Demucs(Neural):
     def load(cls, path: Path, device: str) -> Any:
         import torch
 
-        kind = _demucs()
+        network_class = _demucs()
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # drawing initial weights would change the global random state
-            network = kind(hidden=len(state["encoder.0.0.weight"]), sample_rate=audio.SAMPLE_RATE)
+            network = network_class(hidden=len(state["encoder.0.0.weight"]), sample_rate=audio.SAMPLE_RATE)
         network.load_state_dict(state, assign=True)
         return network.eval().requires_grad_(False).to(device)
 
@@ -118,31 +119,31 @@ class Demucs(Neural):
         import torch
 
         length = waves.shape[1]
-        # It divides by the standard deviation, and a single sample has none.
+        # The network divides by the standard deviation, which a single sample lacks.
         padded = torch.from_numpy(np.pad(waves, ((0, 0), (0, max(0, 2 - length)))))
         denoised: torch.Tensor = network(padded.to(next(network.parameters()).device))
         return denoised[:, 0, :length].cpu().numpy()
 
 
-def spectral_gating(rng: np.random.Generator, scene: Scene) -> SpectralGating:
-    """Stationary or not with equal probability, strength uniform in 0.6..1."""
+def _draw_spectral_gating(rng: np.random.Generator, scene: Scene) -> SpectralGating:
+    """Draw stationary or not with equal probability, and a strength uniform in 0.6..1."""
     return SpectralGating(bool(rng.random() < 0.5), float(rng.uniform(0.6, 1.0)))
 
 
-def nsnet2(rng: np.random.Generator, scene: Scene) -> NSNet2:
+def _draw_nsnet2(rng: np.random.Generator, scene: Scene) -> NSNet2:
     return NSNet2(*scene.assets[NSNet2.need.name])
 
 
-def deepfilternet3(rng: np.random.Generator, scene: Scene) -> DeepFilterNet3:
+def _draw_deepfilternet3(rng: np.random.Generator, scene: Scene) -> DeepFilterNet3:
     return DeepFilterNet3(*scene.assets[DeepFilterNet3.need.name])
 
 
-def demucs(rng: np.random.Generator, scene: Scene) -> Demucs:
+def _draw_demucs(rng: np.random.Generator, scene: Scene) -> Demucs:
     return Demucs(*scene.assets[Demucs.need.name])
 
 
 def _demucs() -> Any:
-    """The network's class."""
+    """Import the class of the network; raises `LibraryError` if its package is missing."""
     try:
         from denoiser.demucs import Demucs
     except ImportError as error:
@@ -152,48 +153,53 @@ def _demucs() -> Any:
     return Demucs
 
 
-NEEDS = {"nsnet2": (NSNet2.need,), "deepfilternet3": (DeepFilterNet3.need,), "demucs": (Demucs.need,)}
-OPTIONAL = {"demucs": _demucs}
-LIBRARIES = {"nsnet2": ("onnxruntime",), "deepfilternet3": ("onnxruntime",), "demucs": ("denoiser",)}
+spectral_gating = Component(_draw_spectral_gating, SpectralGating)
+nsnet2 = Component(_draw_nsnet2, NSNet2, needs=(NSNet2.need,), libraries=("onnxruntime",))
+deepfilternet3 = Component(
+    _draw_deepfilternet3, DeepFilterNet3, needs=(DeepFilterNet3.need,), libraries=("onnxruntime",)
+)
+demucs = Component(_draw_demucs, Demucs, needs=(Demucs.need,), libraries=("denoiser",), check=_demucs)
 
 
-def _gate(stationary: bool, strength: float) -> "torch.nn.Module":
-    """TorchGate with convolutions of our own, which otherwise take two thirds of its time.
+@lru_cache(maxsize=1)
+def _gate_class() -> "type[torch.nn.Module]":
+    """Define `Gate(stationary, strength)`: TorchGate with convolutions of our own, otherwise two thirds of its time.
 
-    They are the moving mean, and the smoothing of the mask, lowered by `strength`, over time and over frequency.
+    These are the moving mean, and the smoothing of the mask over time and over frequency.
     """
     import torch
     from noisereduce.torchgate import TorchGate
     from noisereduce.torchgate.utils import temperature_sigmoid
 
     class Gate(TorchGate):  # type: ignore[misc]
+        def __init__(self, stationary: bool, strength: float) -> None:
+            own_smoothing = {"freq_mask_smooth_hz": None, "time_mask_smooth_ms": None}
+            super().__init__(**_GATE, nonstationary=not stationary, **own_smoothing)
+            self.strength = strength
+
         def _stationary_mask(self, X_db: torch.Tensor, xn: torch.Tensor | None = None) -> torch.Tensor:
-            return smoothed(super()._stationary_mask(X_db, xn))
+            return self._smoothed(super()._stationary_mask(X_db, xn))
 
         def _nonstationary_mask(self, X_abs: torch.Tensor) -> torch.Tensor:
-            # 0/0 in digital silence would be NaN, which the mask's smoothing would spread to bins with signal.
+            # 0/0 in digital silence would be NaN, which the smoothing of the mask would spread to bins with signal.
             # 1e-20 is far below a 16-bit step; the gate closes.
             magnitudes = X_abs + 1e-20
             mean = _convolved(magnitudes, [1 / _MOVING_MEAN] * _MOVING_MEAN, 2)
             excess = magnitudes / mean - 1
-            return smoothed(temperature_sigmoid(excess, self.n_thresh_nonstationary, self.temp_coeff_nonstationary))
+            mask = temperature_sigmoid(excess, self.n_thresh_nonstationary, self.temp_coeff_nonstationary)
+            return self._smoothed(mask)
 
-    def smoothed(mask: torch.Tensor) -> torch.Tensor:
-        return _convolved(_convolved(1 - strength * (1 - mask.float()), over_time, 2), over_frequency, 1)
+        def _smoothed(self, mask: torch.Tensor) -> torch.Tensor:
+            lowered = 1 - self.strength * (1 - mask.float())
+            return _convolved(_convolved(lowered, over_time, 2), over_frequency, 1)
 
-    gate = Gate(
-        audio.SAMPLE_RATE,
-        nonstationary=not stationary,
-        n_fft=_WINDOW,
-        hop_length=_HOP,
-    )
-    over_frequency, over_time = (gate.smoothing_filter[0, 0].sum(dim).tolist() for dim in (1, 0))  # of sum 1
-    gate.smoothing_filter = None
-    return gate
+    kernel = TorchGate(**_GATE).smoothing_filter[0, 0]  # separable, of sum 1
+    over_frequency, over_time = (kernel.sum(dim).tolist() for dim in (1, 0))
+    return Gate
 
 
 def _convolved(spectrum: "torch.Tensor", taps: list[float], dim: int) -> "torch.Tensor":
-    """With an odd number of taps along one axis. `conv2d` compiles itself anew for each length of wave."""
+    """Convolve with an odd number of taps along one axis; `conv2d` would compile anew for each length of wave."""
     import torch
 
     size, reach = spectrum.shape[dim], len(taps) // 2

@@ -1,7 +1,7 @@
-"""Generated speech: what a step is given is replaced by a text read aloud, and not degraded further (section IV-B).
+"""Generated speech: a text read aloud replaces the input and is not degraded further (section IV-B).
 
-The one family that may return another length: at most `num_samples`, cut at the end, and shorter where the text is
-over sooner.
+Only this family may change the length: the output has at most `num_samples`, cut at the end, and is shorter if the text
+is.
 """
 
 import json
@@ -15,17 +15,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from speechdistill.data import espeak_ng
-from speechdistill.data.degradation import Neural, Scene
-from speechdistill.io import assets, audio
-from speechdistill.io.assets import Asset, Need
+from speechdistill.data.degradation import Component, Neural, Scene
+from speechdistill.data.sentences import TEXTS, drawn_text, sentences
+from speechdistill.io import audio
+from speechdistill.io.assets import Need
 from speechdistill.io.errors import LibraryError, UserError
 
-_LANGUAGES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # and espeak-ng's voice for each
+_VOICES = {"en": "en-us", "de": "de", "fr": "fr", "es": "es", "pt": "pt"}  # of espeak-ng, by language
 _VARIANTS = tuple(f"f{i}" for i in range(1, 5)) + tuple(f"m{i}" for i in range(1, 8))
 _PITCHES, _RATES = (30, 70), (140, 200)
-_CHARACTERS_PER_S = 18  # of fast speech (average: 14), so that most texts last as long as the scene
-_MODEL_FILES = ("model_file.pth", "model_file.pth.tar", "model.pth", "checkpoint.pth")  # as Coqui TTS looks for it
-_LOADED = 8  # models kept at a time, of 0.1 to 0.5 GB
+_MODEL_FILES = ("model_file.pth", "model_file.pth.tar", "model.pth", "checkpoint.pth")  # in the order of Coqui TTS
+_LOADED = 8  # models kept in memory, 0.1 to 0.5 GB each
 
 MODELS: Mapping[str, str | None] = {
     "tts_models/en/ljspeech/tacotron2-DDC": "vocoder_models/en/ljspeech/hifigan_v2",
@@ -46,7 +46,7 @@ MODELS: Mapping[str, str | None] = {
     "tts_models/es/css10/vits": None,
     "tts_models/pt/cv/vits": None,
 }
-"""Coqui's names of 17 models and their vocoders; the paper does not say which 17 it took."""
+"""Names of 17 models of Coqui TTS, and their vocoders. The paper does not name its 17."""
 
 _VCTK = (
     "225-234 236-241 243-288 292-295 297-308 310-314 316-318 323 326 329-330 333-336 339-341 343 345 347 351 360-364 "
@@ -57,30 +57,16 @@ SPEAKERS = {
         f"p{number}" for span in _VCTK.split() for number in range(int(span[:3]), int(span[-3:]) + 1)
     )
 }
-"""Of the models with several speakers."""
+"""Speakers of the models that have several."""
 
 
 def _folder(model: str) -> str:
     return model.replace("/", "--")
 
 
-TEXTS = Need(
-    "texts",
-    "a folder of sentences, one a line in UTF-8, in files en.txt, de.txt, fr.txt, es.txt, pt.txt (or MultiSubs' "
-    "monolingual/en.sents.det); of a line with tabs, what follows the last one",
-    "MultiSubs, https://doi.org/10.5281/zenodo.5034605, or any other sentences",
-    "MultiSubs: Creative Commons, see its page; its sentences are from opensubtitles.org",
-    files=tuple(
-        pattern.format(lang)
-        for lang in _LANGUAGES
-        for pattern in ("{}.txt", "{}.sents.det", "monolingual/{}.sents.det")
-    ),
-)
-
-
 @dataclass(frozen=True)
 class EspeakNg:
-    """A text by espeak-ng in a voice variant (`f1`..`f4`, `m1`..`m7`), pitch of 0..99, rate in words per minute."""
+    """A text spoken by espeak-ng in a voice variant (`f1`..`f4`, `m1`..`m7`), pitch 0..99, rate in words per minute."""
 
     generates: ClassVar[bool] = True
 
@@ -92,11 +78,11 @@ class EspeakNg:
     num_samples: int
 
     def __post_init__(self) -> None:
-        if self.language not in _LANGUAGES or self.variant not in _VARIANTS:
-            raise ValueError(f"{self}: choose a language from {list(_LANGUAGES)} and a variant from {list(_VARIANTS)}")
+        if self.language not in _VOICES or self.variant not in _VARIANTS:
+            raise ValueError(f"{self}: choose a language from {list(_VOICES)} and a variant from {list(_VARIANTS)}")
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
-        voice = f"{_LANGUAGES[self.language]}+{self.variant}"
+        voice = f"{_VOICES[self.language]}+{self.variant}"
         ((pcm, rate),) = espeak_ng.speak([{"text": self.text, "voice": voice, "pitch": self.pitch, "rate": self.rate}])
         spoken = np.frombuffer(pcm, np.int16).astype(np.float32) / 32768
         return _finished(spoken, rate, min(self.num_samples, len(wave)))
@@ -107,9 +93,9 @@ class EspeakNg:
 
 @dataclass(frozen=True)
 class CoquiTts(Neural):
-    """A text by one of `MODELS`, by its name; `speaker` is one of `SPEAKERS` or None.
+    """A text spoken by one of `MODELS`; `speaker` is one of its `SPEAKERS` or None.
 
-    `seed` is that of its noise, which PyTorch draws differently on a GPU and on a CPU.
+    `seed` determines the noise of the model, which PyTorch draws differently on a GPU and on a CPU.
     """
 
     need: ClassVar[Need] = Need(
@@ -140,11 +126,11 @@ class CoquiTts(Neural):
         return Models(path, device)
 
     def apply_batch(self, network: "Models", waves: np.ndarray) -> np.ndarray:
-        """float32 (batch, up to num_samples)."""
+        """Return speech of shape (batch, up to num_samples), float32."""
         import torch
 
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            synthesizer = network.synthesizer(self.model)  # new networks are random before they are loaded
+            synthesizer = network.synthesizer(self.model)  # loading draws random numbers, so seed afterwards
             torch.manual_seed(self.seed)
             spoken = np.asarray(synthesizer.tts(self.text, speaker_name=self.speaker), np.float32)
         most = min(self.num_samples, waves.shape[1])
@@ -152,26 +138,26 @@ class CoquiTts(Neural):
 
 
 class Models:
-    """The models of a folder: each is loaded when it is first needed, and the few last used are kept."""
+    """The models in a folder, each loaded at its first use. The last `_LOADED` used are kept."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Raises `LibraryError` if Coqui TTS does not work, `UserError` for a model without its files."""
-        self._kind, self._folder, self._device = _coqui(), folder, device
+        """Check the folder; raises `LibraryError` if Coqui TTS does not work, `UserError` for a model without files."""
+        self._synthesizer_class, self._folder, self._device = _coqui(), folder, device
         self.synthesizer = lru_cache(maxsize=_LOADED)(self._synthesizer)
         with tempfile.TemporaryDirectory() as scratch:
-            for name in filter(None, (*MODELS, *MODELS.values())):  # else the first samples of a model would tell
+            for name in filter(None, (*MODELS, *MODELS.values())):  # checked now, not at the first sample of each
                 self._files(name, Path(scratch))
 
     def _synthesizer(self, model: str) -> Any:
-        """Coqui's `Synthesizer`; raises `ValueError` for an unknown model, `UserError` for one with unusable files."""
+        """Load Coqui's `Synthesizer`; raises `ValueError` for an unknown model, `UserError` for unusable files."""
         if model not in MODELS:
-            raise ValueError(f"text-to-speech model {model!r}; choose from {list(MODELS)}")
+            raise ValueError(f"text-to-speech model {model!r} is unknown; choose from {list(MODELS)}")
         vocoder = MODELS[model]
         with tempfile.TemporaryDirectory() as scratch:
             weights, config = self._files(model, Path(scratch))
             vocoder_weights, vocoder_config = self._files(vocoder, Path(scratch)) if vocoder else (None, None)
             try:
-                return self._kind(
+                return self._synthesizer_class(
                     tts_checkpoint=weights,
                     tts_config_path=config,
                     vocoder_checkpoint=vocoder_weights,
@@ -183,118 +169,69 @@ class Models:
                 raise UserError(reason, f"get it from {CoquiTts.need.where}") from error
 
     def _files(self, model: str, scratch: Path) -> tuple[str, str]:
-        """The model file of a model or vocoder, and a copy of its config that names the files beside it."""
+        """Return the model file of a model or vocoder, and a copy of its config with local paths."""
         folder = self._folder / _folder(model)
         named = [path for name in _MODEL_FILES if (path := folder / name).is_file()]
-        found = named[:1] or sorted(folder.glob("*.pt*"))
-        if len(found) != 1 or not (folder / "config.json").is_file():
+        weights = named[:1] or sorted(folder.glob("*.pt*"))
+        if len(weights) != 1 or not (folder / "config.json").is_file():
             reason = f"{folder} has no model file (model_file.pth) and config.json: it is not Coqui's {model}"
             raise UserError(reason, f"get it from {CoquiTts.need.where}")
         text = (folder / "config.json").read_text(encoding="utf-8")
         config = scratch / f"{folder.name}.json"
-        config.write_text(json.dumps(_beside(json.loads(text), {path.name: str(path) for path in folder.iterdir()})))
-        return str(found[0]), str(config)
+        config.write_text(
+            json.dumps(_with_local_paths(json.loads(text), {path.name: str(path) for path in folder.iterdir()}))
+        )
+        return str(weights[0]), str(config)
 
 
-def espeak(rng: np.random.Generator, scene: Scene) -> EspeakNg:
-    """Any of the five languages that there are texts in, with equal probability; any variant, pitch 30 to 70, 140 to
-    200 words per minute."""
-    language = str(rng.choice(sorted(_sentences(scene.assets["texts"]))))
+def _draw_espeak(rng: np.random.Generator, scene: Scene) -> EspeakNg:
+    """Draw a language that has texts, a variant, a pitch of 30 to 70 and 140 to 200 words per minute, all uniform."""
+    language = str(rng.choice(sorted(sentences(scene.assets["texts"]))))
     variant = str(rng.choice(_VARIANTS))
     pitch, rate = (int(rng.integers(low, high + 1)) for low, high in (_PITCHES, _RATES))
-    return EspeakNg(_text(rng, scene, language), language, variant, pitch, rate, scene.num_samples)
+    text = drawn_text(rng, scene.assets["texts"], language, scene.num_samples)
+    return EspeakNg(text, language, variant, pitch, rate, scene.num_samples)
 
 
-def text_to_speech(rng: np.random.Generator, scene: Scene) -> CoquiTts:
-    """Any model with equal probability, of those whose language there are texts in; any of its speakers."""
-    languages = _sentences(scene.assets["texts"])
+def _draw_text_to_speech(rng: np.random.Generator, scene: Scene) -> CoquiTts:
+    """Draw a model, uniformly among those whose language has texts, and one of its speakers."""
+    languages = sentences(scene.assets["texts"])
     model = str(rng.choice([name for name in MODELS if name.split("/")[1] in languages]))
     speaker = str(rng.choice(SPEAKERS[model])) if model in SPEAKERS else None
     language = model.split("/")[1]
-    text, seed = _text(rng, scene, language), int(rng.integers(1 << 32))
+    text, seed = drawn_text(rng, scene.assets["texts"], language, scene.num_samples), int(rng.integers(1 << 32))
     return CoquiTts(*scene.assets["coqui"], model, speaker, language, text, seed, scene.num_samples)
 
 
 def _coqui() -> Any:
-    """The class of Coqui's synthesizers."""
+    """Import the class of Coqui's synthesizers; raises `LibraryError` if that is impossible."""
     try:
         from TTS.utils.synthesizer import Synthesizer
     except (ImportError, OSError) as error:  # OSError: a torchaudio for another build of torch
         raise LibraryError(
             f"no Coqui TTS ({error})",
             'pip install "coqui-tts>=0.28,<0.29", the torchaudio of the installed torch, and for torch 2.9 or later '
-            "torchcodec; many models also want the program espeak-ng",
+            "torchcodec; many models also need the program espeak-ng",
         ) from error
     return Synthesizer
 
 
-NEEDS = {"espeak": (TEXTS,), "text_to_speech": (CoquiTts.need, TEXTS)}
-OPTIONAL = {"espeak": espeak_ng.installed, "text_to_speech": _coqui}
-LIBRARIES = {"espeak": ("espeakng-loader",), "text_to_speech": ("coqui-tts",)}
+espeak = Component(_draw_espeak, EspeakNg, needs=(TEXTS,), libraries=("espeakng-loader",), check=espeak_ng.installed)
+text_to_speech = Component(
+    _draw_text_to_speech, CoquiTts, needs=(CoquiTts.need, TEXTS), libraries=("coqui-tts",), check=_coqui
+)
 
 
 def _finished(wave: np.ndarray, rate: int, num_samples: int) -> np.ndarray:
-    """Any rate to 16 kHz, cut, within full scale."""
+    """Resample speech to 16 kHz, cut it and keep it within full scale."""
     cut = audio.resample(wave, rate)[:num_samples]
     return np.asarray(cut / np.float32(max(1.0, np.abs(cut).max(initial=0.0))), np.float32)
 
 
-def _beside(value: Any, files: Mapping[str, str]) -> Any:
-    """A config with paths of the machine that it is from replaced: by the file of that name, if there is one."""
+def _with_local_paths(value: Any, files: Mapping[str, str]) -> Any:
+    """Replace the paths in a config, which are of another machine, by the local file of the same name, if any."""
     if isinstance(value, dict):
-        return {key: _beside(v, files) for key, v in value.items()}
+        return {key: _with_local_paths(v, files) for key, v in value.items()}
     if isinstance(value, list):
-        return [_beside(v, files) for v in value]
+        return [_with_local_paths(v, files) for v in value]
     return files.get(value.rpartition("/")[2], value) if isinstance(value, str) else value
-
-
-# Texts
-
-
-def _text(rng: np.random.Generator, scene: Scene, language: str) -> str:
-    """Sentences that take about as long as the scene."""
-    sentences = _sentences(scene.assets["texts"])[language]
-    wanted = max(1, round(_CHARACTERS_PER_S * scene.num_samples / audio.SAMPLE_RATE))
-    text = ""
-    for _ in range(1000 + wanted):
-        sentence = sentences[int(rng.integers(len(sentences)))]
-        if any(map(str.isalpha, sentence)):  # else there is nothing to say
-            text = f"{text} {sentence}".lstrip()
-        if len(text) >= wanted:
-            return text if len(text) <= 2 * wanted else text[: 2 * wanted].rpartition(" ")[0] or text[: 2 * wanted]
-    raise UserError(f"{sentences.path} has hardly a word in its lines", "give texts with a sentence in each line")
-
-
-@lru_cache(maxsize=4)
-def _sentences(texts: Asset) -> dict[str, "_Sentences"]:
-    """By language; raises `UserError` if there are none."""
-    folder = assets.local(TEXTS, texts)
-    files = [path for file in TEXTS.files if (path := folder / file).is_file() and path.stat().st_size]
-    if not files:
-        raise UserError(f"{texts.source} has no sentences", f"give {TEXTS.what}")
-    # Of a language with several files, the first.
-    return {path.name.partition(".")[0]: _Sentences(path) for path in reversed(files)}
-
-
-class _Sentences:
-    """The lines of a file by their number: read where they are, since MultiSubs has ten million."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes = np.memmap(path, np.uint8, "r")
-        block = 1 << 24
-        starts = [
-            begin + np.flatnonzero(self._bytes[begin : begin + block] == ord("\n"))
-            for begin in range(0, len(self._bytes), block)
-        ]
-        self._ends = np.append(np.concatenate(starts), len(self._bytes))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        """Without what stands before the last tab, and without what cannot be said."""
-        start = self._ends[index - 1] if index else 0
-        line = self._bytes[start : self._ends[index]].tobytes().decode("utf-8", "replace")
-        words = line.rpartition("\t")[2].split()
-        return "".join(character for character in " ".join(words) if character.isprintable())

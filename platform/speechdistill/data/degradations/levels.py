@@ -1,14 +1,14 @@
-"""Levels: speech that was recorded too loud, or is now louder, now softer."""
+"""Levels: clipped recordings and changing loudness."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from speechdistill.data.degradation import Scene
+from speechdistill.data.degradation import Component, Scene
 from speechdistill.io import audio
 
-_RAMP = audio.SAMPLE_RATE // 50  # a change takes 20 ms, so that it does not click
+_RAMP = audio.SAMPLE_RATE // 50  # changes are 20 ms ramps, which do not click
 _OVER_DB = (3.0, 20.0)
 _CHANGES = (1, 4)
 _GAIN_DB = (-20.0, 10.0)
@@ -16,7 +16,7 @@ _GAIN_DB = (-20.0, 10.0)
 
 @dataclass(frozen=True)
 class Clipping:
-    """What is within `over_db` below the wave's peak is cut off, as by a converter that is so much overdriven."""
+    """Clip the wave at `over_db` below its peak, like an overdriven converter."""
 
     over_db: float
 
@@ -30,7 +30,10 @@ class Clipping:
 
 @dataclass(frozen=True)
 class LevelChanges:
-    """(sample, gain in dB): from that sample on this gain, until the next; before the first one the level is kept."""
+    """Gains by position: each of `changes` is (first sample, gain in dB) and holds until the next.
+
+    The level before the first change is kept.
+    """
 
     changes: tuple[tuple[int, float], ...]
 
@@ -44,13 +47,17 @@ class LevelChanges:
         return ()
 
 
-def clipping(rng: np.random.Generator, scene: Scene) -> Clipping:
-    """Overdriven by 3 to 20 dB, uniformly."""
+def _draw_clipping(rng: np.random.Generator, scene: Scene) -> Clipping:
+    """Draw clipping at 3 to 20 dB below the peak, uniformly."""
     return Clipping(float(rng.uniform(*_OVER_DB)))
 
 
-def level_changes(rng: np.random.Generator, scene: Scene) -> LevelChanges:
-    """1 to 4 changes anywhere in the segment, to gains of -20 to 10 dB, all uniform."""
+def _draw_level_changes(rng: np.random.Generator, scene: Scene) -> LevelChanges:
+    """Draw 1 to 4 changes anywhere in the segment, to gains of -20 to 10 dB, all uniform."""
     count = int(rng.integers(*_CHANGES, endpoint=True))
     starts = np.sort(rng.integers(scene.num_samples, size=count)).tolist()
     return LevelChanges(tuple(zip(starts, rng.uniform(*_GAIN_DB, size=count).tolist(), strict=True)))
+
+
+clipping = Component(_draw_clipping, Clipping)
+level_changes = Component(_draw_level_changes, LevelChanges)

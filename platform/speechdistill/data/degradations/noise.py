@@ -1,7 +1,7 @@
-"""Noise: recorded where there are recordings, otherwise coloured noise or the babble of other clips.
+"""Noise: recordings if the manifest has any, otherwise coloured noise or babble of other clips.
 
-SNR is the active speech level (ITU-T P.56) minus the RMS level of the noise as used, so pauses in the speech
-do not count. The sum may exceed full scale.
+SNR is the active speech level (ITU-T P.56) minus the RMS level of the noise, so pauses in the speech do not count. The
+sum may exceed full scale.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from scipy.ndimage import maximum_filter1d
 from scipy.signal import lfilter
 
 from speechdistill.data.clips import Clip
-from speechdistill.data.degradation import Scene
+from speechdistill.data.degradation import Component, Scene
 from speechdistill.io import audio, file_cache
 
 NOMINAL_LEVEL_DB = -26.0
-"""Active speech level in dBov that telephony assumes (ITU-T P.830); used where the speech is silent."""
+"""Nominal active speech level of telephony in dBov (ITU-T P.830), used for silent speech."""
 
 # ITU-T P.56, method B
 _TIME_CONSTANT_S = 0.03
@@ -30,14 +30,14 @@ _TALKERS = (3, 6)
 _CANDIDATES = 64
 
 Section = tuple[str, str, int, int, int]
-"""(clip_id, uri, start, num_samples, offset): samples of a clip from `start`, looped, heard from `offset`."""
+"""(clip_id, uri, start, num_samples, offset): samples of a clip from `start`, looped, used from `offset`."""
 
 
 @dataclass(frozen=True)
 class RecordedNoise:
-    """`num_samples` of a recording from sample `start` at 16 kHz, looped, heard from `offset` samples in.
+    """Recorded noise: `num_samples` from sample `start` at 16 kHz, looped, used from `offset` samples in.
 
-    Adds nothing where the section is silent. `apply` raises `AudioError` for an unusable file.
+    A silent section adds nothing. `apply` raises `AudioError` for an unusable file.
     """
 
     clip_id: str
@@ -48,10 +48,10 @@ class RecordedNoise:
     snr_db: float
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
-        def heard(uri: str) -> np.ndarray:
+        def section(uri: str) -> np.ndarray:
             return _read((self.clip_id, uri, self.start, self.num_samples, self.offset), len(wave))
 
-        return _mixed(wave, file_cache.read(self.uri, heard), self.snr_db)
+        return _mixed(wave, file_cache.read(self.uri, section), self.snr_db)
 
     def clip_ids(self) -> tuple[str, ...]:
         return (self.clip_id,)
@@ -61,7 +61,7 @@ class RecordedNoise:
 class ColouredNoise:
     """Gaussian noise of power spectrum 1/f^`exponent`: 0 white, 1 pink, 2 brown.
 
-    Nothing is below 20 Hz, where brown noise would spend most of its power unheard.
+    High-passed at 20 Hz, since brown noise has most of its power below, where it is inaudible.
     """
 
     exponent: float
@@ -83,9 +83,9 @@ class ColouredNoise:
 
 @dataclass(frozen=True)
 class Babble:
-    """The sum of other talkers at equal active speech levels.
+    """Sum of other talkers at equal active speech levels.
 
-    `talkers` are `Section`s; silent ones add nothing. `apply` raises `AudioError` for an unusable file.
+    `talkers` are `Section`s; silent sections add nothing. `apply` raises `AudioError` for an unusable file.
     """
 
     talkers: tuple[Section, ...]
@@ -104,11 +104,11 @@ class Babble:
         return tuple(talker[0] for talker in self.talkers)
 
 
-def noise(rng: np.random.Generator, scene: Scene) -> RecordedNoise | ColouredNoise | Babble:
-    """A recording, uniformly, where the manifest has noise; otherwise coloured noise or babble, 1:1.
+def _draw_noise(rng: np.random.Generator, scene: Scene) -> RecordedNoise | ColouredNoise | Babble:
+    """Draw a recording, uniformly, if the manifest has noise; otherwise coloured noise or babble, 1:1.
 
-    SNR is normal with the scene's mean and sigma. Colour: exponent uniform in 0..2. Babble: 3 to 6 clips of
-    other speakers than the scene's (where speakers are known); coloured noise where there are not three.
+    SNR is normal with the scene's mean and sigma. Colour: exponent uniform in 0..2. Babble: 3 to 6 clips of other
+    speakers than the scene's (if speakers are known), or coloured noise if there are fewer than three.
     """
     snr_db = float(rng.normal(scene.snr_mean_db, scene.snr_sigma_db))
     recordings = scene.clips.noise
@@ -121,18 +121,18 @@ def noise(rng: np.random.Generator, scene: Scene) -> RecordedNoise | ColouredNoi
 
 
 def active_level_db(wave: np.ndarray) -> float:
-    """Active speech level of a 16 kHz wave, shape (num_samples,), by ITU-T P.56, method B.
+    """Return the active speech level of a 16 kHz wave, shape (num_samples,), by ITU-T P.56, method B.
 
-    In dBov: 0 is a square wave at full scale. Minus infinity for silence. The optional band filter of the
-    recommendation is not applied. Where no threshold is within the margin (a lone click), the level is that
-    of the loudest part.
+    The unit is dBov: 0 is a square wave at full scale, minus infinity silence. The optional band filter of the
+    recommendation is not applied. If no threshold is within the margin (a lone click), return the level of the loudest
+    part.
     """
     energy = _energy(wave)
     if energy == 0:
         return -np.inf
     held = _held_envelope(wave)
-    # The recommendation spaces thresholds by at most 2:1. Hanging them on the envelope's peak instead of on
-    # full scale makes the meter indifferent to scale.
+    # The recommendation spaces thresholds by at most 2:1. Thresholds relative to the envelope's peak, not to full
+    # scale, make the meter independent of scale.
     thresholds = held.max() * 2.0 ** (np.arange(-32, 1) / 2)
     active = len(wave) / len(held) * np.array([np.count_nonzero(held >= threshold) for threshold in thresholds])
     level_db = 10 * np.log10(energy / active)
@@ -146,10 +146,10 @@ def active_level_db(wave: np.ndarray) -> float:
 
 
 def _held_envelope(wave: np.ndarray) -> np.ndarray:
-    """The envelope, held for the hangover: the wave is active at a threshold where this reaches it.
+    """Return the envelope, held for the hangover. The wave is active at the thresholds that the envelope reaches.
 
-    One value for each millisecond up to the end, from the mean of its magnitudes: beside the time constant of 30 ms
-    that changes levels by 0.01 dB at most, and costs a fourth.
+    There is one value for each millisecond, from the mean magnitude. With the time constant of 30 ms this changes
+    levels by 0.01 dB at most, and takes a quarter of the time.
     """
     padded = np.pad(np.abs(wave), (-len(wave) % _METER_STEP, 0))
     means = np.einsum("ij->i", padded.reshape(-1, _METER_STEP)) / _METER_STEP
@@ -173,7 +173,7 @@ def _mixed(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
 
 
 def _section(rng: np.random.Generator, clip: Clip, num_samples: int) -> Section:
-    """A random part as long as needed, or a short clip looped from a random sample."""
+    """Draw a part as long as needed, or loop a short clip from a random sample."""
     start = int(rng.integers(max(1, clip.num_samples - num_samples + 1)))
     length = min(clip.num_samples, num_samples)
     offset = int(rng.integers(max(1, length))) if length < num_samples else 0
@@ -187,20 +187,23 @@ def _read(section: Section, num_samples: int) -> np.ndarray:
 
 
 def _talkers(rng: np.random.Generator, scene: Scene) -> tuple[Section, ...]:
-    """Sections of 3 to 6 clips that the scene's speaker does not speak; none where there are not three."""
+    """Draw sections of 3 to 6 clips of other speakers than the scene's; none if there are fewer than three."""
     count = int(rng.integers(_TALKERS[0], _TALKERS[1], endpoint=True))
-    found = []
+    sections = []
     for clip in _others(rng, scene):
-        found.append(_section(rng, clip, scene.num_samples))
-        if len(found) == count:
+        sections.append(_section(rng, clip, scene.num_samples))
+        if len(sections) == count:
             break
-    return tuple(found) if len(found) >= _TALKERS[0] else ()
+    return tuple(sections) if len(sections) >= _TALKERS[0] else ()
 
 
 def _others(rng: np.random.Generator, scene: Scene) -> Iterator[Clip]:
-    """Different clips in random order; of large pools a sample, since few are asked for."""
+    """Yield distinct clips of other speakers in random order; at most `_CANDIDATES` of a pool are tried."""
     pool = scene.clips.speech
     for index in rng.choice(len(pool), min(len(pool), _CANDIDATES), replace=False):
         clip = pool[int(index)]
         if clip.clip_id != scene.clip_id and (scene.speaker is None or clip.speaker != scene.speaker):
             yield clip
+
+
+noise = Component(_draw_noise, (RecordedNoise, ColouredNoise, Babble))

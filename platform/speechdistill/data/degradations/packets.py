@@ -1,26 +1,26 @@
-"""Speech over a network that loses packets: Opus as calls use it; length and alignment are kept."""
+"""Speech over a network that loses packets, coded by Opus as in calls. Length and alignment stay the same."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from speechdistill.data import libopus
-from speechdistill.data.degradation import Scene
+from speechdistill.data.degradation import Component, Scene
 from speechdistill.io import audio
 
 _LOSS = (0.01, 0.2)
 _MEAN_BURST = (2.0, 6.0)  # packets
-_BITRATES_BPS = (16_000, 32_000)  # below, libopus leaves the repair data out
+_BITRATES_BPS = (16_000, 32_000)  # below these, libopus leaves out the repair data
 
 
 @dataclass(frozen=True)
 class OpusLoss:
-    """Opus in 20 ms packets of which a share of `loss` does not arrive; the decoder makes up for them.
+    """Opus in 20 ms packets, of which a share `loss` is lost and concealed by the decoder.
 
-    Lost packets come in bursts of `mean_burst` packets on average (Gilbert's model, the Gilbert-Elliott one whose bad
-    state loses all); `1 / (1 - loss)` makes them independent of each other. With `fec` each packet repeats the one
-    before it at a lower rate, which repairs a single loss. `seed` decides which packets are lost. A wave above full
-    scale is coded at full scale and brought back.
+    Lost packets come in bursts of `mean_burst` packets on average (Gilbert's model: Gilbert-Elliott with a bad state
+    that loses every packet). With a burst of `1 / (1 - loss)` losses are independent. With `fec` each packet repeats
+    the previous one at a lower rate, which repairs a single loss. `seed` determines the lost packets. A wave above full
+    scale is scaled down for coding and scaled back.
     """
 
     bitrate_bps: int
@@ -32,7 +32,7 @@ class OpusLoss:
 
     def __post_init__(self) -> None:
         if not 0 <= self.loss < 1 or self.mean_burst < max(1.0, self.loss / (1 - self.loss)):
-            raise ValueError(f"{self}: no such losses; a burst is at least 1 and loss / (1 - loss) packets on average")
+            raise ValueError(f"{self}: no such losses; give a mean_burst of at least 1 and loss / (1 - loss)")
 
     def apply(self, wave: np.ndarray) -> np.ndarray:
         scale = np.float32(max(1.0, np.abs(wave).max(initial=0.0)))
@@ -41,7 +41,7 @@ class OpusLoss:
         return audio.fit(decoded[lookahead:], len(wave)) * scale
 
     def arrives(self, num_packets: int) -> np.ndarray:
-        """Which packets are not lost, shape (num_packets,)."""
+        """Return a mask of the packets that arrive, shape (num_packets,)."""
         draws = np.random.default_rng(self.seed).random(num_packets + 1)
         recovers = 1 / self.mean_burst
         fails = self.loss * recovers / (1 - self.loss)
@@ -53,17 +53,23 @@ class OpusLoss:
         return good
 
     def encode(self, wave: np.ndarray) -> tuple[list[bytes], int]:
-        """The packets of a wave within full scale, and by how many samples what they decode to comes late."""
+        """Return the packets of a wave within full scale, and the delay of the decoded wave in samples."""
         return libopus.encoded(wave, self.bitrate_bps, self.complexity, self.fec, self.loss)
 
     def clip_ids(self) -> tuple[str, ...]:
         return ()
 
 
-def opus_loss(rng: np.random.Generator, scene: Scene) -> OpusLoss:
-    """1 to 20% lost, log-uniform; independently or in bursts of 2 to 6 packets on average, and with FEC or without it,
-    with equal probability; 16 to 32 kb/s, log-uniform."""
+def _draw_opus_loss(rng: np.random.Generator, scene: Scene) -> OpusLoss:
+    """Draw a loss of 1 to 20% and 16 to 32 kb/s, both log-uniform.
+
+    With equal probability losses are independent or in bursts of 2 to 6 packets on average; likewise with or without
+    FEC.
+    """
     loss = float(np.exp(rng.uniform(*np.log(_LOSS))))
     burst = float(rng.uniform(*_MEAN_BURST)) if rng.random() < 0.5 else 1 / (1 - loss)
     bitrate = round(float(np.exp(rng.uniform(*np.log(_BITRATES_BPS)))))
     return OpusLoss(bitrate, loss, burst, bool(rng.random() < 0.5), int(rng.integers(1 << 32)))
+
+
+opus_loss = Component(_draw_opus_loss, OpusLoss)
