@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from speechdistill.io import audio_files, places, storage
 from speechdistill.io.errors import TableError
@@ -68,7 +68,7 @@ def _expanded(pattern: str) -> list[str]:
     """Expand braces as in a shell, with leading zeros; a pattern with unbalanced braces stays as it is."""
     try:
         return list(braceexpand(pattern, escape=False))
-    except UnbalancedBracesError:
+    except ValueError:
         return [pattern]
 
 
