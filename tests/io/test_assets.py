@@ -43,7 +43,7 @@ def test_a_folders_hash_is_that_of_the_files_that_count(folder: Path) -> None:
     assert assets.looked_up(FOLDER, str(folder)) == found
     (folder / "deep" / "a.bin").rename(folder / "deep" / "b.bin")
     assert assets.looked_up(FOLDER, str(folder)).sha256 != found.sha256
-    with pytest.raises(ValueError, match="is not what the run began with"):
+    with pytest.raises(ValueError, match="has changed since the run was started"):
         assets.local(FOLDER, found)
 
 

@@ -123,5 +123,5 @@ def test_a_place_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path) ->
         fingerprint.of_file(f"{tmp_path}/none")
     with pytest.raises(StorageError, match=r"nosuch://bucket: .*Protocol not known.*; check the address"):
         storage.file_system("nosuch://bucket")
-    with pytest.raises(TableError, match=r"file: not JSON .*; it was edited by hand"):
+    with pytest.raises(TableError, match=r"file: not JSON .*; it may have been edited"):
         storage.read_json(f"{tmp_path}/file")

@@ -1,9 +1,9 @@
 # training/: one loop for every recipe, its batches, Ray Train around it, runs side by side.
-"""Which samples make global batch t, and reading them.
+"""Batches of labelled audio: the samples of global batch t, and their waves.
 
 `refs(t)` is a pure function of (mix, t): a batch has as many lanes as samples, and each lane is an endless stream, so
-t is all that a resumed run needs. A lane of labelled shards walks over its own row groups; a lane of listeners' scores
-draws its clips. Which lanes a worker reads is in `lanes.py`.
+a resumed run only needs t. A lane of labelled shards walks over its own row groups; a lane of listeners' scores
+draws its clips. `lanes.py` assigns lanes to workers.
 """
 
 from bisect import bisect_right
@@ -23,16 +23,16 @@ from speechdistill.io import audio
 from speechdistill.io.errors import UserError
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
-_WINDOW = 8  # row groups that a lane shuffles together, and that a reader keeps for it
+_WINDOW = 8  # row groups that a lane shuffles together, and that a reader caches for the lane
 _PATTERN = 1_000  # steps after which the mixture of several runs repeats, so its weights are exact to a thousandth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What batches are made of.
+    """Mixture of sources in a batch.
 
     `shards` are folders of label runs, each with an optional weight (`DIR=0.3`, default 1). `labeled_percent` of the
-    lanes, rounded, are clips of `Labeled`. Raises `UserError` for what does not fit together.
+    lanes, rounded, are clips of `Labeled`. Raises `UserError` for values that do not fit together.
     """
 
     shards: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Mix:
 class Ref(NamedTuple):
     """One sample of a batch: row `row` of row group `group` of label run `run`, or (run -1) labeled clip `row`.
 
-    `crop` in [0, 1) is where its crop starts, from the first to the last possible place.
+    `crop` in [0, 1) is the start of the crop, between the first and the last possible one.
     """
 
     run: int
@@ -75,7 +75,7 @@ class Ref(NamedTuple):
 class Walk:
     """An endless walk over row groups of these sizes: `walk[n]` is (group, row), every row once per epoch.
 
-    `rows` are the rows of a group that are walked over, `sizes` of them; all without it.
+    `rows` returns the rows of a group to walk over, `sizes` of them; None stands for all rows.
 
     Each epoch has a new order of the groups, and the rows of each `_WINDOW` successive ones are shuffled together, so
     that a reader needs few groups at a time. Positions come from prefix sums: there is no state to resume.
@@ -102,7 +102,7 @@ class Walk:
         return int(group), int(row)
 
     def _new_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The order of the groups, and at which place each window of them starts."""
+        """Return the order of the groups, and the place at which each window of groups starts."""
         order = rng(*self._key, epoch).permutation(len(self._groups))
         ends = np.cumsum(self._sizes[order])
         return order, [0, *ends[_WINDOW - 1 :: _WINDOW].tolist()]
@@ -118,9 +118,9 @@ class Walk:
 
 
 class Batches:
-    """The batches of a mix; raises `UserError` for sources that cannot be used.
+    """Batches of a mix; raises `UserError` for unusable sources.
 
-    `held` is what is held out of each of the mix's runs; by default it is found out here.
+    `held` are the held-out samples of each of the mix's runs; by default they are computed here.
     """
 
     def __init__(self, mix: Mix, labeled: Labeled | None = None, held: Sequence[HeldOut] | None = None) -> None:
@@ -137,7 +137,7 @@ class Batches:
         self._validation = lru_cache(maxsize=1)(self._read_validation)
 
     def refs(self, t: int) -> list[Ref]:
-        """The samples of global batch t: listeners' clips first."""
+        """Return the samples of global batch t: listeners' clips first."""
         return [self._ref(t, lane) for lane in range(self.mix.batch_size)]
 
     @property
@@ -146,16 +146,16 @@ class Batches:
 
     @property
     def datasets(self) -> list[str]:
-        """The names behind the numbers of `Batch.datasets`."""
+        """Return the names for the numbers in `Batch.datasets`."""
         return self._labeled.datasets.names if self._labeled else []
 
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
-        """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
+        """Yield a worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
         return read_ahead(lambda t: self.read(t, [self._ref(t, lane) for lane in lanes]), range(start, stop))
 
     def read(self, t: int, refs: Sequence[Ref]) -> Batch:
-        """The samples `refs` of batch t."""
+        """Return the samples `refs` of batch t."""
         read = [self._read(ref) for ref in refs]
         waves = [audio.fit(wave, self.mix.crop_samples) for wave, _, _ in read]
         targets = np.array([target for _, target, _ in read])
@@ -164,16 +164,16 @@ class Batches:
 
     @property
     def num_held_out(self) -> int:
-        """Labelled samples that validate."""
+        """Return the number of labelled validation samples."""
         return sum(len(held.validation) for held in self.held)
 
     def held_out(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, float]]:
-        """A worker's share of the labelled samples that validate: whole waves and scores."""
+        """Yield a worker's share of the labelled validation samples: whole waves and scores."""
         for data, audio_format, score in self._validation(rank, world):
             yield audio.decode(data, audio_format), score
 
     def _read_validation(self, rank: int, world: int) -> list[tuple[bytes, str, float]]:
-        """Kept in memory, since each may have cost the reading of a row group."""
+        """Return the encoded validation samples, kept in memory: each may require reading a row group."""
         return [
             (row["audio"], row["audio_format"], row["score"])
             for run, held in self._pairs()
@@ -212,7 +212,7 @@ class Batches:
 
 
 def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> list[Walk]:
-    """A walk for each lane, over groups of its own; where that would be less than a window, one that all share."""
+    """Return a walk for each lane over its own groups, or one shared walk if that is less than a window each."""
     trains = np.ones(int(run.groups.sizes.sum()), bool)
     trains[held.left_out] = False
     sizes = np.add.reduceat(trains, run.groups.starts, dtype=np.int64)
@@ -229,7 +229,7 @@ def _walks(run: LabelRun, held: HeldOut, key: tuple[int, ...], lanes: int) -> li
 
 
 def _pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which run each step of a period reads from, and, before each step and after the last, how often each run came."""
+    """Return the run of each step of a period, and the count of each run before each step and after the last."""
     if len(weights) < 2:
         pattern = np.zeros(1, np.int64)
     else:

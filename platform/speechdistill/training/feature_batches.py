@@ -20,7 +20,7 @@ _AHEAD_BYTES = 1 << 16  # of storage, beyond a clip's own
 
 
 class FeatureClip(NamedTuple):
-    """A clip to validate on: its dataset's name, the listeners' score, its features (384, dim) float16."""
+    """Clip of the validation split: name of the dataset, listeners' score, features (384, dim) float16."""
 
     dataset: str
     mos: float
@@ -28,10 +28,10 @@ class FeatureClip(NamedTuple):
 
 
 class FeatureBatches:
-    """Batches of features (batch, 384, dim) float16, zeros after a shorter clip's, and scores as they were given.
+    """Batches of features (batch, 384, dim) float16, zero-padded, and scores on their original scale.
 
     Each lane draws a dataset with p in proportion to min(clips, 7000), then one of its clips. `out` is the folder that
-    `features.compute` filled. Raises `TableError` where it is not complete or has no clips to train or validate on.
+    `features.compute` filled. Raises `TableError` if it is not complete, or has no clips to train or validate on.
     """
 
     def __init__(self, out: str, batch_size: int = 12, seed: int = 0) -> None:
@@ -54,27 +54,27 @@ class FeatureBatches:
         self.datasets = Datasets([self._names[i] for i in self._train])
 
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
-        """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
+        """Yield a worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
         return read_ahead(lambda t: self.read(t, [self.draw(t, lane) for lane in lanes]), range(start, stop))
 
     def draw(self, t: int, lane: int) -> int:
-        """Which of the clips to train on lane `lane` of batch t has."""
+        """Return the index of the training clip in lane `lane` of batch t."""
         return self.datasets.draw(rng(self._seed, t, lane))
 
     def read(self, t: int, numbers: list[int]) -> Batch:
-        """The clips `numbers` to train on, as batch t."""
+        """Return the training clips `numbers` as batch t."""
         clips = self._train[numbers]
         features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
         list(self._readers.map(self._read_into, features, clips))
         return Batch(t, features, self._mos[clips], [self._ids[i] for i in clips], self.datasets.of[numbers])
 
     def validation_numbers(self, rank: int, world: int) -> list[int]:
-        """A worker's share of the clips to validate on."""
+        """Return a worker's share of the validation clips."""
         return [int(number) for number in self._validation[rank::world]]
 
     def clip(self, number: int) -> FeatureClip:
-        """One of the clips to validate on."""
+        """Return one of the validation clips."""
         features = np.zeros((_FRAMES, self.dim), np.float16)
         self._read_into(features, number)
         return FeatureClip(self._names[number], float(self._mos[number]), features)
