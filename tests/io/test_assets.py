@@ -60,7 +60,7 @@ def test_what_is_missing_is_told_with_its_source_licence_and_option(need: Need, 
 def test_the_hub_is_asked_where_nothing_is_given_and_told_where_it_is_away() -> None:
     with pytest.raises(MissingError, match=r"example/codec is not on this machine.*https://example\.org/codec"):
         assets.looked_up(ON_HUB, None)
-    with pytest.raises(MissingError, match="/models/encodec is not there"):  # and no download of somebody's model
+    with pytest.raises(MissingError, match="/models/encodec does not exist"):  # and no download of somebody's model
         assets.looked_up(ON_HUB, "models/encodec")
 
 

@@ -54,7 +54,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     shards.claim(job.out, job.identity)
     if summary := shards.completed(job.out):
         return summary
-    result = _trainer(job, progress).fit()
+    result = trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
     if failure:
         raise RunError(failure, f"progress so far is saved in {job.out}")
@@ -69,7 +69,7 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _trainer(job: Job, progress: Progress) -> Any:
+def trainer(job: Job, progress: Progress) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -88,7 +88,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
     resources = {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})}
     filesystem, path = _storage(job.out)
     return (Trainer if cluster.is_alone() else TorchTrainer)(
-        _work,
+        work,
         train_loop_config={"job": job, "progress": progress},
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -119,7 +119,7 @@ def _storage(out: str) -> tuple[Any, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
-def _work(config: dict[str, Any]) -> dict[str, str]:
+def work(config: dict[str, Any]) -> dict[str, str]:
     """Run one worker. Ray Train retries after an exception; a run ends only if all workers return."""
     job, progress = config["job"], config["progress"]
     cluster.be_patient()
