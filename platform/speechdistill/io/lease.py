@@ -60,7 +60,7 @@ class Lease:
             self._fs, self._folder = fsspec.url_to_fs(out, use_listings_cache=False)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         about = {"command": command, "host": platform.node(), "pid": os.getpid(), "since": since}
-        self._content = json.dumps({**about, "machine": _machine(), "key": uuid.uuid4().hex}).encode()
+        self._content = json.dumps({**about, "machine": machine(), "key": uuid.uuid4().hex}).encode()
         self._name, self._renewed_s = "", 0.0
         self._over, self.lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
@@ -77,7 +77,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise `LeaseError` if the lease was taken over. Call it before a write that only one command may make."""
-        if not self.lost.is_set() and _now_s() - self._renewed_s > _DEAD_S:
+        if not self.lost.is_set() and now_s() - self._renewed_s > _DEAD_S:
             with storage.access(self._out):
                 self._renew()
         if self.lost.is_set():
@@ -105,7 +105,7 @@ class Lease:
         if there != dead:  # another claimant came in between
             self._remove(name)
             return False
-        self._name, self._renewed_s = name, _now_s()
+        self._name, self._renewed_s = name, now_s()
         for other in dead:
             self._remove(other)
         return True
@@ -113,10 +113,10 @@ class Lease:
     def _wait_until_dead(self, name: str, content: bytes) -> None:
         """Return once the lease `name` is gone, changed or dead; raises `LeaseError` if its holder lives."""
         holder = _holder(content)
-        is_here = holder.get("machine") == _machine()
+        is_here = holder.get("machine") == machine()
         if is_here and not _is_running(holder["pid"]):
             return
-        renewed, began = self._modified(name), _now_s()
+        renewed, began = self._modified(name), now_s()
         if renewed is None:
             return
         # A folder that was restored or moved may have a time in the future, which is no sign of life.
@@ -124,7 +124,7 @@ class Lease:
         if age_s < _DEAD_S and not is_here:
             text = "%s may still be in use by %s; waiting up to %.0f s for a sign of life"
             _LOG.warning(text, self._out, _described(holder), _DEAD_S - age_s)
-        while age_s + _now_s() - began < _DEAD_S and self._leases().get(name) == content:
+        while age_s + now_s() - began < _DEAD_S and self._leases().get(name) == content:
             if is_here or self._modified(name) not in (None, renewed):
                 reason = f"{self._out} is in use by {_described(holder)}"
                 raise LeaseError(reason, "wait until that command has ended, or give another --out")
@@ -145,7 +145,7 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        there, began = self._leases(), _now_s()
+        there, began = self._leases(), now_s()
         if there.get(self._name) != self._content or max(there) > self._name:
             self.lost.set()
             return
@@ -243,7 +243,7 @@ def _described(holder: dict[str, Any]) -> str:
     return f"`speechdistill {holder['command']}` on {holder['host']} (process {holder['pid']}) since {holder['since']}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return the identity of the system whose process ids are shared: several containers may share a host name."""
     parts = [platform.node()]
     with suppress(OSError):
@@ -269,5 +269,6 @@ def _interrupt_main() -> None:
             return
 
 
-def _now_s() -> float:
+def now_s() -> float:
+    """Return the seconds since this machine started, suspended time included."""
     return time.clock_gettime(_CLOCK)

@@ -83,7 +83,7 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
             raise TableError(reason, "give each row a value")
         columns.append(column)
     result = pa.Table.from_arrays(columns, schema=wanted)
-    for field_name, allowed in _choices(name).items():
+    for field_name, allowed in choices(name).items():
         wrong = set(result[field_name].unique().to_pylist()) - {*allowed, None}
         if wrong:
             raise TableError(f"{source}: {name}.{field_name} is {sorted(wrong)}", f"choose from {allowed}")
@@ -190,5 +190,6 @@ def _published(name: str) -> dict[str, Any]:
     return published
 
 
-def _choices(name: str) -> dict[str, list[str]]:
+def choices(name: str) -> dict[str, list[str]]:
+    """Return the allowed values of each column of schema `name` that has a fixed set of them."""
     return {f["name"]: f["choices"] for f in _published(name)["fields"] if "choices" in f}
