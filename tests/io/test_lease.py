@@ -67,7 +67,7 @@ def test_a_holder_elsewhere_lives_while_it_is_renewed(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with held(str(tmp_path), "ingest"):
-        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(lease, "machine", lambda: "elsewhere")
         # This machine's clock is a day ahead of the store's.
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + 86_400)
