@@ -23,7 +23,7 @@ with held(sys.argv[1], "ingest"):
 def dead() -> bytes:
     """A lease that a killed process of this machine has left."""
     about = {"command": "ingest", "host": "a", "pid": 2**22 + 1, "since": "2026"}  # above the largest there is
-    return json.dumps({**about, "machine": lease._machine()}).encode()
+    return json.dumps({**about, "machine": lease.machine()}).encode()
 
 
 def of_another_machine() -> bytes:

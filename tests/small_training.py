@@ -22,7 +22,7 @@ from speechdistill.io.errors import UserError
 from speechdistill.training.batches import Mix
 from speechdistill.training.lanes import Part
 from speechdistill.training.progress import Board, Progress
-from speechdistill.training.ray_train import Job, _work, fit
+from speechdistill.training.ray_train import Job, fit, work
 from speechdistill.training.recipe import Around, Errors, Training
 from speechdistill.training.recipes.distill import Distill, DistillRecipe, tiny
 from speechdistill.training.side_by_side import Run
@@ -89,11 +89,11 @@ def train_here(runs: list[Run], at_once: int) -> None:
 
 
 class LocalTrainer:
-    """What `ray_train._trainer` makes, in local mode, which knows the last checkpoint only."""
+    """What `ray_train.trainer` makes, in local mode, which knows the last checkpoint only."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         config = {"job": job, "progress": progress}
-        self._trainer = TorchTrainer(_work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0))
+        self._trainer = TorchTrainer(work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0))
 
     def fit(self) -> Any:
         result = self._trainer.fit()

@@ -75,7 +75,7 @@ def test_from_a_teacher_to_smaller_ones(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if criterion == "structured":  # without a worker of Ray Train, which takes three times as long
-        monkeypatch.setattr(ray_train, "_trainer", LocalTrainer)
+        monkeypatch.setattr(ray_train, "trainer", LocalTrainer)
         monkeypatch.setattr(side_by_side, "train", train_here)
     out = f"{tmp_path}/out"
     command = ["prune", "--model", teacher, "--labeled", scores, "--out", out, "--criterion", criterion]

@@ -96,7 +96,7 @@ def test_a_wave_that_fails_fails_alone(factor: Asset, monkeypatch: pytest.Monkey
 
 def test_weights_that_have_changed_are_refused(factor: Asset) -> None:
     Path(factor.source).write_text("0.7")
-    with pytest.raises(ValueError, match="factor is not what the run began with"):
+    with pytest.raises(ValueError, match="factor has changed since the run was started"):
         Scaled(*factor, 2.0).apply(np.ones(3, np.float32))
 
 
@@ -163,7 +163,7 @@ def test_pools_make_what_the_plan_says_in_its_order(clips: str, encodec: Asset) 
 
 def test_a_node_without_the_weights_cannot_start(tmp_path: Path, encodec: Asset) -> None:
     gone = replace(two_passes(encodec), assets={"encodec": encodec._replace(source=f"{tmp_path}/none")})
-    with pytest.raises(MissingError, match=f"{tmp_path}/none is not there"):
+    with pytest.raises(MissingError, match=f"{tmp_path}/none does not exist"):
         samples.Enhance(gone)
 
 
@@ -203,7 +203,7 @@ def test_options_may_be_repeated(clips: str, tmp_path: Path, capsys: pytest.Capt
     given = ["--without", "codecs.encodec", "--without", "denoisers.demucs", "--assets", "nsnet2", "/a"]
     assert cli.main([*command, *given, "--assets", "deepfilternet3", "/b"]) == 1
     error = capsys.readouterr().err
-    assert "/a is not there" in error and "/b is not there" in error
+    assert "/a does not exist" in error and "/b does not exist" in error
     assert "codecs.encodec" not in error and "denoisers.demucs" not in error
     with pytest.raises(SystemExit):
         cli.main([*command, "--without", "codecs.encodec", "denoisers.demucs"])
@@ -235,7 +235,7 @@ def test_a_node_without_texts_cannot_start(clips: str, tmp_path: Path) -> None:
     samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("Another one.\n")
     sentences.sentences.cache_clear()
-    with pytest.raises(ValueError, match="is not what the run began with"):
+    with pytest.raises(ValueError, match="has changed since the run was started"):
         samples.Degrade(clips, recipe, 0, "pcm16", False, samples.libraries(recipe))
     (tmp_path / "en.txt").write_text("12 34\n")
     recipe = with_assets(chosen("weights_free", (), {"texts": str(tmp_path)}))
@@ -249,7 +249,7 @@ def test_missing_weights_stop_the_job_before_any_work(
     command = ["pseudolabel", "--clips", clips, "--out", f"{tmp_path}/out", "--recipe", "paper"]
     assert cli.main([*command, "--assets", "encodec", f"{tmp_path}/none"]) == 1
     error = capsys.readouterr().err
-    assert f"codecs.encodec: {tmp_path}/none is not there" in error and "denoisers.nsnet2: " in error
+    assert f"codecs.encodec: {tmp_path}/none does not exist" in error and "denoisers.nsnet2: " in error
     assert "generated.text_to_speech: no Coqui TTS" in error and "--assets texts PATH" in error
     assert "recipe 'weights_free' works without them; --without" in error
     assert not (tmp_path / "out").exists()

@@ -424,7 +424,7 @@ def test_on_s3_a_renewed_lease_is_respected_and_another_is_taken_over(
     url = f"s3://{BUCKET}/lease"
     store.fs.pipe_file(f"{url}/.lease-000001", of_another_machine())
     with lease.held(url, "prune"):
-        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(lease, "machine", lambda: "elsewhere")
         with pytest.raises(lease.LeaseError, match="`speechdistill prune`"), lease.held(url, "ingest"):
             pass
     assert not store.fs.exists(url)

@@ -43,7 +43,7 @@ def test_a_folders_hash_is_that_of_the_files_that_count(folder: Path) -> None:
     assert assets.looked_up(FOLDER, str(folder)) == found
     (folder / "deep" / "a.bin").rename(folder / "deep" / "b.bin")
     assert assets.looked_up(FOLDER, str(folder)).sha256 != found.sha256
-    with pytest.raises(ValueError, match="is not what the run began with"):
+    with pytest.raises(ValueError, match="has changed since the run was started"):
         assets.local(FOLDER, found)
 
 
@@ -60,7 +60,7 @@ def test_what_is_missing_is_told_with_its_source_licence_and_option(need: Need, 
 def test_the_hub_is_asked_where_nothing_is_given_and_told_where_it_is_away() -> None:
     with pytest.raises(MissingError, match=r"example/codec is not on this machine.*https://example\.org/codec"):
         assets.looked_up(ON_HUB, None)
-    with pytest.raises(MissingError, match="/models/encodec is not there"):  # and no download of somebody's model
+    with pytest.raises(MissingError, match="/models/encodec does not exist"):  # and no download of somebody's model
         assets.looked_up(ON_HUB, "models/encodec")
 
 

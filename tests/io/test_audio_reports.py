@@ -194,4 +194,4 @@ def test_several_audio_streams_are_told(write: Write, caplog: pytest.LogCaptureF
     path = write("a.mka", data.getvalue())
     with caplog.at_level(logging.WARNING):
         agrees(path, 2.0)
-    assert "the first of its 2 audio streams is taken" in caplog.text and path in caplog.text
+    assert "only the first of its 2 audio streams is used" in caplog.text and path in caplog.text

@@ -67,7 +67,7 @@ def test_a_holder_elsewhere_lives_while_it_is_renewed(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with held(str(tmp_path), "ingest"):
-        monkeypatch.setattr(lease, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(lease, "machine", lambda: "elsewhere")
         # This machine's clock is a day ahead of the store's.
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + 86_400)
@@ -104,10 +104,10 @@ def test_a_holder_that_was_suspended_looks_before_it_writes_on(
 ) -> None:
     monkeypatch.setattr(lease, "_BEAT_S", 60.0)  # the thread has not run yet
     with held(str(tmp_path), "ingest") as mine:
-        now = lease._now_s
-        monkeypatch.setattr(lease, "_now_s", lambda: now() + 100)
+        now = lease.now_s
+        monkeypatch.setattr(lease, "now_s", lambda: now() + 100)
         mine.check()
-        monkeypatch.setattr(lease, "_now_s", lambda: now() + 200)
+        monkeypatch.setattr(lease, "now_s", lambda: now() + 200)
         (tmp_path / ".lease-000002").touch()
         with pytest.raises(LeaseError, match="taken over"):
             mine.check()

@@ -26,7 +26,7 @@ CREATE TABLE model_versions (source TEXT, storage_location TEXT);
 
 def made(folder: Path, version: str | None = None) -> Path:
     """A database as MLflow leaves it, with an experiment, a run and a version whose files are in `folder`."""
-    newest = database._revisions()[1]
+    newest = database.revisions()[1]
     assert newest
     files = (folder / "mlartifacts").as_uri()
     (folder / "mlartifacts").mkdir(parents=True)

@@ -266,7 +266,7 @@ def test_every_address_of_a_student_gives_the_same_weights(logged: Logged, check
         ("models:/quality/9", "models:/quality/9: .*not found"),
         ("models:/m-00", "models:/m-00: .*not found"),
         ("runs:/00/student", "run 00: .*not found"),
-        ("models:/quality", "no address of a student; choose from models:/NAME@ALIAS"),
+        ("models:/quality", "not the address of a student; choose from models:/NAME@ALIAS"),
     ],
 )
 def test_an_address_that_leads_nowhere_is_named(logged: Logged, address: str, message: str) -> None:
@@ -295,7 +295,7 @@ def test_weights_that_were_swapped_in_the_store_are_not_used_under_its_name(
     (file,) = (tmp_path / "copy").glob(f"**/{logged.model_id}/**/model.safetensors")
     shutil.copy(Path(student(tmp_path / "other", seed=5)) / "model.safetensors", file)
     for address in (logged.uri, f"runs:/{logged.run_id}/student", version.uri):
-        with pytest.raises(RegistryError, match="not those that were logged"), student_folder(address, there.uri):
+        with pytest.raises(RegistryError, match="differ from the logged ones"), student_folder(address, there.uri):
             pass
 
 

@@ -7,7 +7,7 @@ function of the run and the part's number.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -84,32 +84,39 @@ def run(flow: Flow) -> Totals:
     limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
     if missing:
         shards.reopen(layout)
-        stages = _pools(flow)
-        cluster.check_shared(layout.out)
-        with (
-            tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
-            Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
-            Watch(flow.limits.max_hours, flow.stall_s, monitor.still_s) as watch,
-        ):
-            left = dict.fromkeys(missing)
-            while left and not watch.time_is_up:
-                made = pipeline.parts(layout, stages, list(islice(left, _AT_ONCE)), monitor.renew())
-                with closing(made) as parts, watch.ending_it():
-                    for part in parts:
-                        left.pop(part.number)
-                        monitor.moved()
-                        footers.note(part)
-                        totals.add(part)
-                        bar.set_postfix(rejected=totals.rejected, refresh=False)
-                        bar.update(part.num_ids)
-                        flow.on_part(part)
-                        limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
-                        if watch.time_is_up:
-                            break
-        if left or watch.interrupted:  # perhaps stopped between a commit and its count
-            _, totals = shards.survey(layout, footers=footers)
-        totals.complete = not left
+        totals = _make(flow, missing, totals, footers)
     shards.finish(layout, totals.complete, footers)
+    return totals
+
+
+def _make(flow: Flow, missing: Sequence[int], totals: Totals, footers: Footers) -> Totals:
+    """Make the missing parts until they are done or the time is up; return the totals over all parts."""
+    layout = flow.layout
+    stages = _pools(flow)
+    cluster.check_shared(layout.out)
+    with (
+        tqdm(total=layout.num_ids, initial=totals.done, unit="sample", dynamic_ncols=True) as bar,
+        Monitor(totals, layout.num_ids, [s.name for s in stages], flow.report, flow.report_every_s) as monitor,
+        Watch(flow.limits.max_hours, flow.stall_s, monitor.still_s) as watch,
+    ):
+        left = dict.fromkeys(missing)
+        while left and not watch.time_is_up:
+            made = pipeline.parts(layout, stages, list(islice(left, _AT_ONCE)), monitor.renew())
+            with closing(made) as parts, watch.ending_it():
+                for part in parts:
+                    left.pop(part.number)
+                    monitor.moved()
+                    footers.note(part)
+                    totals.add(part)
+                    bar.set_postfix(rejected=totals.rejected, refresh=False)
+                    bar.update(part.num_ids)
+                    flow.on_part(part)
+                    limits.judge(flow.limits.rejects, layout, totals.rejected, totals.done, flow.known)
+                    if watch.time_is_up:
+                        break
+    if left or watch.interrupted:  # perhaps stopped between a commit and its count
+        _, totals = shards.survey(layout, footers=footers)
+    totals.complete = not left
     return totals
 
 

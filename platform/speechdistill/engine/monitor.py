@@ -5,8 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,6 +26,16 @@ class Work:
     rows: int = 0
     busy_s: float = 0.0
     cpu_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """Progress at a time: rows done, the additive numbers of the totals, and the work of each stage."""
+
+    time_s: float
+    done: int
+    sums: Mapping[str, float]
+    work: Mapping[str, Work]
 
 
 class _Board:
@@ -111,7 +120,7 @@ class Monitor:
 
     def renew(self) -> Board:
         """Return a board for restarted pools. Unfinished work of the old pools is made again."""
-        self.board, self._before = Board(), {**self._before, "work": {}}
+        self.board, self._before = Board(), replace(self._before, work={})
         self.moved()
         return self.board
 
@@ -134,32 +143,32 @@ class Monitor:
 
     def _look(self) -> None:
         now = self._now()
-        if now["work"] != self._before["work"] or now["done"] != self._before["done"]:
+        if now.work != self._before.work or now.done != self._before.done:
             self.moved()
         self._report({**self._progress(now), **self._at_work(now), **cluster.use(self.board.uses())})
         self._before = now
 
-    def _now(self) -> dict[str, Any]:
+    def _now(self) -> _Snapshot:
         sums = {key: value for key, value in dict(self._totals.sums).items() if isinstance(value, float)}
-        return {"time_s": time.monotonic(), "done": self._totals.done, "sums": sums, "work": self.board.read()}
+        return _Snapshot(time_s=time.monotonic(), done=self._totals.done, sums=sums, work=self.board.read())
 
-    def _progress(self, now: Mapping[str, Any]) -> dict[str, float]:
+    def _progress(self, now: _Snapshot) -> dict[str, float]:
         totals, before, began = self._totals, self._before, self._began
-        seconds = now["time_s"] - before["time_s"]
-        rate = (now["done"] - began["done"]) / (now["time_s"] - began["time_s"])
+        seconds = now.time_s - before.time_s
+        rate = (now.done - began.done) / (now.time_s - began.time_s)
         return {
-            "done": now["done"],
+            "done": now.done,
             "labelled": totals.labelled,
             "rejected": totals.rejected,
             **{f"rejected/{reason}": count for reason, count in dict(totals.reasons).items()},
-            "samples_per_s": (now["done"] - before["done"]) / seconds,
-            **{f"per_s/{key}": (value - before["sums"].get(key, 0)) / seconds for key, value in now["sums"].items()},
-            **({"eta_s": (self._num_ids - now["done"]) / rate} if rate else {}),
+            "samples_per_s": (now.done - before.done) / seconds,
+            **{f"per_s/{key}": (value - before.sums.get(key, 0)) / seconds for key, value in now.sums.items()},
+            **({"eta_s": (self._num_ids - now.done) / rate} if rate else {}),
         }
 
-    def _at_work(self, now: Mapping[str, Any]) -> dict[str, float]:
-        work, before = now["work"], self._before["work"]
-        seconds = now["time_s"] - self._before["time_s"]
+    def _at_work(self, now: _Snapshot) -> dict[str, float]:
+        work, before = now.work, self._before.work
+        seconds = now.time_s - self._before.time_s
         rows = [work.get(stage, Work()).rows for stage in self._stages]
         queues = zip(self._stages[1:], rows[:-1], rows[1:], strict=True)
         busy = (

@@ -34,8 +34,8 @@ class Watch:
     the audio again. New pools free them.
 
     The check is a signal handler in the main thread, since Ray Data has no public way to stop an execution from another
-    thread: a generator that runs in one thread cannot be closed in another (`ValueError`), and its actors would keep
-    the CPUs that the new pools need.
+    thread. A generator that runs in one thread cannot be closed in another (`ValueError`), and the actors of an
+    execution that is not stopped keep the CPUs that the new pools need.
     """
 
     _EVERY_S = 10.0

@@ -1,5 +1,5 @@
 # io/: bytes, tables, storage, audio, tars, caches, weights, checkpoints, errors. It imports nothing of other wings.
-"""What a recipe's components need beside the code: files of trained weights, or texts; found, hashed, asked for."""
+"""Assets of a recipe's components, such as trained weights or texts: find, hash and download them."""
 
 import hashlib
 import os
@@ -19,10 +19,10 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Need:
-    """An asset of a component: one file, or the `files` (glob patterns) of a folder, `every` one of them or any.
+    """An asset of a component: one file, or `files` (glob patterns) in a folder, `every` one of them or any.
 
-    `where` says how to get it. `hub` is the model hub's id that is taken where the user gives nothing (another model of
-    the hub has the address hf://OWNER/NAME).
+    `where` is the place to get the asset. `hub` is the id on the model hub that is used if the user gives no path
+    (another model of the hub has the address hf://OWNER/NAME).
     """
 
     name: str
@@ -35,9 +35,9 @@ class Need:
 
 
 class Asset(NamedTuple):
-    """Where an asset is, a path, an fsspec URL or its need's hub id, and the sha256 of its contents.
+    """The place of an asset (a path, an fsspec URL, or the hub id of its need), and the sha256 of its contents.
 
-    That is "" while nobody has looked.
+    The hash is "" until the contents were read.
     """
 
     source: str
@@ -45,18 +45,20 @@ class Asset(NamedTuple):
 
 
 def local(need: Need, asset: Asset) -> Path:
-    """The asset as a local file or folder, checked against its sha256; from a URL it is fetched and kept on the node.
+    """Return the asset as a local file or folder, checked against its sha256. A URL is downloaded and kept on the node.
 
-    Raises `MissingError` if it is not there and `UserError` if it has changed.
+    Raises `MissingError` if the asset does not exist, and `UserError` if it has changed.
     """
     path, sha256 = _found(need, asset)
     if sha256 != asset.sha256:
-        raise UserError(f"{asset.source} is not what the run began with ({need.what})", "put the same on every node")
+        raise UserError(
+            f"{asset.source} has changed since the run was started ({need.what})", "put the same file on every node"
+        )
     return path
 
 
 def looked_up(need: Need, source: str | None) -> Asset:
-    """The asset with its sha256; raises `MissingError`, and `UserError` for an address with credentials in it."""
+    """Return the asset with its sha256; raises `MissingError`, and `UserError` for an address with credentials."""
     given = source or need.hub
     if not given:
         raise MissingError(f"{need.what} (licence: {need.licence})", _fix(need))
@@ -64,7 +66,7 @@ def looked_up(need: Need, source: str | None) -> Asset:
         given = storage.absolute(given)
     if "://" in given and ("?" in given or "@" in given.split("/")[2]):
         raise UserError(
-            f"--assets {need.name}: the address is kept with every sample", "give one without credentials and query"
+            f"--assets {need.name}: the address is stored with every sample", "give one without credentials and query"
         )
     return Asset(given, _found(need, Asset(given))[1])
 
@@ -78,7 +80,7 @@ def _fix(need: Need) -> str:
 
 
 def _found(need: Need, asset: Asset) -> tuple[Path, str]:
-    """Where it is on this machine, and its sha256."""
+    """Return the asset's path on this machine, and its sha256."""
     if "://" in asset.source:
         return _downloaded(need, asset)
     path = _from_hub(need) if asset.source == need.hub else Path(asset.source)
@@ -86,7 +88,7 @@ def _found(need: Need, asset: Asset) -> tuple[Path, str]:
 
 
 def _downloaded(need: Need, asset: Asset) -> tuple[Path, str]:
-    """Under its sha256 in a folder of the node's, where its other processes find it; spoilt, it is fetched again."""
+    """Return the downloaded asset, shared by the node's processes under its sha256; a damaged copy is replaced."""
     kept = storage.private_folder(f"speechdistill-assets-{os.getuid()}")
     if asset.sha256 and _is_kept(need, kept / asset.sha256, asset.sha256):
         return kept / asset.sha256 / "asset", asset.sha256
@@ -128,21 +130,21 @@ def _from_hub(need: Need) -> Path:
     try:
         return Path(snapshot_download(str(need.hub), allow_patterns=list(need.files)))
     except (HfHubHTTPError, OSError) as error:
-        raise _missing(need, f"{need.hub} is not on this machine, and the hub gives no answer") from error
+        raise _missing(need, f"{need.hub} is not on this machine, and the hub does not answer") from error
 
 
 def _sha256(need: Need, path: Path, source: str) -> str:
-    """Of the file; of a folder, of the names and contents of its `files`. Raises `MissingError`."""
+    """Return the sha256 of a file, or of the names and contents of a folder's `files`; raises `MissingError`."""
     files = [path]
     if need.files:
-        found = {pattern: [file for file in path.glob(pattern) if file.is_file()] for pattern in need.files}
-        lacks = [pattern for pattern, matches in found.items() if not matches]
-        if need.every and lacks and len(lacks) < len(found):
+        matches_of = {pattern: [file for file in path.glob(pattern) if file.is_file()] for pattern in need.files}
+        lacks = [pattern for pattern, matches in matches_of.items() if not matches]
+        if need.every and lacks and len(lacks) < len(matches_of):
             raise _missing(need, f"{source} lacks {', '.join(lacks)}")
-        files = sorted({file for matches in found.values() for file in matches})
+        files = sorted({file for matches in matches_of.values() for file in matches})
     if not files or not files[0].is_file():
         kind = f"a folder with {', '.join(need.files)}" if need.files else "a file"
-        raise _missing(need, f"{source} is not there, or not {kind}")
+        raise _missing(need, f"{source} does not exist, or is not {kind}")
     digest = hashlib.sha256()
     for file in files:
         if need.files:

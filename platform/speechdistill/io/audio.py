@@ -1,7 +1,6 @@
-"""Audio in and out: the one place that knows the sample rate.
+"""Audio input and output: decode, resample, encode.
 
-Everything inside the platform is mono float32 at 16 kHz; what is stored is int16. Files and their formats are
-`audio_files.py`.
+Waves inside the platform are mono float32 at 16 kHz; stored samples are int16. Files are read by `audio_files.py`.
 """
 
 import logging
@@ -21,7 +20,7 @@ from speechdistill.io.audio_files import SAMPLE_RATE, Info
 from speechdistill.io.errors import AudioError, UnreadableError
 
 _LOG = logging.getLogger(__name__)
-MIN_DURATION_S = 0.1  # of speech: less cannot be scored
+MIN_DURATION_S = 0.1  # of speech: shorter clips cannot be scored
 __all__ = [
     "EXTENSIONS",
     "MIN_DURATION_S",
@@ -51,14 +50,14 @@ EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _SPOOL_SAMPLES = 10 * 60 * SAMPLE_RATE  # longer waves live in an unlinked file, not in memory
 # Samples of run-up with which a section equals that of the whole file to 1e-7 (measured, soxr HQ).
 _RUN_UP = 256
-_CANCELLED = 1e-2  # of the loudest channel's power: opposite polarities that differ by less than a tenth
+_CANCELLED = 1e-2  # of the loudest channel's power: opposite polarities whose amplitudes differ by less than a tenth
 
 
 def probe(uri: str) -> Info:
     """Return length, rate and channels of a local file or fsspec URL; raises `AudioError` if it is unusable.
 
-    The length is what decoding gives: `len(load(uri)) == probe(uri).num_samples` for every format. Formats whose header
-    can be checked against the size of the file (WAV, FLAC, ...) are not decoded for it.
+    The length equals that of decoding: `len(load(uri)) == probe(uri).num_samples` for every format. Formats whose
+    header can be checked against the size of the file (WAV, FLAC, ...) are not decoded.
     """
     with opened(uri) as recordings:
         info = Info(recordings.num_frames(), recordings.sample_rate, recordings.channels)
@@ -71,27 +70,27 @@ def load(uri: str, start: int = 0, num_samples: int | None = None, channel: int 
     """Decode to mono 16 kHz float32, shape (num_samples,); not clipped to [-1, 1].
 
     `start` and `num_samples` count samples at 16 kHz. Only that section is decoded if the format can seek, and it
-    equals that section of the whole file (AAC, AC-3, WMA and low-rate Opus decoders add noise of their own, which
-    differs by 1e-2, and behind a pause in Matroska a section may be 2 ms off; the same call gives the same bits).
-    Channels are averaged, or one is taken with `channel` (impulse responses must not be averaged); if they cancel each
-    other, the loudest is taken, with a warning. Waves above
-    10 minutes are a read-only memory map of an unlinked temporary file. Raises `AudioError` for a file that is missing,
-    corrupt, truncated, empty, absurd or not finite, and for a section or channel that it does not have.
+    equals that section of the whole file. (AAC, AC-3, WMA and low-rate Opus decoders add noise, which differs by 1e-2,
+    and after a pause in Matroska a section may be 2 ms off. Equal calls return equal bits.) Channels are averaged, or
+    `channel` selects one (impulse responses must not be averaged). If channels cancel each other, the loudest is used,
+    with a warning. Waves longer than 10 minutes are a read-only memory map of an unlinked temporary file. Raises
+    `AudioError` for a file that is missing, corrupt, truncated, empty, absurd or not finite, and for a section or
+    channel that the file does not have.
     """
     wave, loudest = _decoded(uri, start, num_samples, channel)
     if loudest is not None:
-        _LOG.warning("%s: its channels cancel each other; channel %d, the loudest, is taken alone", uri, loudest)
+        _LOG.warning("%s: its channels cancel each other; only channel %d, the loudest, is used", uri, loudest)
         wave, _ = _decoded(uri, start, num_samples, loudest)
     return wave
 
 
 def load_middle(uri: str, length: int, most: int) -> np.ndarray:
-    """`load` at most `most` samples from the middle of a file of `length` samples at 16 kHz."""
+    """Load at most `most` samples from the middle of a file of `length` samples at 16 kHz."""
     return load(uri, max(0, length - most) // 2, min(most, length))
 
 
 def num_samples(durations_s: np.ndarray) -> np.ndarray:
-    """Lengths at 16 kHz, int64, of files whose lengths in seconds are in a manifest: those of `load`'s waves."""
+    """Return the lengths at 16 kHz, int64, of the waves that `load` returns, from a manifest's durations in seconds."""
     return np.floor(durations_s * SAMPLE_RATE + 1e-6).astype(np.int64)  # the quotient may be a bit below the integer
 
 
@@ -110,12 +109,12 @@ def resample(wave: np.ndarray, sample_rate: int, target_rate: int = SAMPLE_RATE)
 
 
 def quantise(wave: np.ndarray) -> np.ndarray:
-    """float32 to int16, the precision in which samples are stored and scored; clips outside [-1, 1)."""
+    """Convert float32 to int16, the precision in which samples are stored and scored; clips outside [-1, 1)."""
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def encode(pcm: np.ndarray, audio_format: str) -> bytes:
-    """int16 samples at 16 kHz to the bytes of a shard's `audio` column: `flac` or `pcm16` (little endian)."""
+    """Encode int16 samples at 16 kHz as the bytes of a shard's `audio` column: `flac` or `pcm16` (little endian)."""
     if pcm.dtype != np.int16 or pcm.ndim != 1:
         raise TypeError(f"int16 samples of shape (n,) expected, not {pcm.dtype} {pcm.shape}: quantise first")
     if audio_format == "pcm16":
@@ -128,9 +127,9 @@ def encode(pcm: np.ndarray, audio_format: str) -> bytes:
 
 
 def decode(data: bytes, audio_format: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-    """The inverse of `encode`: float32 in [-1, 1), shape (num_samples,); raises `AudioError` if corrupt.
+    """Decode the bytes of `encode` to float32 in [-1, 1), shape (num_samples,); raises `AudioError` if corrupt.
 
-    With `start` and `num_samples` only that section is decoded; it ends where the samples do.
+    With `start` and `num_samples` only that section is decoded; it may be shorter at the end of the samples.
     """
     if audio_format not in ("flac", "pcm16"):
         raise ValueError(f"audio format {audio_format!r}: choose flac or pcm16")
@@ -143,12 +142,14 @@ def decode(data: bytes, audio_format: str, start: int = 0, num_samples: int | No
         else:
             pcm = np.frombuffer(data, dtype="<i2")[start:][:num_samples]
     except (soundfile.LibsndfileError, ValueError) as error:
-        raise AudioError("audio column", f"not {audio_format} ({error})", "make the shard again") from error
+        raise AudioError(
+            "audio column", f"not {audio_format} ({error})", "delete the shard and rerun the command that wrote it"
+        ) from error
     return pcm.astype(np.float32) / np.float32(32768.0)
 
 
 def codec_versions() -> dict[str, str]:
-    """Versions that decide the bits of decoded, resampled and coded audio; part of a run's fingerprint."""
+    """Return the library versions that affect decoded, resampled and coded bits; part of a run's fingerprint."""
     return {
         "libsndfile": soundfile.__libsndfile_version__,
         "soxr": f"{soxr.__version__}/{soxr.__libsoxr_version__}",
@@ -158,7 +159,7 @@ def codec_versions() -> dict[str, str]:
 
 
 def _decoded(uri: str, start: int, num_samples: int | None, channel: int | None) -> tuple[np.ndarray, int | None]:
-    """The wave, and the channel to take instead if the average is silent beside it."""
+    """Return the wave, and the channel to use instead if the channels cancel each other."""
     with opened(uri) as recordings:
         rate, channels = recordings.sample_rate, recordings.channels
         if channel is not None and not 0 <= channel < channels:
@@ -191,18 +192,18 @@ def _outside(uri: str, start: int, num_samples: int | None, held: int) -> AudioE
 
 
 def _with_run_up(rate: int, start: int, wanted: int | None) -> tuple[int, int, int | None]:
-    """For a section in samples at 16 kHz: the sample to decode from, its frame, and how many frames, None for all."""
+    """Return the sample at 16 kHz to decode from, its frame in the file, and the number of frames, None for all."""
     if rate == SAMPLE_RATE:
         return start, start, wanted
     run_up = _RUN_UP * SAMPLE_RATE // min(rate, SAMPLE_RATE)
-    whole = SAMPLE_RATE // gcd(rate, SAMPLE_RATE)  # only every so many samples does one start with a frame
+    whole = SAMPLE_RATE // gcd(rate, SAMPLE_RATE)  # samples that coincide with a frame are this far apart
     begin = max(0, start - run_up) // whole * whole
     first = begin * rate // SAMPLE_RATE
     return begin, first, None if wanted is None else -(-(start + wanted + run_up) * rate // SAMPLE_RATE) - first
 
 
 class _Mixed:
-    """Blocks of one channel: that of `channel`, or the average of all; counts frames and the power of each channel."""
+    """Blocks of one channel, `channel` or the average of all; counts frames and the power of each channel."""
 
     def __init__(self, uri: str, blocks: Iterator[np.ndarray], channel: int | None) -> None:
         self._uri, self._blocks, self._channel = uri, blocks, channel
@@ -212,7 +213,7 @@ class _Mixed:
     def __iter__(self) -> Iterator[np.ndarray]:
         for block in self._blocks:
             channels = block.shape[1]
-            # Not `mean`, which along so short an axis takes four times as long.
+            # `mean` takes four times as long along so short an axis.
             mono = sum(block.T) / np.float32(channels) if self._channel is None else block[:, self._channel]
             if not np.isfinite(mono).all():
                 raise AudioError(self._uri, "NaN or infinite samples", "repair or leave out the recording")
@@ -223,7 +224,7 @@ class _Mixed:
             yield mono
 
     def loudest_if_cancelled(self) -> int | None:
-        """The loudest channel, if the average is 20 dB below it: less than 32 unrelated channels bring it to."""
+        """Return the loudest channel if the average is 20 dB below it, which 32 unrelated channels do not reach."""
         return int(self._powers.argmax()) if self._power < _CANCELLED * self._powers.max() else None
 
 

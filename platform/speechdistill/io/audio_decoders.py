@@ -1,4 +1,4 @@
-"""Audio files as blocks of frames, as soundfile or PyAV decodes them. The length of a file is what decoding gives."""
+"""Decode audio files to blocks of frames with soundfile or PyAV."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,29 +22,29 @@ _NO_AUDIO = {
     b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run `git lfs pull` in its repository"),
     **dict.fromkeys((b"<!doctype html", b"<html"), ("a web page, not audio", "download it again from its source")),
 }
-_SEARCHED_BYTES = 1 << 23  # of which a section costs a search of the whole file
-_SLACK_S = 0.25  # a length that an earlier version read from a container, rounded and with the codec's padding
+_SEARCHED_BYTES = 1 << 23  # in smaller files a section costs a search of the whole file
+_SLACK_S = 0.25  # earlier versions read lengths from containers, rounded and with the codec's padding
 
 
 class Reader(Protocol):
-    """One recording."""
+    """Reader of one recording."""
 
     sample_rate: int
     channels: int
 
     def num_frames(self) -> int:
-        """Return the number of frames that decoding gives; raises `AudioError` if it fails."""
+        """Return the number of decoded frames; raises `AudioError` if decoding fails."""
 
     def blocks(self, first: int, frames: int | None = None) -> Iterator[np.ndarray]:
-        """Yield float32 blocks, shape (frames, channels), from frame `first`: `frames` in all, fewer where the
-        recording ends, or all that follow. Raises `AudioError` for a damaged or truncated recording."""
+        """Yield float32 blocks, shape (frames, channels), from frame `first`: `frames` in all, fewer at the end of
+        the recording, or all that follow. Raises `AudioError` for a damaged or truncated recording."""
 
     def close(self) -> None: ...
 
 
 @contextmanager
 def opened(uri: str) -> Iterator["Recordings"]:
-    """The file's reader with its header checked; raises `AudioError`, also if the storage fails midway."""
+    """Yield the file's recordings with the header checked; raises `AudioError`, also if the storage fails midway."""
     with audio_files.source(uri) as source:
         try:
             recordings = Recordings(uri, source)
@@ -59,7 +59,7 @@ def opened(uri: str) -> Iterator["Recordings"]:
 
 
 class Recordings:
-    """All recordings of a file, one after another, as one; further ones are looked for behind the end of the first."""
+    """All recordings of a file, joined. Further ones are searched for after the end of the first."""
 
     def __init__(self, uri: str, source: Source) -> None:
         self._uri, self._source = uri, source
@@ -71,14 +71,14 @@ class Recordings:
         self._check()
 
     def num_frames(self) -> int:
-        """Return the number of frames that decoding gives. Formats whose header cannot be checked are decoded."""
+        """Return the number of decoded frames. Formats whose header cannot be checked are decoded."""
         numbers = [0, *takewhile(self._has, count(1))]
         frames = sum(self._readers[number].num_frames() for number in numbers)
         self._check_length(frames)
         return frames
 
     def blocks(self, first: int, frames: int | None = None) -> Iterator[np.ndarray]:
-        """As `Reader.blocks`; where up to 0.25 s of `frames` are missing in a container's file, they are zeros."""
+        """Yield blocks as `Reader.blocks` does. Up to 0.25 s missing at the end of a container are zeros."""
         left, position = frames, 0
         if self._is_led_astray(first, frames):
             self._has(1)
@@ -96,8 +96,8 @@ class Recordings:
             yield np.zeros((left, self.channels), np.float32)
 
     def _is_led_astray(self, first: int, frames: int | None) -> bool:
-        """Whether the first reader must know where its recording ends: a seek in FLAC or Ogg may end in the next one,
-        and FFmpeg reads on, and takes the next header for audio."""
+        """Whether the first reader needs the end of its recording: a seek in FLAC or Ogg may land in the next one,
+        and FFmpeg reads on and decodes the next header as audio."""
         if isinstance(self._readers[0], AvReader) and self._source.size > _SEARCHED_BYTES:
             return frames is None
         return frames is None or first > 0 or isinstance(self._readers[0], AvReader)
@@ -107,7 +107,7 @@ class Recordings:
             reader.close()
 
     def _has(self, number: int) -> bool:
-        """Whether there is a recording of this number; its reader is opened."""
+        """Open the reader of the recording with this number; return whether there is one."""
         if number < len(self._readers):
             return True
         if self._starts is None:
@@ -116,7 +116,7 @@ class Recordings:
         if number >= len(self._starts):
             return False
         if number == 1:
-            self._readers.pop().close()  # it was opened to the end of the file
+            self._readers.pop().close()  # that reader extends to the end of the file
         for begin, end in list(pairwise([*self._starts, self._source.size]))[len(self._readers) : number + 1]:
             self._readers.append(self._further(begin, end))
         return True
@@ -133,7 +133,7 @@ class Recordings:
 
     def _further(self, begin: int, end: int) -> Reader:
         reader = _reader(self._uri, self._source.section(begin, end))
-        which = f"in it recordings follow each other, and that at byte {begin}"
+        which = f"the file joins several recordings, and the one at byte {begin}"
         if (reader.sample_rate, reader.channels) != (self.sample_rate, self.channels):
             raise AudioError(self._uri, f"{which} has another sample rate or layout", CONVERT)
         if isinstance(reader, SoundFileReader) and reader.num_frames() == 0:
@@ -159,7 +159,9 @@ class Recordings:
 def _reader(uri: str, source: Source) -> Reader:
     source.seek(0)
     header = source.read(audio_marks.HEADER_BYTES)
-    if no_audio := next((told for start, told in _NO_AUDIO.items() if header.lstrip().lower().startswith(start)), None):
+    if no_audio := next(
+        (reason for start, reason in _NO_AUDIO.items() if header.lstrip().lower().startswith(start)), None
+    ):
         raise AudioError(uri, *no_audio)
     if header.startswith(b"OggS") and (fault := audio_streams.opus_fault(source, source.size)):
         raise AudioError(uri, fault, "encode it again, or repair it with opus-tools")
@@ -168,7 +170,7 @@ def _reader(uri: str, source: Source) -> Reader:
     if header.startswith(b"RIFF") and (fault := audio_streams.wav_fault(source, source.size)):
         raise AudioError(uri, fault, EXPORT)
     if header.startswith(b"RIFF") and (more := audio_streams.behind_data(source, source.size)):
-        reason = f"its header leaves out {more} bytes behind the samples, which are no chunk"
+        reason = f"its header leaves out {more} bytes after the samples, which are not a chunk"
         raise AudioError(uri, reason, REWRITE)
     if header.startswith(b".snd") and header[8:12] == bytes(4):  # a streaming writer's
         source = source.patched(8, b"\xff\xff\xff\xff")

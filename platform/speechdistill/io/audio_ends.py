@@ -1,4 +1,4 @@
-"""Where recordings end, by the sizes that their headers state, and where the tags behind them begin."""
+"""Ends of recordings, by the sizes in their headers, and the tags after them."""
 
 import re
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from speechdistill.io.audio_marks import at
 from speechdistill.io.tar_files import Readable
 
 STATED = ("WAV", "AIFF", "AU", "CAF", "W64", "MP4", "Matroska", "NIST", "VOC", "ASF")
-_READ_TOO_FAR = ("W64", "NIST", "VOC", "ASF")  # by decoders, which take a tag behind them for audio, or for its length
-_NO_SAMPLES = 64  # bytes behind an empty chunk that may be other chunks
+_READ_TOO_FAR = ("W64", "NIST", "VOC", "ASF")  # decoders read a tag after these as audio, or count it in the length
+_NO_SAMPLES = 64  # bytes after an empty chunk that may be other chunks
 _NAME = re.compile(rb"[\x20-\x7e]{4}|ID3.", re.DOTALL)
 _NIST_FIELD = re.compile(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d+)", re.MULTILINE)
 _Order = Literal["little", "big"]
 
 
 def trimmed(file: Readable, size: int) -> int:
-    """Return the byte behind what a decoder is to read of a file, if the decoder would not stop there itself."""
+    """Return the end of the bytes that a decoder must read, if the decoder would not stop there itself."""
     kind = audio_marks.kind(file, 0)
     if kind in ("MP3", "AAC"):
         return _tags_begin(file, size)
@@ -26,7 +26,7 @@ def trimmed(file: Readable, size: int) -> int:
 
 
 def stated(file: Readable, begin: int, size: int, kind: str) -> tuple[int, bool]:
-    """Return the byte behind a recording, or its first sample if the file does not say, and whether it does.
+    """Return the end of a recording and True, or its first sample and False if the file does not state its size.
 
     `kind` is one of `STATED`. Writers to a pipe leave placeholders for sizes.
     """
@@ -46,7 +46,7 @@ def stated(file: Readable, begin: int, size: int, kind: str) -> tuple[int, bool]
 
 
 def chunks(file: Readable, place: int, size: int, order: _Order, width: int = 4) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, first byte and length of the chunks from `place` on, up to what is none, or another file."""
+    """Yield name, first byte and length of the chunks from `place` on, up to bytes that are not a chunk."""
     data = 0
     while place + 4 + width <= size and not audio_marks.kind(file, place):
         head = at(file, place, 32)
@@ -82,7 +82,7 @@ def _chunks_end(file: Readable, begin: int, size: int, kind: str) -> tuple[int, 
 
 
 def _boxes_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
-    """ISO/IEC 14496-12, section 4.2."""
+    """Return the end of the boxes of an MP4 file (ISO/IEC 14496-12, section 4.2)."""
     place = begin
     while place + 8 <= size and (place == begin or not audio_marks.kind(file, place)):
         head = at(file, place, 16)
@@ -96,7 +96,7 @@ def _boxes_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
 
 
 def _segment_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
-    """The two elements of a Matroska file (RFC 8794, sections 4 and 6.2)."""
+    """Return the end of the two elements of a Matroska file (RFC 8794, sections 4 and 6.2)."""
     place = begin
     for _ in range(2):
         head = at(file, place + 4, 8).ljust(1, b"\0")  # behind the identifier
@@ -109,7 +109,7 @@ def _segment_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
 
 
 def _blocks_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
-    """Blocks of a VOC file: a type, 0 for the end, and three bytes of length."""
+    """Return the end of the blocks of a VOC file. A block has a type, 0 for the end, and three bytes of length."""
     place = begin + int.from_bytes(at(file, begin + 20, 2), "little")
     while place < size:
         head = at(file, place, 4)
@@ -120,9 +120,12 @@ def _blocks_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
 
 
 def _objects_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
-    """Objects of ASF (specification, section 2.1), or the one that is a W64 file: 16 bytes of name, 8 of length."""
+    """Return the end of ASF's objects (specification, section 2.1), or of the one object that is a W64 file.
+
+    An object has 16 bytes of name and 8 of length.
+    """
     place, passed = begin, 0
-    least = 1 if at(file, begin, 4) == b"riff" else 2  # ASF's header and data, behind which there may be indices
+    least = 1 if at(file, begin, 4) == b"riff" else 2  # ASF's header and data; indices may follow
     while place + 24 <= size and not (passed >= least and (least == 1 or audio_marks.kind(file, place))):
         length = int.from_bytes(at(file, place + 16, 8), "little")
         if length < 24 or place + length > size:
@@ -132,7 +135,7 @@ def _objects_end(file: Readable, begin: int, size: int) -> tuple[int, bool]:
 
 
 def _tags_begin(file: Readable, size: int) -> int:
-    """The byte behind the last frame of an MP3 or AAC file: tags (ID3v1, Lyrics3v2, APE) stand in a row behind it."""
+    """Return the end of the last frame of an MP3 or AAC file, before its tags (ID3v1, Lyrics3v2, APE) in a row."""
     while True:
         tail = at(file, max(0, size - 128), 128)
         if len(tail) == 128 and tail[:3] == b"TAG":

@@ -1,4 +1,4 @@
-"""Audio files as bytes, on a disk, behind an fsspec URL or in a tar."""
+"""Bytes of audio files on a disk, at an fsspec URL or in a tar."""
 
 import re
 import stat
@@ -22,16 +22,16 @@ SAMPLE_RATE = 16_000
 CONVERT = "convert it (`ffmpeg -i IN -ar 16000 OUT.flac`) or leave it out"
 COPY = "copy it again from its source"
 REWRITE = f"{COPY}, or rewrite its header (`ffmpeg -i IN OUT`)"
-EXPORT = "export it again as 16-bit PCM from what wrote it"
+EXPORT = "export it again as 16-bit PCM from the program that wrote it"
 SPLIT = "split it, or convert its parts to one format and join them again (`sox A B OUT.flac`)"
-# One request to an object store: small beside a section of 10 s, because a FLAC seek touches several places.
+# One request to an object store: small compared with a section of 10 s, since a FLAC seek reads several places.
 _BLOCK_BYTES = 1 << 18
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a file's header says. `num_frames` is in the file's own sample rate."""
+    """Header of a file. `num_frames` is in the file's own sample rate."""
 
     num_frames: int
     sample_rate: int
@@ -43,16 +43,16 @@ class Info:
 
     @property
     def num_samples(self) -> int:
-        """Length after resampling to 16 kHz, rounded down."""
+        """Return the length after resampling to 16 kHz, rounded down."""
         return self.num_frames * SAMPLE_RATE // self.sample_rate
 
     def columns(self) -> dict[str, float | int]:
-        """What a manifest keeps of a file."""
+        """Return the columns of a manifest for the file."""
         return {"duration_s": self.duration_s, "sample_rate": self.sample_rate, "channels": self.channels}
 
 
 class Source:
-    """A seekable binary file of `size` bytes. It keeps its first error: libsndfile's callbacks cannot raise one."""
+    """Seekable binary file of `size` bytes that keeps its first error: libsndfile's callbacks cannot raise errors."""
 
     def __init__(self, uri: str, file: IO[bytes] | Section, size: int) -> None:
         self._uri, self._file, self.size = uri, file, size
@@ -78,17 +78,17 @@ class Source:
         self._file.close()
 
     def section(self, begin: int, end: int | None = None) -> "Source":
-        """The bytes from `begin` to `end`, or to the file's end, as a source; its errors are this one's."""
+        """Return the bytes from `begin` to `end`, or to the end of the file, as a source. This one keeps its errors."""
         size = (self.size if end is None else end) - begin
         return Source(self._uri, Section(self, begin, size), size)
 
     def patched(self, place: int, data: bytes) -> "Source":
-        """The same bytes with `data` at `place`, for a header that a decoder would misunderstand."""
+        """Return the same bytes with `data` at `place`, to correct a header that decoders misread."""
         return Source(self._uri, _Patched(self, place, data), self.size)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Return to this position afterwards: a decoder that reads the file does not expect to be moved."""
+        """Return to this position afterwards: a decoder that reads the file expects its position unchanged."""
         here = self.tell()
         try:
             yield
@@ -102,7 +102,7 @@ class Source:
 
 
 class _Patched(Section):
-    """A source with other bytes at one place."""
+    """Source with replaced bytes at one place."""
 
     def __init__(self, source: Source, place: int, data: bytes) -> None:
         super().__init__(source, 0, source.size)
@@ -120,7 +120,7 @@ class _Patched(Section):
 
 @contextmanager
 def source(uri: str) -> Iterator[Source]:
-    """The file, or `AudioError`. A URL is read by ranges: 10 s of a long one do not transfer all of it."""
+    """Open a file; raises `AudioError`. URLs are read by ranges: 10 s of a long recording do not transfer all of it."""
     try:
         file = _opened(uri)
         size = file.seek(0, 2)
@@ -136,9 +136,9 @@ def source(uri: str) -> Iterator[Source]:
 
 
 def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None) -> IO[bytes]:
-    """A local regular file or a URL, seekable; one request for a URL is at least `block_bytes`, up to byte `end`.
+    """Open a local regular file or a URL, seekable. One request for a URL is at least `block_bytes`, up to byte `end`.
 
-    Raises `AudioError` for a FIFO, a folder, a device, and the errors of the storage.
+    Raises `AudioError` for a FIFO, a folder or a device, and the errors of the storage.
     """
     if uri.startswith(http_files.PROTOCOLS):
         return http_files.open_file(uri, block_bytes)
@@ -152,7 +152,7 @@ def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None)
             else fs.open(path, "rb", block_size=block_bytes)  # s3fs would read 50 MB ahead
         )
         if "::" in uri:
-            weakref.finalize(file, id, fs)  # an archive's file system closes its files when it goes
+            weakref.finalize(file, id, fs)  # an archive's file system closes its files when it is deleted
         return file
     if not stat.S_ISREG(Path(local).stat().st_mode):
         raise AudioError(uri, "not a regular file", "leave it out")
@@ -160,7 +160,7 @@ def open_file(uri: str, block_bytes: int = _BLOCK_BYTES, end: int | None = None)
 
 
 def version(uri: str) -> tuple[int | None, str | None]:
-    """Size in bytes and etag: an object store's, or size and modification time. A tar's member has the tar's etag."""
+    """Return size in bytes and etag: an object store's, or size and modification time. Members have the tar's etag."""
     if member := tar_files.parse(uri):
         return member.size, version(member.tar)[1]
     if "://" not in uri:
@@ -173,7 +173,7 @@ def version(uri: str) -> tuple[int | None, str | None]:
 
 
 def unreadable(uri: str, error: Exception) -> AudioError:
-    """The storage's error as one that says what to do."""
+    """Return the storage's error as an `AudioError` with a fix, `UnreadableError` if it may be temporary."""
     reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
     is_wrong = isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError, ImportError))
     return (AudioError if is_wrong else UnreadableError)(
@@ -182,7 +182,7 @@ def unreadable(uri: str, error: Exception) -> AudioError:
 
 
 class _Ranged(AbstractBufferedFile):  # type: ignore[misc]
-    """An object whose size need not be asked for: one request less for each member of a tar."""
+    """Object of known size, which saves a request for each member of a tar."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         data: bytes = self.fs.cat_file(self.path, start=start, end=end)

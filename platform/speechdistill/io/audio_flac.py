@@ -1,4 +1,4 @@
-"""Frames of FLAC audio: whether a file goes on behind what its header counts."""
+"""Frames of FLAC audio: check whether a file continues after the samples that its header counts."""
 
 import re
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from speechdistill.io.audio_marks import at, search
 from speechdistill.io.tar_files import Readable
 
-_FRAME_BYTES = 1 << 13  # holds the header of some frame, if the file does not say how large they are
+_FRAME_BYTES = 1 << 13  # contains the header of a frame if the file does not state their size
 
 
 def goes_on(file: Readable, first: int, size: int, head: bytes) -> bool:
-    """Whether the last frame does not end where the header says, or the middle of the file is not about half way."""
+    """Whether the end of the last frame differs from the header, or the middle of the file is not about half way."""
     info = head[8:42]
     block, total = int.from_bytes(info[:2], "big"), int.from_bytes(info[13:18], "big") & (1 << 36) - 1
     if total == 0:
@@ -43,7 +43,7 @@ def _frames(data: bytes, block: int) -> Iterator[tuple[int, int]]:
 
 
 def _length(code: int, following: bytes) -> tuple[int, int]:
-    """Samples of a frame, and how many bytes of its header say so (RFC 9639, section 9.1.1)."""
+    """Return the samples of a frame, and the bytes of its header that hold the number (RFC 9639, section 9.1.1)."""
     if code == 6:
         return following[0] + 1, 1
     if code == 7:

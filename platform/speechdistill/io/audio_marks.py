@@ -1,7 +1,7 @@
-"""Marks by which audio files begin, to tell where one ends and another one follows.
+"""Marks at the beginning of audio files, to detect a file that follows another one.
 
-A mark inside another file must not count: Matroska, for example, keeps the header of FLAC audio, marker included. A
-FLAC mark therefore counts only if a frame follows its header, and MP3 and AAC, which have no mark, only as a chain of
+A mark inside another file must not count: Matroska, for example, keeps the header of FLAC audio, mark included. A FLAC
+mark therefore counts only if a frame follows its header. MP3 and AAC, which have no mark, count only as a chain of
 frames.
 """
 
@@ -18,13 +18,13 @@ _CHAIN = 4  # MPEG frames in a row whose headers agree: by chance in one of 10^1
 
 
 class Mark(NamedTuple):
-    """The beginning of a file of format `kind` at byte `place`."""
+    """Beginning of a file of format `kind` at byte `place`."""
 
     place: int
     kind: str
 
 
-# Format: bytes to look for, how many bytes before them the file begins, and what its beginning looks like.
+# Format: bytes to search for, number of bytes before them, pattern of the beginning of the file.
 _MARKS = {
     "FLAC": (b"fLaC", 0, rb"fLaC[\x00\x80]\x00\x00\x22"),  # RFC 9639, section 8: STREAMINFO of 34 bytes
     "Ogg": (b"OggS\x00", 0, rb"OggS\x00[\x02\x06]"),  # RFC 3533, section 6: a page that begins a stream
@@ -44,7 +44,7 @@ _MARKS = {
 }
 _BEGINNINGS = {kind: re.compile(pattern, re.DOTALL) for kind, (_, _, pattern) in _MARKS.items()}
 _PLAIN = frozenset(_MARKS) - {"WavPack"} | {"AAC"}
-"""Formats with no frames of MPEG audio, or only their own, where `search` looks for another file."""
+"""Formats in which `search` takes frames of MPEG audio for another file: they have none, or only their own."""
 _SYNC = re.compile(rb"\xff[\xe2-\xff]")
 # kbit/s of MPEG-1 by layer (ISO/IEC 11172-3, section 2.4.2.3), and of both layers in MPEG-2 (ISO/IEC 13818-3).
 _RATES = {
@@ -56,7 +56,7 @@ _SAMPLE_RATES = (44_100, 48_000, 32_000)
 
 
 def kind(file: Readable, place: int) -> str:
-    """Return the format of a file that begins at byte `place`; empty for one not known here."""
+    """Return the format of a file that begins at byte `place`; empty if the format is unknown."""
     head = at(file, place, HEADER_BYTES)
     for name, beginning in _BEGINNINGS.items():
         if beginning.match(head):
@@ -82,7 +82,7 @@ def at(file: Readable, place: int, size: int) -> bytes:
 
 
 def behind_tags(file: Readable, place: int) -> int:
-    """Return the first byte behind the ID3v2 tags at byte `place`, one or several, and the padding behind each."""
+    """Return the first byte after the ID3v2 tags at byte `place`, one or several, and the padding after each."""
     while length := id3_end(at(file, place, 10)):
         place += length
         while (padding := at(file, place, HEADER_BYTES)) and not padding.strip(b"\0"):
@@ -101,15 +101,15 @@ def id3_end(tag: bytes) -> int:
 
 def _marked(data: bytes) -> Iterator[tuple[int, str]]:
     for name, (literal, before, _) in _MARKS.items():
-        found = data.find(literal)
-        while found >= 0:
-            if found >= before and _BEGINNINGS[name].match(data, found - before):
-                yield found - before, name
-            found = data.find(literal, found + 1)
+        place = data.find(literal)
+        while place >= 0:
+            if place >= before and _BEGINNINGS[name].match(data, place - before):
+                yield place - before, name
+            place = data.find(literal, place + 1)
 
 
 def _chained(data: bytes, first: str) -> Iterator[tuple[int, str]]:
-    """The first chain of frames of another format."""
+    """Yield the first chain of frames of another format."""
     for match in _SYNC.finditer(data):
         if (name := _chain(data, match.start(), _CHAIN)) and name != first:
             yield match.start(), name
@@ -117,7 +117,7 @@ def _chained(data: bytes, first: str) -> Iterator[tuple[int, str]]:
 
 
 def _checked(file: Readable, place: int, name: str) -> str:
-    """The format of the file that begins with a mark, empty if the mark stands for none."""
+    """Return the format of the file that begins with a mark; empty if no file begins there."""
     if name == "MP3":  # a tag, perhaps at the end of a file, or AAC's
         frames = behind_tags(file, place)
         return _chain(at(file, frames, _OVERLAP_BYTES), 0, 2) if frames > place else name
@@ -133,7 +133,7 @@ def _checked(file: Readable, place: int, name: str) -> str:
 
 
 def _chain(data: bytes, place: int, frames: int) -> str:
-    """MP3 (any layer) or AAC if so many MPEG frames of one kind follow one another, else empty."""
+    """Return MP3 (any layer) or AAC if so many MPEG frames of one kind follow one another, else an empty text."""
     start = data[place + 1 : place + 2]
     first, length = _frame(data[place : place + 6])
     for _ in range(frames - 1):
@@ -146,7 +146,7 @@ def _chain(data: bytes, place: int, frames: int) -> str:
 
 
 def _frame(header: bytes) -> tuple[str, int]:
-    """Format and length in bytes of a frame of MPEG audio (ISO/IEC 11172-3) or ADTS (ISO/IEC 13818-7); else empty."""
+    """Return format and bytes of a frame of MPEG audio (ISO/IEC 11172-3) or ADTS (ISO/IEC 13818-7), else ("", 0)."""
     if len(header) < 6 or header[0] != 0xFF or header[1] < 0xE2:
         return "", 0
     if header[1] & 0xF6 == 0xF0:

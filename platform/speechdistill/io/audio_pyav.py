@@ -1,4 +1,4 @@
-"""Recordings that only FFmpeg reads: AAC, AMR, WMA, WebM, films, ..."""
+"""Recordings that only FFmpeg reads: AAC, AMR, WMA, WebM, video files, ..."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from speechdistill.io.errors import AudioError
 
 _LOG = logging.getLogger(__name__)
 _PREROLL_S = 1.0  # decoders with memory need a run-up to a seek point (RFC 7845: 80 ms for Opus)
-_SLACK_S = 0.25  # containers round lengths and count the codec's padding; a tag between packets is no damage
+_SLACK_S = 0.25  # containers round lengths and count the codec's padding; a tag between packets is not damage
 _JITTER_S = 0.05  # timestamps that stray less are rounded ones
 _MAX_PAUSE_S = 600.0
 _STATES_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "wav")  # others guess it from the bit rate
@@ -22,10 +22,10 @@ _Frame = tuple[int | None, np.ndarray]  # timestamp; block
 
 
 class AvReader:
-    """The first audio stream of a file; raises `av.FFmpegError` or `ValueError` for what FFmpeg does not know.
+    """Reader of a file's first audio stream; raises `av.FFmpegError` or `ValueError` if FFmpeg cannot read it.
 
-    Position 0 is the first sample, or where another stream, such as a film's picture, begins more than 50 ms earlier.
-    Where timestamps leave a pause there is silence. The recording ends with the last sample that is decoded.
+    Position 0 is the first sample, or the start of another stream, such as a video's picture, more than 50 ms earlier.
+    Pauses between timestamps are silence. The recording ends with the last decoded sample.
     """
 
     def __init__(self, uri: str, source: Source) -> None:
@@ -46,7 +46,7 @@ class AvReader:
             self._container.close()
             self._open()
         if (others := len(self._container.streams.audio) - 1) and (first, frames) == (0, None):
-            _LOG.warning("%s: the first of its %d audio streams is taken", self._uri, others + 1)
+            _LOG.warning("%s: only the first of its %d audio streams is used", self._uri, others + 1)
         self._fresh = False
         end = None if frames is None else first + frames
         position = 0
@@ -74,7 +74,7 @@ class AvReader:
         self._stream = self._container.streams.audio[0]
 
     def _promised_s(self) -> float | None:
-        """The length that the file states of its audio; None if it states none, or that of a longer picture."""
+        """Return the length of the audio that the file states; None if it states none, or that of a longer picture."""
         stream, container = self._stream, self._container
         if container.format.name not in _STATES_LENGTH:
             return None
@@ -91,7 +91,7 @@ class AvReader:
         return max(0.0, float((self._container.start_time or 0) / av.time_base))
 
     def _decoded(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Blocks with their positions, from one at or before `first`; pauses are blocks of zeros."""
+        """Yield blocks with their positions, from one at or before `first`; pauses are blocks of zeros."""
         frames = self._frames()
         opening = list(islice(frames, 2))
         if not opening:
@@ -107,7 +107,7 @@ class AvReader:
             position, frames = sought or (late, self._frames())
         if position == late and late:
             yield 0, np.zeros((late, self.channels), np.float32)
-        shift = 0  # by which the timestamps of a stream that starts anew are behind
+        shift = 0  # lag of the timestamps of a stream that restarts
         for pts, block in frames:
             if origin is not None and pts is not None:
                 due = late + round((pts - origin) * self._stream.time_base * self.sample_rate) + shift
@@ -121,13 +121,13 @@ class AvReader:
             position += len(block)
 
     def _late(self, pts: int | None) -> int:
-        """Frames between the beginning of the file's first stream and that of its audio."""
+        """Return the frames between the beginning of the file's first stream and the beginning of its audio."""
         start = self._container.start_time
         if pts is None or start is None or len(self._container.streams) == 1:
             return 0
         late_s = float(pts * self._stream.time_base) - start / av.time_base
         if late_s > _MAX_PAUSE_S:
-            raise AudioError(self._uri, f"its audio begins {late_s:.0f} s behind its other streams", CONVERT)
+            raise AudioError(self._uri, f"its audio begins {late_s:.0f} s after its other streams", CONVERT)
         return round(late_s * self.sample_rate) if late_s > _JITTER_S else 0
 
     def _silence(self, pause: int) -> np.ndarray:
@@ -136,10 +136,10 @@ class AvReader:
         return np.zeros((pause, self.channels), np.float32)
 
     def _frames(self) -> Iterator[_Frame]:
-        """Frames from where the container stands. Packets that cannot be decoded are silence, up to 0.25 s."""
+        """Yield frames from the container's position. Packets that cannot be decoded become silence, up to 0.25 s."""
         planar = av.AudioResampler(format="fltp")
         lost_s, cause, decodes = 0.0, "", False
-        gap: list[_Frame] = []  # silence for what could not be decoded, once something follows
+        gap: list[_Frame] = []  # silence for packets that could not be decoded, if others follow
         for packet in self._packets():
             try:
                 frames = packet.decode()
@@ -166,12 +166,12 @@ class AvReader:
     def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
         try:
             yield from self._container.demux(self._stream)
-        except av.FFmpegError as error:  # harmless behind the last packet, which a stated length tells
+        except av.FFmpegError as error:  # harmless after the last packet, which a stated length shows
             if self._promised_s() is None:
                 raise AudioError(self._uri, f"corrupt ({one_line(error)})", COPY) from error
 
     def _sought(self, first: int, opening: list[_Frame], late: int) -> tuple[int, Iterator[_Frame]] | None:
-        """Position and frames after a seek to before `first`; None if the container cannot do it."""
+        """Seek to before `first`; return position and frames, or None if the container cannot seek."""
         (origin, lead), (_, regular) = opening
         rate, base = self.sample_rate, self._stream.time_base
         if origin is None:
@@ -190,7 +190,7 @@ class AvReader:
 
 
 def _on_grid(position: Fraction, lead: int, size: int, tolerance: Fraction) -> int:
-    """The exact start of a frame from its timestamp, which WebM rounds to milliseconds."""
+    """Return the exact start of a frame from its timestamp, which WebM rounds to milliseconds."""
     if tolerance >= size / 4:  # ambiguous
         return round(position)
     nearest = lead + round((position - lead) / size) * size

@@ -15,16 +15,16 @@ BLOCK_FRAMES = 1 << 18
 _PROMISED = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _RF64 = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
 _NIST = re.compile(rb"^NIST_1A.*^sample_count -i (\d+)", re.MULTILINE | re.DOTALL)
-# Sizes that mean "read to the end": writers to a pipe fill in the largest number, with or without a sign, from which
-# some subtract the header, and SoX and others a round number.
+# Sizes that mean "read to the end": writers to a pipe store the largest signed or unsigned number, some of them minus
+# the header; SoX and others store a round number.
 _LARGEST, _HEADER_BYTES, _ROUND = (1 << 31, 1 << 32), 1 << 13, 100_000_000
-_LATE_S = 0.25  # more than the samples that an Opus decoder is to drop at the beginning
+_LATE_S = 0.25  # more than the samples that Opus decoders drop at the beginning
 _HEADER_ALONE = 128  # bytes
 _XING_SLACK_BYTES = 4096  # some encoders count a frame or a tag too many
 
 
 class SoundFileReader:
-    """A recording that libsndfile reads; raises `soundfile.LibsndfileError` for what it does not know."""
+    """Reader for libsndfile's formats; raises `soundfile.LibsndfileError` for a file that libsndfile cannot read."""
 
     def __init__(self, uri: str, source: Source, header: bytes) -> None:
         self._uri, self._source = uri, source
@@ -60,11 +60,11 @@ class SoundFileReader:
             raise AudioError(self._uri, f"corrupt ({error.error_string.rstrip('.')})", COPY) from error
 
     def reads_all(self, source: Source) -> bool:
-        """Whether libsndfile knows the length, and a decoder for what a WAV file holds.
+        """Whether libsndfile knows the length, and decodes the codec in a WAV file.
 
-        False for FLAC written to a pipe, for MP3 without a Xing tag (whose length is guessed) or with more behind what
-        the tag counts, for MP3 in WAV (whose length is rounded up), and for a file of no samples that is more than a
-        header.
+        False for FLAC written to a pipe, for MP3 without a Xing tag (libsndfile guesses the length) or with more frames
+        than the tag counts, for MP3 in WAV (the length is rounded up), and for a file without samples that is larger
+        than a header.
         """
         if self._sound.format == "MP3":
             with source.kept():
@@ -77,16 +77,16 @@ class SoundFileReader:
         self._sound.close()
 
     def _run_up(self, first: int) -> int:
-        """Frames to decode before `first`, since lossy decoders carry state: MP3's reservoir reaches back 511 bytes."""
+        """Return the frames to decode before `first`: lossy decoders carry state. MP3's reservoir is 511 bytes long."""
         near_end = self.num_frames() - first < 10 * self.sample_rate
         if self._sound.subtype == "VORBIS" and near_end:  # libsndfile is some samples off after a seek to the last page
             return 10 * self.sample_rate
         if self._sound.format == "OGG" and self._begins_late():
-            return first  # libsndfile seeks to somewhere else
+            return first  # libsndfile seeks to a wrong position
         return self.sample_rate if self._sound.format in ("MP3", "OGG") else 0
 
     def _begins_late(self) -> bool:
-        """Whether an Ogg file is a part of a running stream, whose positions do not begin at 0."""
+        """Whether an Ogg file is part of a longer stream: its positions do not begin at 0."""
         with self._source.kept():
             position = audio_streams.ogg_position(self._source, self._source.size)
         rate = 48_000 if self._sound.subtype == "OPUS" else self.sample_rate  # RFC 7845, section 4
@@ -103,7 +103,7 @@ class SoundFileReader:
 
 
 def _missing(sound: Any, header: bytes) -> str | None:
-    """Return the reason if the header promises more than the file holds: libsndfile shortens it and only logs that."""
+    """Return the reason if the header promises more than the file holds: libsndfile only logs the shorter length."""
     log = sound.extra_info
     if match := _PROMISED.search(log):
         promised, held = map(int, match.groups())
@@ -118,7 +118,7 @@ def _missing(sound: Any, header: bytes) -> str | None:
 
 
 def _is_cut(form: str, source: Source) -> str | None:
-    """Return the reason if an MP3 or Ogg file is cut, which libsndfile takes for whole."""
+    """Return the reason if an MP3 or Ogg file is cut: libsndfile reads it as a whole file."""
     if form == "MP3":
         end = audio_streams.xing_end(source) or 0
         cut = end - source.size > _XING_SLACK_BYTES

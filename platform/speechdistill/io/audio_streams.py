@@ -1,7 +1,7 @@
-"""Files in one file, as `cat a.flac b.flac` and chained Ogg streams make them: what lies where.
+"""Layout of files that join several recordings, such as `cat a.flac b.flac` and chained Ogg streams.
 
-Formats that state their sizes (WAV, MP4, ...) are walked. In the others the bytes are searched for marks, in long files
-only if the end or the middle does not fit the header, since a long file on an object store is else read by ranges.
+Formats that state their sizes (WAV, MP4, ...) are walked. Others are searched for marks. Long files are searched only
+if the end or the middle does not fit the header, since long files on object stores are read by ranges.
 """
 
 import re
@@ -18,7 +18,7 @@ _READ_ON = ("AAC", "WavPack", "")  # decoders read on, and each of their frames 
 
 
 class Layout(NamedTuple):
-    """The bytes at which the recordings of a file begin, all of format `kind`, and a file of another format behind."""
+    """First bytes of the recordings of a file, all of format `kind`, and a file of another format after them."""
 
     kind: str
     starts: list[int]
@@ -26,16 +26,16 @@ class Layout(NamedTuple):
 
 
 def first(file: Readable, header: bytes) -> int:
-    """Return the byte at which the first recording begins: above 0 behind an ID3v2 tag of a format that has none.
+    """Return the first byte of the first recording, above 0 after an ID3v2 tag before a format without such tags.
 
-    `header` is the beginning of the file, of `HEADER_BYTES`.
+    `header` is the first `HEADER_BYTES` of the file.
     """
     behind = id3_end(header)
     return behind if behind and at(file, behind, 4) in (b"RIFF", b"FORM", b"fLaC", b"OggS") else 0
 
 
 def layout(file: Readable, size: int, header: bytes) -> Layout:
-    """Return what follows what in a file of `size` bytes: one recording for nearly all files."""
+    """Return the recordings of a file of `size` bytes; nearly all files have one."""
     begin = first(file, header)
     kind, starts, among = audio_marks.kind(file, begin), [begin], ""
     if kind in audio_ends.STATED:
@@ -50,12 +50,12 @@ def layout(file: Readable, size: int, header: bytes) -> Layout:
     own = [mark.place for mark in found if mark.kind == kind and kind not in _READ_ON]
     if kind == "Ogg":  # streams that begin together, such as a film's, are one recording
         own = [place for place, before in zip(own, [begin, *own], strict=False) if place != _page_end(file, before)]
-    passed = (kind, "MP3", "AAC") if kind == "" else (kind,)  # frames behind what may be junk, which decoders skip
+    passed = (kind, "MP3", "AAC") if kind == "" else (kind,)  # frames after junk, which decoders skip
     return Layout(kind, starts + own, next((mark for mark in found if mark.kind not in passed), None))
 
 
 def xing_end(file: Readable) -> int | None:
-    """Return the byte behind the frames that the Xing tag of an MP3 file counts; None without such a count."""
+    """Return the end of the frames that the Xing tag of an MP3 file counts; None if no tag counts them."""
     begin = audio_marks.behind_tags(file, 0)
     head = at(file, begin, 4096)
     match = re.search(rb"(?:Xing|Info)...(.)", head, re.DOTALL)
@@ -66,14 +66,14 @@ def xing_end(file: Readable) -> int | None:
 
 
 def goes_on_at(file: Readable, end: int) -> bool:
-    """Whether an MP3 frame, or a tag in front of one, follows the last one that a Xing tag counts."""
+    """Whether an MP3 frame, or a tag before a frame, follows the last frame that a Xing tag counts."""
     behind = at(file, end, 3)
     is_tag, is_frame = behind == b"ID3", behind[:1] == b"\xff" and behind[1:2] >= b"\xe0"
-    return is_frame or (is_tag and audio_marks.kind(file, end) == "MP3")  # else it is a tag of the whole file
+    return is_frame or (is_tag and audio_marks.kind(file, end) == "MP3")  # other tags are those of the whole file
 
 
 def wav_fault(file: Readable, size: int) -> str | None:
-    """Return the reason if the header of a WAV file leaves open how wide a sample is: decoders guess, and differ."""
+    """Return the reason if the header of a WAV file does not define the width of a sample: decoders differ then."""
     for name, place, _ in audio_ends.chunks(file, 12, size, "little"):
         if name != b"fmt ":
             continue
@@ -84,16 +84,16 @@ def wav_fault(file: Readable, size: int) -> str | None:
 
 
 def opus_fault(file: Readable, size: int) -> str | None:
-    """Return the reason if the pages of an Ogg Opus file do not say where they are: FFmpeg then drops the last ones."""
+    """Return the reason if the pages of an Ogg Opus file have no positions: FFmpeg then drops the last pages."""
     last = _last_page(file, size)
     is_lost = b"OpusHead" in at(file, 0, 64) and int.from_bytes(last[18:22], "little") > 1 and last[6:14] == bytes(8)
     return "the granule positions of its pages are 0, so that its length is unknown" if is_lost else None
 
 
 def ogg_gap(file: Readable, size: int) -> str | None:
-    """Return the reason if pages are missing inside an Ogg file of one request: decoders invent what was on them.
+    """Return the reason if pages are missing inside an Ogg file of one request: decoders fill them with other audio.
 
-    Behind headers the numbers may go on anywhere, as they do in a part of a running stream.
+    After the headers the numbers may continue anywhere, as in a part of a longer stream.
     """
     place, before = (
         0,
@@ -113,7 +113,7 @@ def ogg_gap(file: Readable, size: int) -> str | None:
 
 
 def ogg_position(file: Readable, size: int) -> int:
-    """Return the granule position of the last page: where in its stream an Ogg file ends (RFC 3533, section 6)."""
+    """Return the granule position of the last page, the end of an Ogg file in its stream (RFC 3533, section 6)."""
     return int.from_bytes(_last_page(file, size)[6:14], "little", signed=True)
 
 
@@ -126,7 +126,7 @@ def ogg_is_cut(file: Readable, size: int) -> bool:
 
 
 def behind_data(file: Readable, size: int) -> int:
-    """Return how many bytes behind the samples of a WAV file are no chunk: its header knows of a part only."""
+    """Return the number of bytes after the samples of a WAV file that are not chunks: the header covers only a part."""
     for name, place, length in audio_ends.chunks(file, 12, size, "little"):
         end = place + length
         if name != b"data" or not 0 < length < size - place - 8:
@@ -138,11 +138,11 @@ def behind_data(file: Readable, size: int) -> int:
     return 0
 
 
-_BEHIND = re.compile(rb"[\x20-\x7e]{4}|ID3.|\0*", re.DOTALL)  # a chunk, or a tag, or padding, behind the last
+_BEHIND = re.compile(rb"[\x20-\x7e]{4}|ID3.|\0*", re.DOTALL)  # a chunk, a tag or padding after the last chunk
 
 
 def _behind(file: Readable, begin: int, size: int, kind: str) -> int:
-    """The byte from which another recording is to be looked for: the size, if it is known that there is none."""
+    """Return the byte from which to search for another recording; the size if there is none for certain."""
     if kind == "Ogg":
         return begin + 1 if size - begin <= _SEARCHED_BYTES or _ogg_goes_on(file, begin, size) else size
     if kind == "FLAC":

@@ -1,4 +1,4 @@
-"""A trained network as two files in a folder: `model.safetensors`, and `student.json` with what is known of it."""
+"""Checkpoints of trained networks: `model.safetensors`, and `student.json` with configuration and provenance."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from speechdistill.io import storage
 from speechdistill.io.errors import StorageError, TableError
 
-if TYPE_CHECKING:  # safetensors imports it where weights are read or written
+if TYPE_CHECKING:  # safetensors imports torch when weights are read or written
     import torch
     from torch import nn
 
@@ -16,11 +16,11 @@ WEIGHTS, ABOUT = "model.safetensors", "student.json"
 CONV_TRANSFORMER = "conv_transformer"
 
 CLIPS = "labeled_clips"
-"""In a provenance, the clips that a model knows from its training: long, and for programs alone."""
+"""Key of a provenance for the clips that a model was trained on: a long list, for programs only."""
 
 
 class Files(NamedTuple):
-    """What the two files hold, and the sha256 of the weights file."""
+    """Contents of the two files, and the sha256 of the weights file."""
 
     architecture: str
     config: dict[str, Any]
@@ -32,7 +32,7 @@ class Files(NamedTuple):
 def write(
     network: "nn.Module", folder: str, architecture: str, config: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
-    """Write any trained network's weights, in float32, and what is known of it; `student.json` is written last."""
+    """Write a network's weights in float32, and its description; `student.json` is written last."""
     from safetensors.torch import save as to_bytes
 
     state = {key: _portable(value) for key, value in network.state_dict().items()}
@@ -42,7 +42,7 @@ def write(
 
 
 def read(folder: str) -> Files:
-    """What `write` wrote; raises `TableError` naming the file that is missing or damaged."""
+    """Read the files of `write`; raises `TableError` naming the file that is missing or damaged."""
     about = storage.read_json(f"{folder}/{ABOUT}")
     if about is None:
         raise TableError(f"{folder} holds no checkpoint ({ABOUT} is missing)", "give the folder of a checkpoint")
@@ -58,7 +58,7 @@ def provenance(folder: str) -> dict[str, Any]:
 
 
 def brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance without `CLIPS`, its own and those of the model that was trained further."""
+    """Return a provenance without `CLIPS`, those of the model that it started from included."""
     return {
         key: brief(value) if key == "init" and isinstance(value, Mapping) else value
         for key, value in provenance.items()
@@ -67,7 +67,7 @@ def brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size(folder: str) -> int:
-    """Bytes of the weights file."""
+    """Return the bytes of the weights file."""
     fs, path = storage.file_system(f"{folder}/{WEIGHTS}")
     with storage.access(folder):
         return int(fs.size(path))
@@ -75,16 +75,16 @@ def size(folder: str) -> int:
 
 @contextmanager
 def fitting(folder: str) -> Iterator[None]:
-    """Make `TableError` of what is raised where a folder's files do not fit the code."""
+    """Raise `TableError` if the body fails because a folder's files do not fit the code."""
     try:
         yield
-    except StorageError:  # is a ValueError too
+    except StorageError:  # is a ValueError as well
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise TableError(
             f"{folder} holds no checkpoint of this version ({type(error).__name__}: {reason})",
-            "give the folder of another, or train it again",
+            "give the folder of another checkpoint, or train the model again",
         ) from error
 
 

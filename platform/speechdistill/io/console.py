@@ -1,4 +1,4 @@
-"""Output of commands: no encoding of a terminal and no reader that has gone ends a command."""
+"""Output of commands, which survives the encoding of a terminal and readers that have gone."""
 
 import io
 import os
@@ -10,9 +10,9 @@ from speechdistill.io.errors import StorageError
 
 
 class _Lasting(io.BufferedIOBase):
-    """A stream's bytes, unbuffered; once the reader of a pipe or terminal has gone, they are dropped.
+    """Bytes of a stream, unbuffered. They are dropped once the reader of a pipe or terminal has gone.
 
-    Of results a full disk is an error; messages are dropped then, too.
+    A full disk is an error for results; messages are dropped.
     """
 
     def __init__(self, raw: Any, has_results: bool) -> None:
@@ -36,18 +36,18 @@ class _Lasting(io.BufferedIOBase):
                 left = left[self._raw.write(left) or 0 :]
         except (BrokenPipeError, ConnectionResetError):
             self.is_read = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for libraries and children, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for libraries and child processes as well
         except OSError as error:
             if not self._has_results:
                 return size
-            raise StorageError(f"printing failed ({error})", "mend that and rerun the command") from error
+            raise StorageError(f"printing failed ({error})", "fix the cause and rerun the command") from error
         return size
 
 
 def make_lasting() -> None:
-    """Let standard output and error escape what their encoding lacks, and outlive their readers.
+    """Make standard output and error escape characters that their encoding lacks, and outlive their readers.
 
-    Everything that a command prints is safe with this one call: results, messages, progress bars, help, logs.
+    One call covers all output of a command: results, messages, progress bars, help, logs.
     """
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
@@ -61,7 +61,7 @@ def make_lasting() -> None:
 
 
 def printed(text: str) -> bool:
-    """Print results, and return whether all of them could be: if not, they are to be kept elsewhere."""
+    """Print results; return whether all of them were printed. If not, the caller must keep them elsewhere."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

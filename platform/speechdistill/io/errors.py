@@ -1,8 +1,8 @@
-"""Errors that a user can mend: one line with the reason and the fix, and exit code 1. Any other keeps its traceback."""
+"""Errors that a user can fix: one line with reason and fix, and exit code 1. Other errors keep their traceback."""
 
 
 class UserError(ValueError):
-    """A mistake or fault that the user can mend: `reason` says what is wrong, with the value, `fix` what to do."""
+    """An error that the user can fix. `reason` says what is wrong, with the value; `fix` says what to do."""
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason, fix)
@@ -18,7 +18,7 @@ class TableError(UserError):
 
 
 class StorageError(UserError, OSError):
-    """A path or URL whose storage refused, or did not answer after all retries."""
+    """A path or URL whose storage refused access, or did not answer after all retries."""
 
 
 class RunError(UserError, RuntimeError):
@@ -26,15 +26,15 @@ class RunError(UserError, RuntimeError):
 
 
 class LibraryError(UserError, ImportError):
-    """An optional library that is not installed, or does not work here."""
+    """An optional library that is not installed, or does not work on this machine."""
 
 
 class WeightsError(UserError, FileNotFoundError):
-    """Trained weights that are not there."""
+    """Trained weights that do not exist."""
 
 
 class MissingError(UserError):
-    """An asset that is not there: `components` are those of the recipe that need it."""
+    """An asset that does not exist; `components` of the recipe need it."""
 
     def __init__(self, reason: str, fix: str, components: tuple[str, ...] = ()) -> None:
         super().__init__(reason, fix)
@@ -55,4 +55,4 @@ class AudioError(UserError):
 
 
 class UnreadableError(AudioError):
-    """An audio file that its storage did not deliver, which may be temporary. (A missing file is an `AudioError`.)"""
+    """An audio file that its storage did not deliver, perhaps temporarily. (A missing file is an `AudioError`.)"""

@@ -1,9 +1,9 @@
 """Copies of remote files on a node's disk, shared by its processes: for noise and rooms, which many samples share.
 
-They lie in `SPEECHDISTILL_CACHE` (a folder of the user's in the system's temporary one), and are at most
-`SPEECHDISTILL_CACHE_GIB` (4; 0 for none) together: the least recently used go. A copy is read where the storage says
-that its file is unchanged, which costs no request more than opening the file there. (fsspec's caches have no bound, and
-processes that share one read each other's half-written files.)
+Copies lie in `SPEECHDISTILL_CACHE` (default: a folder of the user in the system's temporary folder). Together they take
+at most `SPEECHDISTILL_CACHE_GIB` (4; 0 for none): the least recently used are deleted. A copy is read if the storage
+reports its file as unchanged, which needs no more requests than opening the file there. (fsspec's caches have no bound,
+and processes that share one read each other's half-written files.)
 """
 
 import fcntl
@@ -26,23 +26,23 @@ from speechdistill.io.errors import AudioError, UserError
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-_FOLDERS = 16  # by the first digit of the name: a new file makes only its own be looked through
+_FOLDERS = 16  # by the first digit of the name: a new file requires a look through its own folder only
 _UNUSED_S = 86_400.0
-_FILES = 16  # at least, in a full folder: 16 MiB each; of a larger file sections are read instead
+_FILES = 16  # at least, in a full folder: 16 MiB each; larger files are read by sections instead
 _LOCAL = re.compile("(file|local)://")
 _MARKS = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "modified", "updated", "created")
 
 
 def read(uri: str, reader: Callable[[str], T]) -> T:
-    """`reader` of a local copy of the file at `uri`; of `uri` itself where it is local, large, or cannot be copied.
+    """Return `reader` of a local copy of the file at `uri`, or of `uri` itself if it is local, large, or not copyable.
 
-    An `AudioError` is always that of `reader(uri)`: a copy with which anything is wrong is given up.
+    An `AudioError` is always that of `reader(uri)`: a copy that cannot be read is deleted.
     """
     copy = _copy(uri)
     if copy is not None:
         try:
             return reader(str(copy))
-        except AudioError:  # evicted meanwhile, damaged, or like its file no audio
+        except AudioError:  # evicted meanwhile, damaged, or not audio, like its file
             with suppress(OSError):
                 copy.unlink()
     return reader(uri)
@@ -63,21 +63,21 @@ def _copy(uri: str) -> Path | None:
             _store(uri, size, path)
             _evict(path.parent, folder_bytes)
         return path
-    except Exception:  # of the storage, which the caller meets again at `uri`, or of the disk, which is only a help
+    except Exception:  # of the storage, which the caller gets again at `uri`, or of the disk, which is optional
         return None
 
 
 def made(uri: str, suffix: str, make: Callable[[Path], None]) -> Path | None:
-    """The file that `make` writes on this node's disk for what is at `uri` now, by one process for all.
+    """Return the file that `make` writes on this node's disk for the current version of `uri`, once for all processes.
 
-    None where there is to be no cache, its disk cannot have the file, or the storage tells no version. These files are
-    not in the bound; one that nobody has opened for a day goes when another is made.
+    None if there is no cache, its disk cannot hold the file, or the storage reports no version. These files are not
+    part of the bound. A file that was not opened for a day is deleted when another is made.
     """
     if not bound_bytes():
         return None
     try:
         size, mark = _version(uri)
-    except Exception:  # of the storage, which the caller meets again at `uri`
+    except Exception:  # of the storage, which the caller gets again at `uri`
         return None
     name = hashlib.sha256(f"{storage.absolute(uri)}\0{size}\0{mark}".encode("utf-8", "surrogateescape")).hexdigest()
     path = _root() / "made" / (name + suffix)
@@ -88,21 +88,21 @@ def made(uri: str, suffix: str, make: Callable[[Path], None]) -> Path | None:
 
 
 def is_made(path: Path, make: Callable[[Path], None]) -> bool:
-    """Whether `make_once` could do it; where the disk cannot have the file, a warning says so."""
+    """Run `make_once` and return whether the file was made; log a warning if the disk cannot hold the file."""
     try:
         make_once(path, make)
-    except UserError:  # of what `make` has read
+    except UserError:  # of the input of `make`
         raise
     except Exception as error:
-        _LOG.warning("%s cannot be kept there, so processes do without what they could share: %s", path, error)
+        _LOG.warning("%s cannot be written, so processes do not share that file: %s", path, error)
         return False
     return True
 
 
 def make_once(path: Path, make: Callable[[Path], None]) -> None:
-    """Have `make` write a local file unless it is there: whole or not at all, one process of many, the others wait.
+    """Make a local file unless it exists, whole or not at all. One process of many calls `make`; the others wait.
 
-    The lock ends with its process. What a killed one has left is under another name, and the next one writes over it.
+    The lock ends with its process. The part of a killed process has another name, and the next process overwrites it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, lock = (path.with_name(f".{path.name}.{name}") for name in ("part", "lock"))
@@ -118,7 +118,7 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        lock.unlink()  # who still waits for it finds the file
+        lock.unlink()  # processes that still wait find the file
 
 
 def fetch(uri: str, path: Path) -> None:
@@ -135,7 +135,7 @@ def _forget(folder: Path) -> None:
 
 
 def bound_bytes() -> int:
-    """`SPEECHDISTILL_CACHE_GIB` in bytes; raises `UserError` if it is not a number."""
+    """Return `SPEECHDISTILL_CACHE_GIB` in bytes; raises `UserError` if the value is not a number."""
     given = os.environ.get("SPEECHDISTILL_CACHE_GIB", "4")
     try:
         return int(float(given) * 2**30)
@@ -144,7 +144,7 @@ def bound_bytes() -> int:
 
 
 def _version(uri: str) -> tuple[int, str]:
-    """Size in bytes, and what changes with the contents ("" where the storage tells nothing of the kind)."""
+    """Return size in bytes, and a mark that changes with the contents ("" if the storage reports none)."""
     member = tar_files.parse(uri)
     fs, path = fsspec.url_to_fs(member.tar if member else uri)
     info = fs.info(path)
@@ -155,7 +155,7 @@ def _version(uri: str) -> tuple[int, str]:
 def _root() -> Path:
     if given := os.environ.get("SPEECHDISTILL_CACHE"):
         return Path(given)
-    return storage.private_folder(f"speechdistill-cache-{os.getuid()}")  # else anyone could put files into it
+    return storage.private_folder(f"speechdistill-cache-{os.getuid()}")  # other users must not be able to write there
 
 
 def _is_there(path: Path, size: int) -> bool:
@@ -166,7 +166,7 @@ def _is_there(path: Path, size: int) -> bool:
 
 
 def _is_used(path: Path) -> bool:
-    """Whether it is there; then it was used just now."""
+    """Mark a file as used just now; return whether it exists."""
     with suppress(FileNotFoundError):
         os.utime(path)
         return True
@@ -177,7 +177,7 @@ def _store(uri: str, size: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(f"{path.parent}: the disk is full")
-    handle, temporary = tempfile.mkstemp(dir=path.parent)  # left by a process that is killed, it is evicted one day
+    handle, temporary = tempfile.mkstemp(dir=path.parent)  # if this process is killed, the file is evicted later
     try:
         with os.fdopen(handle, "wb") as file, audio_files.source(uri) as source:
             if file.write(source.read()) != size:
@@ -189,13 +189,13 @@ def _store(uri: str, size: int, path: Path) -> None:
 
 
 def _evict(folder: Path, most_bytes: int) -> None:
-    """Delete what was not used for longest until `most_bytes` are left."""
-    found = []
+    """Delete the least recently used files until `most_bytes` are left."""
+    files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(FileNotFoundError):  # another process evicts, too
-                found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-    for _, size, path in sorted(found, reverse=True):
+            with suppress(FileNotFoundError):  # another process evicts as well
+                files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+    for _, size, path in sorted(files, reverse=True):
         most_bytes -= size
         if most_bytes < 0:
             Path(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Hashes by which configurations and files are recognised, and where two configurations differ."""
+"""Hashes that identify configurations and files, and the differences of two configurations."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ from typing import Any
 from speechdistill.io import storage
 
 ADDED = {"speechdistill": "added"}
-"""Metadata of a field that was added to a class after instances of it had been stored: see `identity`."""
+"""Metadata of a field that was added to a class after its instances had been stored: see `identity`."""
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON values, those of nested dataclasses too.
+    """Return the fields of a dataclass, nested ones included, as JSON values.
 
-    Fields marked `field(metadata=ADDED)` are left out at their default, so that a new option does not turn every run
-    that is stored into one with another configuration.
+    Fields marked `field(metadata=ADDED)` are left out at their default, so that a new option does not change the
+    configuration of stored runs.
     """
     kept = {field.name: getattr(config, field.name) for field in fields(config) if not _is_left_out(config, field)}
     return {name: identity(value) if is_dataclass(value) else value for name, value in kept.items()}
@@ -28,12 +28,12 @@ def _is_left_out(config: Any, field: Field[Any]) -> bool:
 
 
 def of(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`: equal configurations have equal fingerprints."""
+    """Return the sha256 of the canonical JSON of `value`: equal configurations have equal fingerprints."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def of_file(uri: str) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with storage.access(uri), storage.opened(uri) as file:
         while block := file.read(1 << 22):
@@ -42,7 +42,7 @@ def of_file(uri: str) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """At most `limit` characters of a text: one that is cut ends in its length and hash, which tell it from others."""
+    """Return at most `limit` characters of a text. A cut text ends in its length and hash, which identify it."""
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
@@ -51,7 +51,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as lines `recipe.seed: 1 -> 2`."""
+    """Return the differences of two JSON values, as lines `recipe.seed: 1 -> 2`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [

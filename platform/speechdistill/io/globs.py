@@ -1,4 +1,4 @@
-"""Globs as the parts of a path: which places below a folder fit one."""
+"""Match paths below a folder with globs, both as tuples of their parts."""
 
 import glob
 from fnmatch import fnmatchcase
@@ -8,13 +8,14 @@ EVERYTHING = ("**",)
 
 
 def split(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """The folder that a glob spells out, and the parts that follow."""
+    """Return the folder before the first part with magic, and the parts from there."""
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     return str(Path(*parts[:first])), parts[first:]
 
 
 def fits(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    """Whether a path matches a glob; `**` stands for any number of parts."""
     if parts == EVERYTHING:
         return True
     if not parts:
@@ -25,7 +26,7 @@ def fits(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 
 def may_hold(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    """Whether files of a glob may lie in a folder."""
+    """Whether a folder may contain files that match a glob."""
     first = parts[: parts.index("**")] if "**" in parts else parts[:-1]
     if len(place) > len(first) and "**" not in parts:
         return False
@@ -33,10 +34,11 @@ def may_hold(place: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 
 def is_spelled_out(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a part of a glob names a hidden file or folder explicitly."""
     return any(fnmatchcase(name, part) for part in parts if part.startswith(".") or not glob.has_magic(part))
 
 
 def names_suffix(pattern: str) -> bool:
-    """Whether a glob ends in a suffix written out."""
+    """Whether a glob ends in a suffix without magic."""
     suffix = PurePosixPath(pattern).suffix
     return bool(suffix) and not glob.has_magic(suffix)

@@ -1,4 +1,4 @@
-"""Files of web servers: read by ranges, or whole from a server that gives none."""
+"""Files of web servers, read by ranges, or whole if the server does not support ranges."""
 
 import tempfile
 from io import RawIOBase
@@ -11,10 +11,10 @@ PROTOCOLS = ("http://", "https://")
 
 
 def open_file(url: str, block_bytes: int) -> IO[bytes]:
-    """The file at `url`, seekable; one request is at least `block_bytes`.
+    """Open the file at `url`, seekable; one request is at least `block_bytes`.
 
-    A server may answer a range with all of the file, or not tell its length: then the file is read whole, into a
-    temporary one.
+    A server may answer a range with the whole file, or report no length: the file is then downloaded to a temporary
+    file.
     """
     fs, path = fsspec.url_to_fs(url)
     file = fs.open(path, "rb", block_size=block_bytes)
@@ -26,7 +26,7 @@ def open_file(url: str, block_bytes: int) -> IO[bytes]:
 
 
 class _Ranged(RawIOBase):
-    """A file that is read whole once its server has not given a range of it."""
+    """File that is downloaded once its server has not answered with the requested range."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

@@ -1,22 +1,22 @@
 """One writer at a time in an output folder: a lease file with a heartbeat, on local disks, NFS and object stores.
 
-A command that writes into OUT holds `OUT/.lease-<number>`, which names its holder, and renews it every 10 s. A lease
-that was not renewed for 60 s is dead, and so is one of this machine whose process has ended, which is not waited for.
-A claimant creates the next number, reads back what is there, and removes the dead ones before it. Both ages and "now"
-are modification times that the store gave (now: of an empty file written for this), so clocks need not agree.
+A command that writes into OUT holds `OUT/.lease-<number>`, which names its holder, and renews it every 10 s. A lease is
+dead if it was not renewed for 60 s, or if its process on this machine has ended; claimants do not wait for the latter.
+A claimant creates the next number, reads all leases back, and removes the dead ones before it. Ages and "now" are
+modification times from the store (now: of an empty file written for this), so clocks need not agree.
 
-It rests on the exclusive creation of a file, of which one of two claimants at once succeeds:
+The protocol rests on the exclusive creation of a file: of two claimants at once, one succeeds.
 
-- local disks and NFS (3 and later): open with O_CREAT | O_EXCL; a renewal is utime, whose time the server gives;
-- S3: put with `If-None-Match: *`. Compatible stores that refuse that header (501) get a plain put after a look whether
-  the object is there; those that ignore it are found out where the other's content is read back;
-- GCS and Azure: what `pipe_file(mode="create")` of gcsfs and adlfs is, a condition on generation and on overwriting;
-- other fsspec stores: a look whether the file is there, then a write; two claimants within these two requests may both
-  hold it.
+- local disks and NFS (3 and later): open with O_CREAT | O_EXCL; a renewal is utime with the server's time;
+- S3: put with `If-None-Match: *`. Compatible stores that refuse that header (501) get a plain put if the object does
+  not exist; stores that ignore it are noticed when another claimant's content is read back;
+- GCS and Azure: `pipe_file(mode="create")` of gcsfs and adlfs, a condition on generation and on overwriting;
+- other fsspec stores: a check that the file does not exist, then a write; two claimants within these two requests may
+  both hold the lease.
 
-An answer that was lost on its way is no harm: a claimant holds what has its own content. A holder that could not renew
-for 60 s looks whether it still holds the lease before it writes on (`Lease.check`), and one whose lease was taken over
-is stopped.
+A lost answer does no harm: a claimant holds the lease with its own content. A holder that could not renew for 60 s
+checks that it still holds the lease before it writes again (`Lease.check`). A holder whose lease was taken over is
+stopped.
 """
 
 import errno
@@ -44,7 +44,7 @@ from speechdistill.io.errors import RunError, StorageError
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"\.lease-(\d+)")
 _BEAT_S, _DEAD_S = 10.0, 60.0
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # counts a suspended machine's time, too
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes the time of a suspended machine
 
 
 class LeaseError(RunError):
@@ -60,13 +60,13 @@ class Lease:
             self._fs, self._folder = fsspec.url_to_fs(out, use_listings_cache=False)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         about = {"command": command, "host": platform.node(), "pid": os.getpid(), "since": since}
-        self._content = json.dumps({**about, "machine": _machine(), "key": uuid.uuid4().hex}).encode()
+        self._content = json.dumps({**about, "machine": machine(), "key": uuid.uuid4().hex}).encode()
         self._name, self._renewed_s = "", 0.0
         self._over, self.lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
     def claim(self) -> None:
-        """Take the lease; raises `LeaseError` naming who holds it. Waits for a holder elsewhere that may be dead."""
+        """Take the lease; raises `LeaseError` naming its holder. Waits for a holder elsewhere that may be dead."""
         if self._is_local:
             with storage.access(self._out):
                 Path(self._out).mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ class Lease:
             self._thread.start()
 
     def check(self) -> None:
-        """Raise `LeaseError` if the lease was taken over; to be called before a write that two must not make."""
-        if not self.lost.is_set() and _now_s() - self._renewed_s > _DEAD_S:
+        """Raise `LeaseError` if the lease was taken over. Call it before a write that only one command may make."""
+        if not self.lost.is_set() and now_s() - self._renewed_s > _DEAD_S:
             with storage.access(self._out):
                 self._renew()
         if self.lost.is_set():
             raise LeaseError(
-                f"{self._out} was taken over by another command: this one gave no sign of life for {_DEAD_S:.0f} s",
-                "let the other one end, then rerun this command",
+                f"{self._out} was taken over by another command: this one did not renew its lease for {_DEAD_S:.0f} s",
+                "wait until the other command has ended, then rerun this one",
             )
 
     def release(self) -> None:
@@ -102,10 +102,10 @@ class Lease:
         there = self._leases()
         if there.pop(name, None) != self._content:
             return False
-        if there != dead:  # somebody came between the looks
+        if there != dead:  # another claimant came in between
             self._remove(name)
             return False
-        self._name, self._renewed_s = name, _now_s()
+        self._name, self._renewed_s = name, now_s()
         for other in dead:
             self._remove(other)
         return True
@@ -113,31 +113,31 @@ class Lease:
     def _wait_until_dead(self, name: str, content: bytes) -> None:
         """Return once the lease `name` is gone, changed or dead; raises `LeaseError` if its holder lives."""
         holder = _holder(content)
-        is_here = holder.get("machine") == _machine()
+        is_here = holder.get("machine") == machine()
         if is_here and not _is_running(holder["pid"]):
             return
-        renewed, began = self._modified(name), _now_s()
+        renewed, began = self._modified(name), now_s()
         if renewed is None:
             return
-        # A folder that was restored or moved may carry a time in the future, which says nothing of a holder's life.
+        # A folder that was restored or moved may have a time in the future, which is no sign of life.
         age_s = max(0.0, (self._store_time() - renewed).total_seconds())
         if age_s < _DEAD_S and not is_here:
             text = "%s may still be in use by %s; waiting up to %.0f s for a sign of life"
-            _LOG.warning(text, self._out, _told(holder), _DEAD_S - age_s)
-        while age_s + _now_s() - began < _DEAD_S and self._leases().get(name) == content:
+            _LOG.warning(text, self._out, _described(holder), _DEAD_S - age_s)
+        while age_s + now_s() - began < _DEAD_S and self._leases().get(name) == content:
             if is_here or self._modified(name) not in (None, renewed):
-                reason = f"{self._out} is in use by {_told(holder)}"
+                reason = f"{self._out} is in use by {_described(holder)}"
                 raise LeaseError(reason, "wait until that command has ended, or give another --out")
-            time.sleep(_BEAT_S / 10 if content else _BEAT_S / 1000)  # it may be on its way into the file
+            time.sleep(_BEAT_S / 10 if content else _BEAT_S / 1000)  # the content may not be written yet
 
     def _beat(self) -> None:
         is_told = False
         while not self._over.wait(_BEAT_S):
             try:
                 self._renew()
-            except Exception as error:  # an outage; `check` looks again
+            except Exception as error:  # an outage; `check` renews again
                 if not is_told:
-                    _LOG.warning("%s: its lease cannot be renewed (%s); it is tried again", self._out, error)
+                    _LOG.warning("%s: its lease cannot be renewed (%s); renewal is retried", self._out, error)
                 is_told = True
             if self.lost.is_set():
                 if not self._over.is_set():
@@ -145,7 +145,7 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        there, began = self._leases(), _now_s()
+        there, began = self._leases(), now_s()
         if there.get(self._name) != self._content or max(there) > self._name:
             self.lost.set()
             return
@@ -159,15 +159,15 @@ class Lease:
             self.lost.set()
 
     def _leases(self) -> dict[str, bytes]:
-        """The contents of all leases that are there, by name."""
-        found = {}
+        """Return the contents of all leases by name."""
+        leases = {}
         with suppress(FileNotFoundError):
             for path in self._fs.ls(self._folder, detail=False):
                 name = path.rsplit("/", 1)[-1]
                 if _NAME.fullmatch(name):
                     with suppress(FileNotFoundError):
-                        found[name] = self._fs.cat_file(path)
-        return found
+                        leases[name] = self._fs.cat_file(path)
+        return leases
 
     def _create(self, name: str) -> None:
         path = f"{self._folder}/{name}"
@@ -182,7 +182,7 @@ class Lease:
         except OSError as error:
             if error.errno == errno.ENOSYS and not self._fs.exists(path):
                 self._fs.pipe_file(path, self._content)
-            elif error.errno not in (errno.ENOSYS, errno.EBUSY):  # S3: 409, where two write at once
+            elif error.errno not in (errno.ENOSYS, errno.EBUSY):  # S3: 409 if two write at once
                 raise
 
     def _modified(self, name: str) -> datetime | None:
@@ -192,7 +192,7 @@ class Lease:
         except FileNotFoundError:
             return None
         except NotImplementedError as error:
-            reason = f"{self._out}/{name} is there, and its storage does not say since when"
+            reason = f"{self._out}/{name} exists, and its storage reports no time for it"
             raise StorageError(reason, "delete it if no command writes into that folder") from error
 
     def _store_time(self) -> datetime:
@@ -204,7 +204,7 @@ class Lease:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        with suppress(Exception):  # some may write and not delete: what is left is dead after a while
+        with suppress(Exception):  # some users may write and not delete: a lease left behind is dead after a while
             self._fs.rm_file(f"{self._folder}/{name}")
 
 
@@ -212,7 +212,7 @@ class Lease:
 def held(out: str, command: str) -> Iterator[Lease]:
     """Hold `out`, a folder as `storage.absolute` gives it, for `command`; raises `LeaseError` if another command does.
 
-    The body of a holder that was taken over ends as by Ctrl-C, and then with `LeaseError`.
+    If the lease is taken over, the body is interrupted as by Ctrl-C, and `LeaseError` is raised.
     """
     lease = Lease(out, command)
     lease.claim()
@@ -233,18 +233,18 @@ def _number(name: str) -> int:
 def _holder(content: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(content))
-    except ValueError:  # it is being written just now, or its writer was killed
+    except ValueError:  # the lease is being written, or its writer was killed
         return {}
 
 
-def _told(holder: dict[str, Any]) -> str:
+def _described(holder: dict[str, Any]) -> str:
     if not holder:
-        return "a command that has just begun"
+        return "a command that has just started"
     return f"`speechdistill {holder['command']}` on {holder['host']} (process {holder['pid']}) since {holder['since']}"
 
 
-def _machine() -> str:
-    """Identify the system whose process ids are shared: a host name alone may be that of several containers."""
+def machine() -> str:
+    """Return the identity of the system whose process ids are shared: several containers may share a host name."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -262,12 +262,13 @@ def _is_running(pid: int) -> bool:
 
 
 def _interrupt_main() -> None:
-    """As by Ctrl-C, which a process in the background may ignore."""
+    """Interrupt the main thread as Ctrl-C does; background processes may ignore SIGINT, so SIGTERM is next."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(signal.getsignal(number)):
             signal.pthread_kill(threading.main_thread().ident or 0, number)
             return
 
 
-def _now_s() -> float:
+def now_s() -> float:
+    """Return the seconds since this machine started, suspended time included."""
     return time.clock_gettime(_CLOCK)

@@ -1,13 +1,13 @@
-"""Groups of options: frozen keyword-only dataclasses that commands put together and functions take whole."""
+"""Groups of options: frozen keyword-only dataclasses that commands combine and functions take."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 
 class OptionError(Exception):
-    """An option with a value that cannot be used: `reason` and `fix`. The command ends with one line and exit code 2.
+    """An option with an unusable value: reason and fix. The command ends with one line and exit code 2.
 
-    Not a `UserError`: the parser of the command line would take a `ValueError` for its own, and lose the fix.
+    Not a `UserError`: the parser of the command line would handle a `ValueError` as its own and lose the fix.
     """
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -26,12 +26,12 @@ def at_least(group: Any, **smallest: float) -> None:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """All options of a command by name, those of its groups included; None is left out."""
-    found: dict[str, Any] = {}
+    """Return all options of a command by name, including those of groups, without those that are None."""
+    options: dict[str, Any] = {}
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            found |= flat(value)
+            options |= flat(value)
         elif value is not None:
-            found[field.name] = value
-    return found
+            options[field.name] = value
+    return options

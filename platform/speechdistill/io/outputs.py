@@ -1,4 +1,4 @@
-"""Trying outputs before the work that makes them."""
+"""Check that outputs can be written before the work that makes them."""
 
 import os
 import tempfile
@@ -13,10 +13,10 @@ _OTHER = "give another output"
 
 
 def try_outputs(*files: str, space_bytes: int = 1 << 20) -> None:
-    """Try whether each of some files, paths or URLs, can be written; raises `StorageError` naming the one that cannot.
+    """Check that files, paths or URLs, can be written; raises `StorageError` naming the first that cannot.
 
-    Locally a file of `space_bytes` is made in the nearest folder that exists, elsewhere a small one beside the output.
-    Nothing is left, and no folder is made.
+    Writes a file of `space_bytes` in the nearest folder that exists, or a small object beside a URL, and deletes it. No
+    folder is made.
     """
     tried_in: set[str] = set()
     for file in files:
@@ -30,7 +30,7 @@ def try_outputs(*files: str, space_bytes: int = 1 << 20) -> None:
 
 
 def _folder(file: str) -> str:
-    """The nearest folder above a local file that exists."""
+    """Return the nearest existing folder above a local file."""
     path = Path(file).absolute()
     with storage.access(file):
         if path.is_dir():
@@ -52,5 +52,5 @@ def _try_url(file: str) -> None:
     fs, path = storage.file_system(file)
     beside = f"{path.rpartition('/')[0]}/.try-{uuid.uuid4().hex}"
     fs.pipe_file(beside, b"")
-    with suppress(Exception):  # some may write and not delete: the empty file does no harm
+    with suppress(Exception):  # some users may write and not delete: the empty file does no harm
         fs.rm_file(beside)

@@ -1,10 +1,10 @@
-"""One walk over files for every command: folders, globs and URLs.
+"""Search for files in folders, globs and URLs, by one rule for all commands.
 
-The rule: a path that the user gives is always taken. Below a folder and in a glob, links are followed, loops end, and
-each file is taken once: a link is skipped if its target is taken under another name (hard links are files of their
-own). Hidden and system files and folders are skipped, unless the glob spells them out: names that begin with a dot, and
-those that other systems leave on disks (`__MACOSX`, `@eaDir`, `Thumbs.db`, ...). Any other character may stand in a
-name, and names that differ in case only are two files. Everything that is skipped is counted and named.
+A path that the user gives is always used. Below a folder and in a glob, links are followed, loops end, and each file is
+used once: a link is skipped if its target is used under another name (hard links are separate files). Hidden and system
+files and folders are skipped unless the glob names them: names that begin with a dot, and those that other systems
+leave on disks (`__MACOSX`, `@eaDir`, `Thumbs.db`, ...). Names may contain any other character, and names that differ
+only in case are two files. Skipped files are counted and reported.
 """
 
 import glob
@@ -26,12 +26,12 @@ _SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
 _SHOWN = 3
 _LOCAL = re.compile("^(file|local)://")
 Wanted = Callable[[str], bool]
-"""Whether a file of this name is looked for."""
+"""Whether to search for files of this name."""
 _Key = tuple[int, int]
 
 
 class Skipped(Counter[str]):
-    """How many files a walk left out, by reason (an extension, or one in brackets); `names` has the first of each."""
+    """Count of skipped files by reason (an extension, or a text in brackets); `names` has the first of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Skipped(Counter[str]):
             first += names[: _SHOWN - len(first)]
 
     def lines(self) -> list[str]:
-        """A line per reason, the most frequent first: `skipped .txt × 2: 'a/b.txt', 'a/c.txt'`."""
+        """Return a line per reason, the most frequent first: `skipped .txt × 2: 'a/b.txt', 'a/c.txt'`."""
         shown = ((reason, count, self.names.get(reason, [])) for reason, count in self.most_common())
         return [
             f"skipped {reason} × {count:,}: {', '.join(map(repr, names))}{', ...' * (count > len(names))}"
@@ -60,32 +60,31 @@ class Skipped(Counter[str]):
 
 @dataclass
 class Seen:
-    """The record of one or several walks: folders, each with its place below its root, and
-    targets of links."""
+    """Record of one or several walks: folders, each with its place below its root, and targets of links."""
 
     folders: dict[_Key, tuple[str, ...]] = field(default_factory=dict)
     links: set[tuple[_Key, str]] = field(default_factory=set)
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that an operating system leaves on disks."""
+    """Whether a file or folder is hidden, or left on disks by an operating system."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM
 
 
 def extension(name: str) -> str:
-    """The last suffix, in lower case and without blanks behind it."""
+    """Return the last suffix in lower case, without trailing blanks."""
     return PurePosixPath(name).suffix.rstrip().lower()
 
 
 def is_audio(name: str) -> bool:
-    """Whether a search of folders takes a file of this name for audio."""
+    """Whether a search of folders treats a file of this name as audio."""
     return extension(name) in EXTENSIONS
 
 
 def below(root: str, wanted: Wanted, skipped: Skipped, seen: Seen | None = None) -> Iterator[str]:
-    """The files below a folder, a path or URL: those of a folder in order, then those of its folders.
+    """Yield the files below a folder, a path or URL: those of a folder in order, then those of its folders.
 
-    Raises `NotADirectoryError` if there is no such folder, and `StorageError` if a storage does not list it.
+    Raises `NotADirectoryError` if the folder does not exist, and `StorageError` if the storage does not list it.
     """
     root = _LOCAL.sub("", root)
     if "://" in root:
@@ -96,10 +95,10 @@ def below(root: str, wanted: Wanted, skipped: Skipped, seen: Seen | None = None)
 
 
 def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
-    """The files of a path, folder, glob (`**` too) or URL, sorted; none where nothing matches.
+    """Return the files of a path, folder, glob (also `**`) or URL, sorted; an empty list if nothing matches.
 
-    A URL of a file is passed on, whether there is one or not; one with `*` is a glob. A glob with a suffix (`*.raw`)
-    also takes files that are not `wanted`.
+    The URL of a file is returned even if the file does not exist; a URL with `*` is a glob. A glob with a suffix
+    (`*.raw`) also matches files that are not `wanted`.
     """
     given, pattern = pattern, _LOCAL.sub("", pattern)
     if "://" in pattern:
@@ -117,7 +116,7 @@ def matches(pattern: str, wanted: Wanted, skipped: Skipped) -> list[str]:
 
 
 def once(paths: Iterator[str] | list[str], known: set[str]) -> Iterator[str]:
-    """The paths whose file is not in `known`, a set of real paths and URLs, which grows by them."""
+    """Yield the paths whose file is not in `known`, a set of real paths and URLs, and add the file there."""
     folders: dict[str, str] = {}
     for path in paths:
         folder, name = os.path.split(path)
@@ -132,7 +131,7 @@ def once(paths: Iterator[str] | list[str], known: set[str]) -> Iterator[str]:
 
 
 def _local(root: str, wanted: Wanted, skipped: Skipped, seen: Seen, parts: tuple[str, ...]) -> Iterator[str]:
-    """The files below `root` whose place there fits `parts`, those of a glob; a stack, since trees may be deep."""
+    """Yield the files below `root` whose place there fits the parts of a glob. Not recursive: trees may be deep."""
     stack: list[tuple[str, tuple[str, ...]]] = [(root, ())]
     while stack:
         folder, inside = stack.pop()
@@ -164,7 +163,7 @@ def _local(root: str, wanted: Wanted, skipped: Skipped, seen: Seen, parts: tuple
 
 
 def _left_out(entry: os.DirEntry[str], folder: _Key, wanted: Wanted, seen: Seen, parts: tuple[str, ...]) -> str:
-    """Why a file is not taken, or nothing."""
+    """Return the reason to skip a file, or an empty text."""
     if not wanted(entry.name):
         return extension(entry.name) or "(none)"
     if not entry.is_symlink():
@@ -174,7 +173,7 @@ def _left_out(entry: os.DirEntry[str], folder: _Key, wanted: Wanted, seen: Seen,
         parent = _key(Path(target).parent.stat())
         Path(target).stat()
     except OSError:
-        return ""  # a link to nothing: the reader says so of this file
+        return ""  # a broken link: the reader reports it for this file
     name = Path(target).name
     place = seen.folders.get(parent)
     is_walked = place is not None and wanted(name) and not is_system(name) and globs.fits((*place, name), parts)
@@ -200,17 +199,17 @@ def _anything(name: str) -> bool:
 
 
 def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
-    if "*" not in pattern:  # "?" and "[" stand in signed and IPv6 addresses
+    if "*" not in pattern:  # signed and IPv6 addresses contain "?" and "["
         yield from _remote(pattern, wanted, skipped) if _is_remote_folder(pattern, wanted) else [pattern]
         return
     fs, path = storage.file_system(pattern)
     with storage.access(pattern):
         fs.invalidate_cache()
-        found = sorted(fs.glob(path, detail=True).items())
+        files = sorted(fs.glob(path, detail=True).items())
     parts = path.split("/")
     first = next(number for number, part in enumerate(parts) if "*" in part)
     wanted = _anything if globs.names_suffix(path) else wanted
-    for name, info in found:
+    for name, info in files:
         if info["type"] != "file":
             continue
         hidden = (is_system(part) and not globs.is_spelled_out(part, tuple(parts)) for part in name.split("/")[first:])
@@ -221,7 +220,7 @@ def _of_url(pattern: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
 
 
 def _is_remote_folder(uri: str, wanted: Wanted) -> bool:
-    """Whether a URL names a folder; only where its name leaves that open, the storage is asked."""
+    """Whether a URL names a folder. The storage is asked only if the name leaves that open."""
     if uri.startswith(("http://", "https://")) or wanted(uri.rpartition("/")[2]):
         return False
     if uri.endswith("/"):
@@ -229,12 +228,12 @@ def _is_remote_folder(uri: str, wanted: Wanted) -> bool:
     try:
         fs, path = storage.file_system(uri)
         return bool(fs.isdir(path))
-    except Exception:  # of any kind; reading it tells it again
+    except Exception:  # of any type; reading the file reports it
         return False
 
 
 def _remote(root: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
-    """The files below a URL. (fsspec's walk leaves out folders that it cannot list, and keys with an empty part.)"""
+    """Yield the files below a URL. (fsspec's walk skips folders that it cannot list, and keys with an empty part.)"""
     fs, path = storage.file_system(root)
     with storage.access(root):
         fs.invalidate_cache()
@@ -259,7 +258,7 @@ def _remote(root: str, wanted: Wanted, skipped: Skipped) -> Iterator[str]:
 
 
 def _listed(fs: Any, folder: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """Files and folders in a folder, by their names; the marker of a folder, an empty object, is none."""
+    """Return files and folders in a folder by name, without markers of folders, which are empty objects."""
     files, folders = [], []
     for info in fs.ls(folder, detail=True):
         name = info["name"].rstrip("/")
@@ -268,7 +267,7 @@ def _listed(fs: Any, folder: str) -> tuple[list[tuple[str, dict[str, Any]]], lis
             files += [(info["name"], info)] if info["type"] != "directory" else []
         elif info["type"] == "directory":  # keys whose next part is empty, `folder//x.wav`
             there = fs.find(folder, detail=True)
-            fs.invalidate_cache()  # s3fs keeps of it that a folder of nothing but its marker is not there
+            fs.invalidate_cache()  # s3fs caches that a folder with only its marker does not exist
             files += [(key, there[key]) for key in there if key.startswith(f"{folder}//")]
         elif info.get("size"):
             files.append((info["name"], info))
@@ -276,7 +275,7 @@ def _listed(fs: Any, folder: str) -> tuple[list[tuple[str, dict[str, Any]]], lis
 
 
 def _odd(name: str, info: dict[str, Any], wanted: Wanted) -> str:
-    """Why a remote file is not taken, or nothing."""
+    """Return the reason to skip a remote file, or an empty text."""
     if name.endswith("/"):
         return "(key that ends in /)"
     if "::" in name:

@@ -21,8 +21,8 @@ from speechdistill.io.errors import StorageError, TableError, UserError
 def publish(data: bytes | IO[bytes], uri: str) -> None:
     """Write a file whole or not at all, replacing an older one.
 
-    Locally a temporary name, fsync and rename; elsewhere one put, which is atomic on object stores (a move would be
-    a copy and a delete, and a file object closed by an exception would publish a torn object).
+    Locally: a temporary name, fsync and rename. Elsewhere: one put, which is atomic on object stores. (A move would be
+    a copy and a delete, and a file object closed by an exception would publish a torn object.)
     """
     with access(uri):
         if "://" in uri:
@@ -40,7 +40,7 @@ def _write_file(data: bytes | IO[bytes], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(
         f".{uuid.uuid4().hex}.tmp"
-    )  # not of the target's name, which may be as long as names can be
+    )  # without the target's name, which may have the maximal length
     try:
         with temporary.open("wb") as file:
             shutil.copyfileobj(BytesIO(data) if isinstance(data, bytes) else data, file)
@@ -58,7 +58,7 @@ def _write_file(data: bytes | IO[bytes], target: Path) -> None:
 
 
 def read_json(uri: str) -> Any | None:
-    """The parsed file, or None where there is none."""
+    """Return the parsed file, or None if the file does not exist; raises `TableError` if it is not JSON."""
     try:
         with access(uri, FileNotFoundError, NotADirectoryError), opened(uri) as file:
             data = file.read()
@@ -67,15 +67,15 @@ def read_json(uri: str) -> Any | None:
         return None
     except json.JSONDecodeError as error:
         raise TableError(
-            f"{uri}: not JSON ({error})", "it was edited by hand: restore it or use a new folder"
+            f"{uri}: not JSON ({error})", "it may have been edited: restore it or use a new folder"
         ) from error
 
 
 @contextmanager
 def access(uri: str, *passed: type[Exception]) -> Iterator[None]:
-    """Raise `StorageError` naming the path or URL for what its storage raises in the body, but for the types `passed`.
+    """Turn errors that a storage raises in the body into `StorageError` with the path or URL, except types in `passed`.
 
-    A URL's storage may raise anything: plugins raise their libraries' own types, mostly without the address.
+    The storage of a URL may raise any type: plugins raise their libraries' own types, mostly without the address.
     """
     try:
         yield
@@ -83,39 +83,40 @@ def access(uri: str, *passed: type[Exception]) -> Iterator[None]:
         is_local = "://" not in uri
         if isinstance(error, (UserError, *passed)) or (is_local and not isinstance(error, OSError)):
             raise
-        told = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
         if is_local:
-            raise StorageError(f"{uri}: {told}", "check the path, its permissions and the free space") from error
+            raise StorageError(f"{uri}: {reason}", "check the path, its permissions and the free space") from error
         raise StorageError(
-            f"{uri}: the storage refused it or did not answer ({told})",
+            f"{uri}: the storage refused it or did not answer ({reason})",
             "check the address, the credentials in the environment and the connection, then rerun the command",
         ) from error
 
 
 def file_system(uri: str) -> tuple[Any, str]:
-    """fsspec's file system of a path or URL, and the path there; `StorageError` for a protocol that is not there."""
+    """Return fsspec's file system of a path or URL, and the path there; `StorageError` if the protocol is unknown."""
     with access(uri):
-        # A local path is never parsed: in `a::b.flac` fsspec would see an archive.
+        # A local path is never parsed: fsspec would take `a::b.flac` for an archive.
         is_local = "://" not in uri
         fs, path = (fsspec.filesystem("file"), os.path.abspath(uri)) if is_local else fsspec.url_to_fs(uri)  # noqa: PTH100
     return fs, path
 
 
 def opened(uri: str, **options: Any) -> Any:
-    """A path or URL, open for reading bytes, as a context; `options` are those of a URL's file system."""
+    """Open a path or URL for reading bytes, as a context; `options` go to a URL's file system."""
     return fsspec.open(uri, "rb", **options) if "://" in uri else Path(uri).open("rb")
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, since workers run in other folders; `file://` is a local path; a URL as it is."""
+    """Return an absolute path, since workers run in other folders. `file://` is removed; other URLs are unchanged."""
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
 
 
 def one_name(path: str) -> str:
-    """The name that a local file has however a list writes its path: its folder resolved, as `absolute` resolves those
-    of commands. The file's own name stays: what it links to may have another suffix. A URL is returned as it is.
+    """Return one name for a local file, however a list writes its path: with the folder resolved as by `absolute`.
+
+    The file's own name is kept, since a link's target may have another suffix. A URL is returned unchanged.
     """
     path = path.removeprefix("file://")
     if "://" in path:
@@ -124,19 +125,19 @@ def one_name(path: str) -> str:
     return f"{_resolved(folder)}/{name}" if name not in ("", ".", "..") else path
 
 
-@lru_cache(maxsize=10_000)  # the files of a folder mostly follow each other
+@lru_cache(maxsize=10_000)  # files of one folder are mostly listed together
 def _resolved(folder: str) -> str:
     try:
         return os.path.realpath(folder or "/").rstrip("/")
-    except ValueError:  # NUL, or half a character: no folder has such a name
+    except ValueError:  # NUL, or half a character: no folder can have such a name
         return folder
 
 
 def private_folder(name: str) -> Path:
-    """A folder of this user's in the system's temporary one; raises `UserError` if somebody else made it."""
+    """Return a folder of this user in the system's temporary folder; raises `UserError` if others can write to it."""
     folder = Path(tempfile.gettempdir(), name)
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(f"{folder} is not a folder that only this user may write to", "delete it")
     return folder

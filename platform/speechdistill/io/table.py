@@ -1,7 +1,7 @@
 """Tables on disk: published schemas, validation, Parquet.
 
-A schema is `schemas/<name>.json`, of a table (`clip.v1`, `pseudolabel.v1`, ...) or a JSON document. A published one is
-never edited: a change is a new version. Files appear whole or not at all, on a local disk and on object stores.
+A schema is `schemas/<name>.json`, of a table (`clip.v1`, `pseudolabel.v1`, ...) or a JSON document. A published schema
+is never edited: a change is a new version. Files appear whole or not at all, on local disks and object stores.
 """
 
 import json
@@ -33,7 +33,7 @@ _TYPES = {
 
 @cache
 def schema(name: str) -> pa.Schema:
-    """The Arrow schema published as `schemas/<name>.json`; raises `TableError` listing the known names."""
+    """Return the Arrow schema published as `schemas/<name>.json`; raises `TableError` listing the known names."""
     fields = [
         pa.field(f["name"], _TYPES[f["type"]], f["nullable"], {"description": f["description"]})
         for f in _published(name)["fields"]
@@ -42,7 +42,7 @@ def schema(name: str) -> pa.Schema:
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> pa.Table:
-    """Rows as dictionaries to a valid table of schema `name`; columns a row lacks are null."""
+    """Return a valid table of schema `name` from rows as dictionaries; columns that a row lacks are null."""
     rows = list(rows)
     wanted = schema(name)
     unknown = {key for row in rows for key in row} - set(wanted.names)
@@ -59,7 +59,7 @@ def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> pa.Table:
 
 
 def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
-    """The table with exactly the columns and types of schema `name`, or `TableError` naming the column."""
+    """Return the table with exactly the columns and types of schema `name`; raises `TableError` naming the column."""
     wanted = schema(name)
     missing = [field.name for field in wanted if field.name not in table.column_names and not field.nullable]
     if missing:
@@ -83,7 +83,7 @@ def validate(table: pa.Table, name: str, source: str = "table") -> pa.Table:
             raise TableError(reason, "give each row a value")
         columns.append(column)
     result = pa.Table.from_arrays(columns, schema=wanted)
-    for field_name, allowed in _choices(name).items():
+    for field_name, allowed in choices(name).items():
         wrong = set(result[field_name].unique().to_pylist()) - {*allowed, None}
         if wrong:
             raise TableError(f"{source}: {name}.{field_name} is {sorted(wrong)}", f"choose from {allowed}")
@@ -99,7 +99,7 @@ def read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
 
 @contextmanager
 def streamed(uri: str, name: str, columns: list[str]) -> Iterator[Callable[[list[str]], Iterable[pa.RecordBatch]]]:
-    """A function that gives some of the `columns` of a Parquet file in small batches, each time that it is called."""
+    """Yield a function that reads some of the `columns` of a Parquet file in small batches, at each call."""
     with _opened(uri, name) as file:
         parquet = pq.ParquetFile(file)
         if missing := [column for column in columns if column not in parquet.schema_arrow.names]:
@@ -113,15 +113,13 @@ def _opened(uri: str, name: str) -> Iterator[IO[bytes]]:
         with open_parquet(uri) as file:
             yield file
     except FileNotFoundError as error:
-        raise TableError(
-            f"{uri}: no such file", f"run the job before this one, which makes the {name} table"
-        ) from error
+        raise TableError(f"{uri}: no such file", f"run the command that makes the {name} table first") from error
     except pa.ArrowInvalid as error:
         raise TableError(f"{uri}: not a Parquet file ({error})", f"give a whole file of schema {name}") from error
 
 
 def column_names(uri: str) -> list[str]:
-    """The names of the columns of a Parquet file; raises `TableError` for a file that is missing or is none."""
+    """Return the names of a Parquet file's columns; raises `TableError` if the file is missing or is not Parquet."""
     try:
         with open_parquet(uri) as file:
             names: list[str] = pq.read_schema(file).names
@@ -134,16 +132,16 @@ def column_names(uri: str) -> list[str]:
 
 @contextmanager
 def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]]:
-    """The file, open for Arrow, whose word for a damaged one is made `pa.ArrowInvalid` here.
+    """Open a file for Arrow; raises `pa.ArrowInvalid` for a damaged file.
 
-    Of a URL `ahead_bytes` are read beyond what is asked for (s3fs: 50 MB).
+    Requests to a URL read `ahead_bytes` beyond the requested bytes (default of s3fs: 50 MB).
     """
     options = {} if ahead_bytes is None or "://" not in uri else {"block_size": ahead_bytes}
     with storage.access(uri, FileNotFoundError, pa.ArrowInvalid), storage.opened(uri, **options) as file:
         try:
             yield file
         except OSError as error:
-            if type(error) is OSError and error.errno is None:  # so Arrow calls most damages
+            if type(error) is OSError and error.errno is None:  # Arrow's error for most damaged files
                 raise pa.ArrowInvalid(str(error)) from error
             raise
 
@@ -151,7 +149,7 @@ def open_parquet(uri: str, ahead_bytes: int | None = None) -> Iterator[IO[bytes]
 def parquet_bytes(
     table: pa.Table, metadata: Mapping[str, str] | None = None, row_group_size: int | None = None
 ) -> bytes:
-    """A whole Parquet file in memory, with extra `metadata` in its footer."""
+    """Return a whole Parquet file in memory, with extra `metadata` in its footer."""
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})})
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
@@ -161,7 +159,7 @@ def parquet_bytes(
 def publish_stream(tables: Iterable[pa.Table], name: str, uri: str) -> None:
     """Write tables of schema `name` as one Parquet file, whole or not at all, one table in memory at a time.
 
-    (On an object store the compressed file is gathered in memory first, since a put is what is atomic there.)
+    (On an object store the compressed file is gathered in memory first, since only a put is atomic there.)
     """
     with tempfile.TemporaryFile() if "://" not in uri else BytesIO() as file:
         with pq.ParquetWriter(file, schema(name), compression="zstd") as writer:
@@ -178,7 +176,7 @@ def check_json(document: Any, name: str, source: str) -> None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_published(name)).iter_errors(document))
     if error is not None:
         place = error.json_path.removeprefix("$")
-        raise TableError(f"{source}: {name}{place}: {error.message}", f"correct it; the form is schemas/{name}.json")
+        raise TableError(f"{source}: {name}{place}: {error.message}", f"correct it by the schema schemas/{name}.json")
 
 
 @cache
@@ -192,5 +190,6 @@ def _published(name: str) -> dict[str, Any]:
     return published
 
 
-def _choices(name: str) -> dict[str, list[str]]:
+def choices(name: str) -> dict[str, list[str]]:
+    """Return the allowed values of each column of schema `name` that has a fixed set of them."""
     return {f["name"]: f["choices"] for f in _published(name)["fields"] if "choices" in f}

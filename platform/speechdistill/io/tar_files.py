@@ -1,7 +1,7 @@
-"""Tar archives by byte ranges: an index of their members from the headers alone, and a member as a file of its own.
+"""Tar archives by byte ranges: an index of members from the headers alone, and members as files.
 
-The URI of a member, `s3://bucket/shard.tar#offset=1536&size=32044&member=utt1.flac`, says where its bytes lie. The
-name stands last and as it is, since it may hold any character.
+The URI of a member, `s3://bucket/shard.tar#offset=1536&size=32044&member=utt1.flac`, gives the place of its bytes. The
+name is last and not escaped, since it may contain any character.
 """
 
 import re
@@ -14,7 +14,7 @@ _MEMBER = re.compile(r"(.+?)#offset=([0-9]+)&size=([0-9]+)&member=(.+)", re.DOTA
 
 
 class Member(NamedTuple):
-    """`size` bytes of audio from byte `offset` of `tar`, a path or URL; a header of 512 bytes stands before them."""
+    """`size` bytes of audio from byte `offset` of `tar`, a path or URL; after a header of 512 bytes."""
 
     tar: str
     offset: int
@@ -26,25 +26,25 @@ class Member(NamedTuple):
         return f"{self.tar}#offset={self.offset}&size={self.size}&member={self.name}"
 
     def is_in(self, file: IO[bytes]) -> bool:
-        """Whether the header before `offset` is this member's: the tar may have been replaced since it was indexed."""
+        """Whether the header before `offset` is that of this member: the tar may have been replaced since the index."""
         file.seek(self.offset - tarfile.BLOCKSIZE)
         try:
             header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
         except tarfile.TarError:
             return False
-        # Headers hold the beginning of a long name, and writers differ in what they put for one that is not ASCII.
+        # Headers hold the beginning of a long name, and writers encode names that are not ASCII differently.
         has_name = len(self.name) < 99 and self.name.isascii()
         return header.size == self.size and (header.name == self.name or not has_name)
 
 
 def parse(uri: str) -> Member | None:
-    """The member that `Member.uri` gave `uri` for; None for every other path or URL."""
+    """Return the member with this `Member.uri`; None for any other path or URL."""
     match = _MEMBER.fullmatch(uri)
     return Member(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
 class Readable(Protocol):
-    """A seekable binary file, as far as a section needs it."""
+    """Seekable binary file, with the methods that a section needs."""
 
     def read(self, size: int = -1, /) -> bytes: ...
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
@@ -52,7 +52,7 @@ class Readable(Protocol):
 
 
 class Section:
-    """`size` bytes of a file from byte `start` as a seekable file of their own."""
+    """Seekable file over `size` bytes of another file from byte `start`."""
 
     def __init__(self, file: IO[bytes] | Readable, start: int, size: int) -> None:
         self._file, self._start, self._size = file, start, size
@@ -80,9 +80,9 @@ class Section:
 
 
 def index(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """Every whole member in order, by reading headers only; memory does not grow with their number.
+    """Yield every whole member in order, reading headers only; memory does not grow with their number.
 
-    Raises `tarfile.ReadError` for what is no tar, and behind the last whole member of one that is cut or corrupt.
+    Raises `tarfile.ReadError` for a file that is not a tar, and after the last whole member of a cut or corrupt one.
     """
     size = file.seek(0, 2)
     file.seek(0)
@@ -90,7 +90,7 @@ def index(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8") as tar:
         end = 0
         while info := tar.next():
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
             if info.size < 0 or tar.offset <= end:
                 raise tarfile.ReadError(f"a negative size in the header before byte {end}")
             if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
@@ -101,7 +101,7 @@ def index(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 class _Headers:
-    """What `tarfile` reads of a file: a corrupt size must not make it read gigabytes as a long name."""
+    """File for `tarfile` that limits reads: a corrupt size must not make it read gigabytes as a long name."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._size = file, size
@@ -119,7 +119,7 @@ class _Headers:
 
 
 def _check_end(file: IO[bytes], end: int) -> None:
-    """For `tarfile` a header that is cut or corrupt is the end, like the block of zeros that marks it."""
+    """Raise `ReadError` without a block of zeros at the end: `tarfile` stops silently at a cut or corrupt header."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if not block:

@@ -1,9 +1,9 @@
-"""Tables that users wrote, row by row: CSV and its relatives, JSONL, Parquet. Every list and label file is read here.
+"""Read tables written by users, row by row: CSV and its variants, JSONL, Parquet. All lists and label files.
 
-- Encoding: UTF-8 with or without a byte order mark, UTF-16 with one. Others are refused with the line.
+- Encoding: UTF-8 with or without a byte order mark, UTF-16 with one. Others are refused with their line.
 - Delimiter: the one of comma, semicolon, tab and bar that gives the header line the most columns.
 - Quotes enclose fields between commas and semicolons, line breaks included. Between tabs and bars a field ends at the
-  next of them, since corpora write quotation marks there as they are (Common Voice).
+  next delimiter, since corpora do not escape quotation marks there (Common Voice).
 - Names of columns: in any case, blanks around them ignored; columns without a name are left out.
 """
 
@@ -28,16 +28,18 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _DELIMITERS = ",;\t|"
 _UNQUOTED = "\t|"
-_SEP = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)  # a spreadsheet's line about the next one, which says as much
+_SEP = re.compile(
+    r'"?sep=.?"?\s*$', re.IGNORECASE
+)  # a spreadsheet's line with the delimiter, which the header shows as well
 _LONGEST_FIELD = 1 << 24  # characters: some transcripts have more than Python's limit of 2^17
-_END = "\n"  # behind the last line: still within quotes there, a row has a quote that never closes
+_END = "\n"  # after the last line: a row whose quote is still open there never closes it
 _HEADER_FIX = "rename or add them in the first line, which names the columns, with , ; tab or | between"
 _QUOTE_FIX = "close it, double quotation marks within a text, or save the list with tabs between fields"
 
 
 class Line(NamedTuple):
-    """`number` is that of the row's first line, from 1 (of a Parquet file, of the row); `fault` is why it cannot be
-    used."""
+    """A row. `number` is its first line, from 1 (in a Parquet file, the row); `fault` is the reason if it is
+    unusable."""
 
     number: int
     values: dict[str, Any]
@@ -45,10 +47,10 @@ class Line(NamedTuple):
 
 
 def rows(file: str, needed: Sequence[str], names: Sequence[str] | None = None) -> Iterator[Line]:
-    """The rows of a table with at least the columns `needed` (`path/uri`: one of them), blank ones left out.
+    """Yield the rows of a table with at least the columns `needed` (`path/uri`: one of the two), except blank rows.
 
     `names` are the columns of a CSV without a header. Raises `TableError` for a table that cannot be read or lacks a
-    column, naming those it has, and `FileNotFoundError` or `NotADirectoryError`.
+    column, naming the existing ones, and `FileNotFoundError` or `NotADirectoryError`.
     """
     suffix = splitext(file)[1].lower()  # noqa: PTH122 (a URL is no path)
     wrong = (UnicodeError, pa.ArrowInvalid)
@@ -77,14 +79,14 @@ def _delimited(file: str, needed: Sequence[str], names: Sequence[str] | None) ->
             values = dict(zip(columns, fields, strict=False))
             values.pop("", None)
             count, fault = len(fields), None
-            # Fields behind a delimiter too many are in wrong columns; empty ones at the end are a spreadsheet's.
+            # Fields after an extra delimiter are in wrong columns; spreadsheets add empty ones at the end.
             if count < fewest or (most and count > most and any(map(str.strip, fields[most:]))):
                 fault = f"has {count} fields instead of {fewest}"
             yield Line(number, values, fault)
 
 
 def _records(file: str, lines: Iterator[str], is_plain: bool) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each row that is not blank, and the number of its first line. A plain table has commas."""
+    """Yield the fields of each row that is not blank, and the number of its first line. A plain table has commas."""
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and not _SEP.match(line))
     start, first = next(numbered, (1, ""))
     form = {"delimiter": ","} if is_plain else _form(first)
@@ -107,29 +109,31 @@ def _records(file: str, lines: Iterator[str], is_plain: bool) -> Iterator[tuple[
 
 
 def _noted(lines: Iterable[str], raw: list[str]) -> Iterator[str]:
-    """The lines, each noted in `raw` when the reader takes it, and an end that shows whether a quote is open."""
+    """Yield the lines, each added to `raw` when it is read, and an end mark that shows whether a quote is open."""
     for line in chain(lines, [_END]):
         raw.append(line)
         yield line
 
 
 def _form(header: str) -> dict[str, Any]:
-    """How the fields of a table are separated, by its header line."""
+    """Return the form of a table for `csv.reader`, from its header line."""
     by_count = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in _DELIMITERS}
     mark = max(_DELIMITERS, key=lambda delimiter: by_count[delimiter])
-    spaced = header.count(mark) == header.count(f"{mark} ")  # `path, mos`: so are the rows, quotes behind the blank too
+    spaced = header.count(mark) == header.count(
+        f"{mark} "
+    )  # `path, mos`: rows have the blanks as well, also before quotes
     quoting = csv.QUOTE_NONE if mark in _UNQUOTED else csv.QUOTE_MINIMAL
     return {"delimiter": mark, "quoting": quoting, "skipinitialspace": spaced}
 
 
 def _bare(field: str) -> str:
-    """A field as it is, unless all of it is quoted as a spreadsheet does."""
+    """Return a field unchanged, unless it is quoted as a whole, as spreadsheets do."""
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
     return field[1:-1].replace('""', '"') if is_quoted else field
 
 
 def _check_quotes(file: str, start: int, raw: list[str], fields: list[str], width: int, form: dict[str, Any]) -> None:
-    """Raise `TableError` unless the quotes of a row of several lines close, and its lines are no rows themselves."""
+    """Raise `TableError` if a quote in a row of several lines does not close, or a line reads like a row."""
     end = start + len(raw) - 1
     if raw[-1] == _END:  # a row of several lines ends in one with a quote
         raise TableError(f"{file}, line {start}: a quote opens and never closes", _QUOTE_FIX)
@@ -147,14 +151,14 @@ def _check_quotes(file: str, start: int, raw: list[str], fields: list[str], widt
 
 
 def _like_a_row(raw: list[str], fields: list[str], form: dict[str, Any]) -> int | None:
-    """Which line of a row of several lines may be a row of its own, if any, by the columns around those with breaks."""
+    """Return the line of a row of several lines that reads like a row, if any, by the columns without line breaks."""
     width = len(fields)
     broken = [column for column, text in enumerate(fields) if {*text} & {*"\r\n"}]
     left = [(column, fields[column]) for column in range(broken[0])]
     right = [(column - width, fields[column]) for column in range(broken[-1] + 1, width)]
     for number, line in enumerate(raw):
         others = next(csv.reader([line], **form | {"quoting": csv.QUOTE_NONE}))
-        # The first line has the row's own fields on the left, the last line those on the right: they say nothing.
+        # The first line has the row's own fields on the left, the last line those on the right: both always fit.
         around = (left if number else []) + (right if number < len(raw) - 1 else [])
         pairs = [(others[column], text) for column, text in around] if len(others) >= width else []
         pairs = [pair for pair in pairs if all(map(str.strip, pair))]
@@ -164,7 +168,7 @@ def _like_a_row(raw: list[str], fields: list[str], form: dict[str, Any]) -> int 
 
 
 def _shape(field: str) -> str:
-    """The kind of a field: a number, the name of a file of some type, or other text."""
+    """Return the kind of a field: a number, the name of a file of some type, or other text."""
     try:
         return str(type(float(field)))
     except ValueError:
@@ -183,7 +187,7 @@ def _json_lines(file: str, needed: Sequence[str]) -> Iterator[Line]:
 
 
 def _is_text(values: dict[str, Any]) -> bool:
-    """False for what only the escapes of JSON can write into a table: no file has such a name."""
+    """Whether all values are text that a file name can have: escapes of JSON can write NUL and half characters."""
     try:
         return b"\0" not in "".join(map(str, values.values())).encode()
     except UnicodeEncodeError:
@@ -221,7 +225,7 @@ def _parquet(file: str, needed: Sequence[str]) -> Iterator[Line]:
 
 
 def _decoded(value: Any) -> Any:
-    """A value; texts that their writer stored as plain bytes as texts, if they are UTF-8."""
+    """Return a value; bytes become text if they are UTF-8, since some writers store texts as bytes."""
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
             return value.decode()
@@ -229,7 +233,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _columns(place: str, found: Sequence[str], needed: Sequence[str], fix: str) -> list[str]:
-    """The names of columns in lower case; raises `TableError` for names that occur twice, and needed ones missing."""
+    """Return the columns' names in lower case; raises `TableError` for duplicate names and missing needed ones."""
     names = [name.strip().lower() for name in found]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise TableError(f"{place}: columns {twice} occur twice in {list(found)}", "rename or delete one of each")
@@ -241,11 +245,11 @@ def _columns(place: str, found: Sequence[str], needed: Sequence[str], fix: str) 
 
 @contextmanager
 def _text(file: str) -> Iterator[Iterator[str]]:
-    """The lines of a text with their ends, which may be LF, CR LF or CR."""
+    """Yield the lines of a text with their ends: LF, CR LF or CR."""
     with storage.opened(file) as data:
         is_utf16 = data.read(2) in (b"\xff\xfe", b"\xfe\xff")
     encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
-    # Opened again: a web server without ranges does not go back.
+    # Opened twice: a web server without ranges cannot seek back.
     with storage.opened(file) as data, TextIOWrapper(data, encoding, errors, newline="") as text:
         yield _checked(file, text)
 

@@ -58,7 +58,7 @@ def check(uri: str, writes: bool = True) -> None:
 
 
 def _check_version(uri: str, database: sqlite3.Connection) -> None:
-    known, newest = _revisions()
+    known, newest = revisions()
     revision, before = _version(database), None
     while revision not in (None, newest, before):
         time.sleep(_MIGRATION_S)
@@ -83,7 +83,7 @@ def _version(database: sqlite3.Connection) -> str | None:
     return str(row[0]) if row else None
 
 
-def _revisions() -> tuple[set[str], str | None]:
+def revisions() -> tuple[set[str], str | None]:
     """Return the schemas that the installed MLflow knows, and the newest one.
 
     Read from the migrations' files, since importing MLflow takes seconds. The newest is None if they do not give one:

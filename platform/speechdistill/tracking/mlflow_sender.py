@@ -9,7 +9,8 @@ the run at the same instant can create two.)
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ _TAG = "speechdistill.run"
 
 class TrackingError(UserError, RuntimeError):
     """A run that cannot be sent to MLflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Stored progress of sending to one MLflow: its run, the bytes sent of each segment, the artifacts not sent."""
+
+    run_id: str | None = None
+    segments: Mapping[str, int] = field(default_factory=dict)
+    artifacts_left: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run_id": self.run_id, "sent": dict(self.segments), "artifacts_left": list(self.artifacts_left)}
 
 
 class Sender:
@@ -52,12 +65,11 @@ class Sender:
 
     def left(self) -> int:
         """Return the number of events and artifacts that are not sent."""
-        known = state(self._out, self._place)
-        if self.run_id:  # the stored state may be that of another process, which has sent less
-            known = {"sent": dict(self._sent), "artifacts_left": self.late}
-        sent = known.get("sent", {})
-        lines = (read(f"{self._out}/tracking/{name}", sent.get(name, 0)) for name in pending(self._out, sent))
-        return sum(data.count(b"\n") for data in lines) + len(known.get("artifacts_left", []))
+        # The stored progress may be that of another process, which has sent less.
+        known = self._progress() if self.run_id else stored(self._out, self._place)
+        names = pending(self._out, known.segments)
+        lines = (read(f"{self._out}/tracking/{name}", known.segments.get(name, 0)) for name in names)
+        return sum(data.count(b"\n") for data in lines) + len(known.artifacts_left)
 
     def _send(self) -> int:
         try:
@@ -76,9 +88,9 @@ class Sender:
         """Find the run on the server, or create it. The stored state of a run that was deleted is dropped."""
         self._client = self._client or mlflow_client.client(self._uri)
         with alone(self._out):
-            known = state(self._out, self._place)
-            if known and self._is_active(known["run_id"]):
-                self.run_id, self._sent, self.late = known["run_id"], known["sent"], known["artifacts_left"]
+            known = stored(self._out, self._place)
+            if known.run_id and self._is_active(known.run_id):
+                self.run_id, self._sent, self.late = known.run_id, dict(known.segments), list(known.artifacts_left)
                 return
             first = run_event(self._out, list(segments(self._out)))
             self.run_id = self._find(first) or self._create(first)
@@ -207,10 +219,13 @@ class Sender:
             _LOG.warning("%s (%s)", text, mlflow_client.failure(self._uri, error))
         self._told.add(text)
 
+    def _progress(self) -> Sent:
+        return Sent(run_id=self.run_id, segments=dict(self._sent), artifacts_left=list(self.late))
+
     def _store(self) -> None:
         """Store the progress. The last of several writers wins: at worst, events are sent again."""
         sent = storage.read_json(f"{self._out}/tracking/sent.json") or {}
-        sent[self._place] = {"run_id": self.run_id, "sent": self._sent, "artifacts_left": self.late}
+        sent[self._place] = self._progress().to_json()
         storage.publish_json(sent, f"{self._out}/tracking/sent.json")
 
 
@@ -226,9 +241,12 @@ def artifact_folder(database: Path) -> str:
     return (database.resolve().parent / "mlartifacts").as_uri()
 
 
-def state(out: str, place: str) -> dict[str, Any]:
+def stored(out: str, place: str) -> Sent:
     """Return the stored progress of sending to an MLflow; empty if nothing was sent there."""
-    return dict((storage.read_json(f"{out}/tracking/sent.json") or {}).get(place, {}))
+    known = (storage.read_json(f"{out}/tracking/sent.json") or {}).get(place)
+    if not known:
+        return Sent()
+    return Sent(run_id=known["run_id"], segments=known["sent"], artifacts_left=known["artifacts_left"])
 
 
 def place(out: str, uri: str) -> str:

@@ -23,7 +23,7 @@ from speechdistill.io.errors import UserError
 from speechdistill.tracking import database
 from speechdistill.tracking.event_log import EventLog, last_step, order, run_event, segments
 from speechdistill.tracking.mlflow_client import failure, without_password
-from speechdistill.tracking.mlflow_sender import Sender, TrackingError, place, state
+from speechdistill.tracking.mlflow_sender import Sender, TrackingError, place, stored
 
 _LOG = logging.getLogger(__name__)
 _WRITE_S = 1.0  # at most one write a second: on object stores each writes a whole object
@@ -67,8 +67,7 @@ def checked_uri(out: str) -> str:
 def run_id(out: str) -> str | None:
     """Return the id of the MLflow run of `out` at `tracking_uri(out)`, or None if MLflow has not answered yet."""
     out = storage.absolute(out)
-    stored = state(out, place(out, tracking_uri(out))).get("run_id")
-    return str(stored) if stored else None
+    return stored(out, place(out, tracking_uri(out))).run_id
 
 
 def sync(out: str) -> Synced:

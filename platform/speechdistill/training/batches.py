@@ -63,7 +63,7 @@ class Mix:
 class Ref(NamedTuple):
     """One sample of a batch: row `row` of row group `group` of label run `run`, or (run -1) labeled clip `row`.
 
-    `crop` in [0, 1) is where its crop starts, from the first to the last possible place.
+    `crop` in [0, 1) is the start of the crop, between the first and the last possible one.
     """
 
     run: int
@@ -118,7 +118,7 @@ class Walk:
 
 
 class Batches:
-    """The batches of a mix; raises `UserError` for sources that cannot be used.
+    """Batches of a mix; raises `UserError` for unusable sources.
 
     `held` lists the samples held out of each run of the mix. Default: they are determined here.
     """
@@ -137,7 +137,7 @@ class Batches:
         self._validation = lru_cache(maxsize=1)(self._read_validation)
 
     def refs(self, t: int) -> list[Ref]:
-        """The samples of global batch t: listeners' clips first."""
+        """Return the samples of global batch t: listeners' clips first."""
         return [self._ref(t, lane) for lane in range(self.mix.batch_size)]
 
     @property
@@ -150,7 +150,7 @@ class Batches:
         return self._labeled.datasets.names if self._labeled else []
 
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
-        """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
+        """Yield a worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
         return read_ahead(lambda t: Batch(t, (self.read([self._ref(t, lane) for lane in lanes]),)), range(start, stop))
 
@@ -164,11 +164,11 @@ class Batches:
 
     @property
     def num_held_out(self) -> int:
-        """Labelled samples that validate."""
+        """Return the number of labelled validation samples."""
         return sum(len(held.validation) for held in self.held)
 
     def held_out(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, float]]:
-        """A worker's share of the labelled samples that validate: whole waves and scores."""
+        """Yield a worker's share of the labelled validation samples: whole waves and scores."""
         for data, audio_format, score in self._validation(rank, world):
             yield audio.decode(data, audio_format), score
 

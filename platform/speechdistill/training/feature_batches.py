@@ -54,7 +54,7 @@ class FeatureBatches:
         self.datasets = Datasets([self._names[i] for i in self._train])
 
     def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
-        """A worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
+        """Yield a worker's share of batches `start` to `stop - 1`, read ahead on other threads."""
         lanes = share(self.batch_size, rank, world)
         return read_ahead(lambda t: Batch(t, (self.read([self.draw(t, lane) for lane in lanes]),)), range(start, stop))
 

@@ -1,6 +1,6 @@
-"""Progress of a training run: an actor that its workers tell, and that the driver reads.
+"""Progress of a training run: an actor to which workers report, and which the driver reads.
 
-Ray Train hands on only what comes with a checkpoint.
+Ray Train itself only forwards figures that come with a checkpoint.
 """
 
 import math
@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What the workers told since the last time."""
+    """Reports of the workers since the last read."""
 
     step: int
     loss: float
@@ -34,9 +34,9 @@ class Told(NamedTuple):
 
 
 class Progress:
-    """What the workers of a run tell: on the driver's node, so that it outlives them.
+    """Reports of a run's workers, kept on the driver's node, so that they outlive the workers.
 
-    Points up to step `told` are left out: an earlier driver has had them, and steps may be made again.
+    Points up to step `told` are left out: an earlier driver has them already, and steps may be repeated.
     """
 
     def __init__(self, starts: int, told: int = -1) -> None:
@@ -44,7 +44,10 @@ class Progress:
         self._actor = actor.remote(starts, told)
 
     def started(self, step: int, workers: int) -> str | None:
-        """Told by worker 0; why to give up, where the last start or too many of them from this step say so."""
+        """Report a start, from worker 0; return the reason to give up, if any.
+
+        Reasons are an error for good in the last start, and too many starts from this step.
+        """
         failed: str | None = ray.get(self._actor.started.remote(step, workers))
         return failed
 
@@ -55,7 +58,7 @@ class Progress:
         self._actor.point.remote(step, dict(figures))
 
     def failed(self, error: str, for_good: bool) -> None:
-        """`for_good`: a new start would end the same way."""
+        """Report an error; `for_good` if a new start would end the same way."""
         ray.get(self._actor.failed.remote(error, for_good))
 
     def read(self) -> Told:
@@ -94,7 +97,9 @@ class Board:
         self._add(Point(step, figures))
 
     def failed(self, error: str, for_good: bool) -> None:
-        if self._error == _UNTOLD or for_good:  # what fails first; the other workers then lose their connections to it
+        if (
+            self._error == _UNTOLD or for_good
+        ):  # the first failure: other workers then lose their connections to that one
             self._error, self._for_good = error, for_good
         self._workers = 0
 
@@ -103,6 +108,6 @@ class Board:
         return Told(self._step, self._loss, self._rate, self._workers, points)
 
     def _add(self, point: Point) -> None:
-        if point.step >= self._next:  # steps that are made again are not told again
+        if point.step >= self._next:  # repeated steps are not reported again
             self._points.append(point)
-            self._next = point.step  # of which there may be more
+            self._next = point.step  # there may be more points at this step

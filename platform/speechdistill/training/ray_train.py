@@ -1,4 +1,4 @@
-"""One recipe trained on Ray Train: any number of workers, checkpoints, resumed by the same call.
+"""Train one recipe with Ray Train: any number of workers, checkpoints, resumed by the same call.
 
 The steps are `loop.py`; this file is what Ray Train needs around them. What the workers report is in `progress.py`.
 """
@@ -28,9 +28,9 @@ _TELL_S = 0.5  # for a progress bar
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, and where. `identity` decides the result and is kept in `OUT/run.json`; the rest says how.
+    """A training run. `identity` determines the result and is kept in `OUT/run.json`; other fields do not affect it.
 
-    `workers` is (fewest, most); each has `cpus` CPUs, and `gpus` GPUs, where a fraction is for one worker only.
+    `workers` is (fewest, most); each has `cpus` CPUs, and `gpus` GPUs; a fraction is only allowed for a single worker.
     """
 
     make: Callable[[], TrainingRecipe]
@@ -46,15 +46,15 @@ class Job:
 
 
 def fit(job: Job, progress: Progress) -> dict[str, Any]:
-    """Train, or go on training, and return the summary: `OUT/summary.json`, written last beside the folder `OUT/best`.
+    """Train, or resume, and return the summary, `OUT/summary.json`. It is written last, beside the folder `OUT/best`.
 
-    Raises `RunError` where the folder belongs to another configuration, the loss is not finite, or the workers fail
-    again and again without a new checkpoint; progress so far is kept.
+    Raises `RunError` if the folder belongs to another configuration, the loss is not finite, or the workers fail
+    repeatedly without a new checkpoint. Progress so far is kept.
     """
     shards.claim(job.out, job.identity)
     if summary := shards.completed(job.out):
         return summary
-    result = _trainer(job, progress).fit()
+    result = trainer(job, progress).fit()
     failure = (result.return_value or {}).get("failure")
     if failure:
         raise RunError(failure, f"progress so far is saved in {job.out}")
@@ -69,13 +69,15 @@ def fit(job: Job, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _trainer(job: Job, progress: Progress) -> Any:
+def trainer(job: Job, progress: Progress) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-        """On a local Ray without the actor that removes the placement group of a driver that died: it asks a dashboard
-        every second, and there is none, or another Ray's. Should Ray rename what is private here, it is there again.
+        """Trainer for a local Ray, without the actor that removes the placement groups of dead drivers.
+
+        That actor polls a dashboard every second, and a local Ray has none. If Ray renames the private method, the
+        actor is back and the rest works.
         """
 
         def _create_default_callbacks(self) -> list[Any]:
@@ -86,7 +88,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
     resources = {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})}
     filesystem, path = _storage(job.out)
     return (Trainer if cluster.is_alone() else TorchTrainer)(
-        _work,
+        work,
         train_loop_config={"job": job, "progress": progress},
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -100,7 +102,7 @@ def _trainer(job: Job, progress: Progress) -> Any:
             storage_path=path,
             storage_filesystem=filesystem,
             logging_config=LoggingConfig(log_level="WARNING"),
-            failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those that bring nothing
+            failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those without a new checkpoint
             # The best and, always, the last.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=job.best.figure, checkpoint_score_order=job.best.direction
@@ -110,18 +112,18 @@ def _trainer(job: Job, progress: Progress) -> Any:
 
 
 def _storage(out: str) -> tuple[Any, str]:
-    """A URL's file system for Ray Train, which would look for other credentials than the rest of the platform."""
+    """Return a URL's file system for Ray Train, which would search for other credentials than the platform."""
     if "://" not in out:
         return None, out
     fs, path = storage.file_system(out)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
-def _work(config: dict[str, Any]) -> dict[str, str]:
-    """What each worker runs. What is raised is tried again, and only what all workers return together ends a run."""
+def work(config: dict[str, Any]) -> dict[str, str]:
+    """Run one worker. Ray Train retries after an exception; a run ends only if all workers return."""
     job, progress = config["job"], config["progress"]
     cluster.be_patient()
-    # This logger is named after its file, heeds no setting, and repeats what MLflow and the progress line have.
+    # This logger is named after its file, ignores settings, and repeats the figures of MLflow and the progress line.
     reports = Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execution" / "context.py"
     logging.getLogger(str(reports)).setLevel(logging.WARNING)
     try:
@@ -171,7 +173,7 @@ def _trained(job: Job, progress: Progress) -> dict[str, str]:
 
 
 def _keep(job: Job, loop: Loop, name: str, figures: Mapping[str, float], rank: int) -> None:
-    """What the network has become, written by worker 0 to a folder of its own; `figures.json` is written last."""
+    """Save the network at a milestone in a folder of its own, by worker 0; `figures.json` is written last."""
     if rank == 0:
         loop.save(f"{job.out}/{name}")
         storage.publish_json({"step": loop.step, **figures}, f"{job.out}/{name}/figures.json")
@@ -185,7 +187,7 @@ def _told_by_first(value: str | None, world: int) -> str | None:
 
 
 def _report(best: Best, loop: Loop, figures: Mapping[str, float], rank: int) -> None:
-    """A checkpoint, written by worker 0 and taken to its place by another thread."""
+    """Report a checkpoint, written by worker 0 and uploaded by another thread."""
     from ray.train import Checkpoint, CheckpointUploadMode, report
 
     checkpoint = None
@@ -199,7 +201,7 @@ def _report(best: Best, loop: Loop, figures: Mapping[str, float], rank: int) -> 
 
 
 class _Pace:
-    """Steps per second of this start, and when to tell and to save."""
+    """Steps per second of this start, and the times of the last report and checkpoint."""
 
     def __init__(self, step: int) -> None:
         now = time.monotonic()
