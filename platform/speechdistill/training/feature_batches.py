@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from speechdistill.data.scored_clips import Datasets
 from speechdistill.io import fingerprint, storage, table
 from speechdistill.io.errors import TableError, UserError
+from speechdistill.models.networks.conv_transformer import FRAMES
 from speechdistill.training.lanes import Batch, read_ahead, rng, share
 
-_FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
 _THREADS = 32
 _AHEAD_BYTES = 1 << 16  # of storage, beyond a clip's own
@@ -72,7 +72,7 @@ class FeatureBatches:
     def read(self, t: int, numbers: list[int]) -> Batch:
         """The clips `numbers` to train on, as batch t."""
         clips = self._train[numbers]
-        features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
+        features = np.zeros((len(clips), FRAMES, self.dim), np.float16)
         list(self._readers.map(self._read_into, features, clips))
         return Batch(t, features, self._mos[clips], [self._ids[i] for i in clips], self.datasets.of[numbers])
 
@@ -82,7 +82,7 @@ class FeatureBatches:
 
     def clip(self, number: int) -> FeatureClip:
         """One of the clips to validate on."""
-        features = np.zeros((_FRAMES, self.dim), np.float16)
+        features = np.zeros((FRAMES, self.dim), np.float16)
         self._read_into(features, number)
         return FeatureClip(self._names[number], float(self._mos[number]), features)
 

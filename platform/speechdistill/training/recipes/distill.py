@@ -21,6 +21,7 @@ from speechdistill.models.networks.conv_transformer import (
     VARIANTS,
     ConvTransformer,
     ConvTransformerConfig,
+    to_mos,
 )
 from speechdistill.models.student import load_student, save_student
 from speechdistill.models.windowed import segment_starts
@@ -100,7 +101,7 @@ class DistillRecipe:
         return {}
 
     def losses(self, network: nn.Module, inputs: Tensor, targets: Tensor, datasets: Tensor, around: Around) -> Tensor:
-        return (1 + 4 * torch.sigmoid(network(inputs)) - targets).square()
+        return (to_mos(network(inputs)) - targets).square()
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
         """`validation.figures`."""
