@@ -20,6 +20,8 @@ from speechdistill.io.errors import RunError
 from speechdistill.labelling.samples import Teach
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.model import Model
+from speechdistill.models.options import TeacherOptions
 
 pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler")
 
@@ -30,7 +32,7 @@ NOISY = CLEAN + np.random.default_rng(0).standard_normal(len(CLEAN)).astype(np.f
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return load_teacher("pesq_oracle").teacher
+    return load_teacher("pesq_oracle")
 
 
 def test_scores_are_those_of_the_library(teacher: Teacher) -> None:
@@ -40,7 +42,7 @@ def test_scores_are_those_of_the_library(teacher: Teacher) -> None:
     assert noisy.score == pytest.approx(pesq.pesq(RATE, CLEAN, NOISY, "wb"), abs=1e-6)
     assert 1 < noisy.score < same.score - 0.5
     assert noisy.logit == pytest.approx(np.log((noisy.score - 1) / (5 - noisy.score)), abs=1e-6)
-    assert load_teacher("pesq_oracle")(NOISY, RATE, reference=CLEAN) == noisy.score
+    assert Model(load_teacher("pesq_oracle"))(NOISY, RATE, reference=CLEAN) == noisy.score
     assert (teacher.intrusive, len(teacher.weights_hash)) == (True, 64)
 
 
@@ -102,13 +104,13 @@ def test_recordings_alone_cannot_be_scored(tmp_path: Path, capsys: pytest.Captur
         captured = capsys.readouterr()
         assert "compares with clean speech, which only the labelling job knows" in captured.err and not captured.out
     with pytest.raises(ValueError, match="give each wave's reference"):
-        load_teacher("pesq_oracle")(NOISY, RATE)
+        Model(load_teacher("pesq_oracle"))(NOISY, RATE)
 
 
 def test_the_doctor_tries_it_and_what_is_missing_or_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor_trials.TRIALS["teacher"]("pesq_oracle", Places()).endswith("4.64 MOS")
     with pytest.raises(ValueError, match="'pesq_oracle' has no weights"):
-        load_teacher("pesq_oracle", "file.pt")
+        load_teacher("pesq_oracle", TeacherOptions(weights="file.pt"))
     monkeypatch.setitem(sys.modules, "pesq", None)
     with pytest.raises(ImportError, match="pip install pesq"):
         load_teacher("pesq_oracle")

@@ -21,6 +21,7 @@ from speechdistill.io.version import __version__
 from speechdistill.labelling.unchanged import unchanged
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 SCHEMA = "pseudolabel.v1"
 _LABELS = ("score", "logit", "disagreement", "teacher", "teacher_hash")
@@ -265,7 +266,8 @@ class Teach:
 
         torch.set_num_threads(1)  # actors, not threads, fill the CPUs
         self._computing = threading.Lock()
-        self._teacher = load_teacher(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
+        options = TeacherOptions(weights=weights, head=head, dtype=dtype, batch_s=batch_s)
+        self._teacher = load_teacher(teacher, options)
         if self._teacher.weights_hash != sha256:
             reason = f"{teacher} has other weights on this node than on the driver"
             raise UserError(reason, "install the same everywhere")
