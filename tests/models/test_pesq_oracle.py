@@ -1,7 +1,6 @@
 """PESQ against the clean original as a teacher: the library's scores, and none where nothing can be compared."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import soundfile
 
 import manifests
-from configs import config_of
+from configs import changed, config_of
 from manifests import voice
 from speechdistill import cli
 from speechdistill.commands import doctor_trials, pseudolabel
@@ -50,7 +49,7 @@ def test_what_pesq_cannot_judge_says_why(teacher: Teacher) -> None:
     silent = np.zeros(RATE, np.float32)
     pairs = {
         "silent": (silent, CLEAN[:RATE]),
-        "its clean original: silent": (CLEAN[:RATE], silent),
+        "clean original: silent": (CLEAN[:RATE], silent),
         "0.200 s; PESQ takes 0.25 to 20 s": (NOISY[:3200], CLEAN[:3200]),
         "20.062 s; PESQ takes": (voice(20.0625), voice(20.0625)),
         "no utterance": (voice(0.26), voice(0.26)),
@@ -90,8 +89,8 @@ def test_a_recipe_whose_samples_have_no_clean_original_is_refused_before_work(tm
     )
     for teacher in ("pesq_oracle", "ensemble:distillmos=1,pesq_oracle=1"):
         with pytest.raises(RunError, match="compares with clean speech; recipe as_is degrades nothing"):
-            pseudolabel.run(replace(config, teacher=teacher))
-    spoken = replace(config, recipe="weights_free", assets={"texts": f"{tmp_path}/texts"})
+            pseudolabel.run(changed(config, teacher=teacher))
+    spoken = changed(config, recipe="weights_free", assets={"texts": f"{tmp_path}/texts"})
     with pytest.raises(RunError, match=r"generated samples have none; give --without generated\.espeak"):
         pseudolabel.run(spoken)
     assert not (tmp_path / "out").exists()
