@@ -30,9 +30,9 @@ from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.metrics import correlation
+from speechdistill.models import student_scorer
 from speechdistill.models.label import Label
 from speechdistill.models.student import load_student
-from speechdistill.models.student_scorer import Scorer
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Loop
 from speechdistill.training.recipe import Training
@@ -104,7 +104,7 @@ def _train(seed: int, arm: str, scored: str, options: Options) -> float:
         out / "last",
         options.device,
     )
-    scorer = Scorer(load_student(f"{out}/last").network, "v0", "")
+    scorer = student_scorer.scorer(load_student(f"{out}/last").network, "v0", "")
     rows = samples(LabelRun(f"{options.out}/test"))
     labels = scorer.label([audio.decode(row["audio"], row["audio_format"]) for row in rows])
     teacher = np.array([row["score"] for row in rows])

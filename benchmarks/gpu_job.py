@@ -24,6 +24,7 @@ from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.labelling.samples import Degrade, libraries
 from speechdistill.labelling.teach import Teach
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 SEGMENT_S, SEED = 7.68, 1
@@ -109,7 +110,7 @@ def teaching(place: Place, name: str, options: list[str], batch: int) -> float:
     rows = (made * batch)[:batch]
     known = dict(zip(options[::2], options[1::2], strict=True))
     weights, head, dtype = known.get("--weights"), known.get("--head"), known.get("--dtype", "float32")
-    sha256 = load_teacher(name, weights, "cpu", dtype, head=head).teacher.weights_hash
+    sha256 = load_teacher(name, TeacherOptions(weights=weights, device="cpu", dtype=dtype, head=head)).weights_hash
     work = Teach(name, weights, head, dtype, batch * SEGMENT_S if place.device == "cuda" else None, sha256)
     work(rows)
     rounds, began = 0, time.perf_counter()

@@ -49,7 +49,7 @@ def measure(path: str) -> None:
     from speechdistill.commands import score
     from speechdistill.models.load import load_teacher
 
-    teacher = load_teacher("distillmos").teacher
+    teacher = load_teacher("distillmos")
     start = time.perf_counter()
     (row,) = score.score_files([path], teacher)
     if row["error"]:

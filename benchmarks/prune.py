@@ -21,12 +21,13 @@ import tyro
 
 from speechdistill.data.label_scale import Scale
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.models import parameters, trained
+from speechdistill.models import architectures, parameters
 from speechdistill.models.encoder_scorer import Network, TrainedTeacher
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.slim_encoder import Kept
 from speechdistill.models.networks.speech_encoder import Encoder, build
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers.xlsr import LAYER
 from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
 
@@ -166,7 +167,7 @@ def _speed(repeats: int) -> None:
         TrainedTeacher.of(network, Scale()).save(network, f"{folder}/slim", {})
         del network
         sizes = {name: Path(folder, name, "model.safetensors").stat().st_size for name in ("whole", "slim")}
-        models = {name: trained.scorer(f"{folder}/{name}", device="cpu") for name in sizes}
+        models = {name: architectures.scorer(f"{folder}/{name}", TeacherOptions(device="cpu")) for name in sizes}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
@@ -176,7 +177,7 @@ def _speed(repeats: int) -> None:
     per_s = {name: median(taken[1:]) * SAMPLE_RATE / len(wave) for name, taken in times.items()}
     print("\nXLS-R 2B to block 10, one thread; slim: half of the heads and neurons (bars: 0.55 and 0.65)\n")
     print("| model | parameters, M | file, MB | CPU s per audio s |\n|---|---|---|---|")
-    counts = {name: parameters.count(model.network).stored for name, model in models.items()}
+    counts = {name: parameters.count(model.forward.network).stored for name, model in models.items()}
     for name in models:
         print(f"| {name} | {counts[name] / 1e6:.1f} | {sizes[name] / 1e6:.0f} | {per_s[name]:.3f} |")
     ratios = [of["slim"] / of["whole"] for of in (counts, sizes, per_s)]

@@ -18,10 +18,11 @@ from torch import nn
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.engine.held_out import by_row_groups
 from speechdistill.io import audio, fingerprint, storage
+from speechdistill.models import student_scorer
 from speechdistill.models.label import Label
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.student import load_student
-from speechdistill.models.student_scorer import Scorer
 from speechdistill.training.batches import Mix
 from speechdistill.training.loop import Loop
 from speechdistill.training.pruning import Pruner, Pruning
@@ -80,7 +81,7 @@ class Test:
 
     def mse(self, network: ConvTransformer) -> float:
         hop_s = network.config.segment_samples / audio.SAMPLE_RATE
-        found = Scorer(network.eval(), "pruned", "", hop_s=hop_s).label(self._waves)
+        found = student_scorer.scorer(network.eval(), "pruned", "", TeacherOptions(hop_s=hop_s)).label(self._waves)
         scores = np.array([label.score for label in found if isinstance(label, Label)])
         return float(np.mean((scores - self.scores) ** 2))
 

@@ -23,6 +23,7 @@ from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.data.plan import Plans
 from speechdistill.io import audio, storage, table
 from speechdistill.labelling.samples import make_sample
+from speechdistill.models.options import TeacherOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDINGS = ROOT.parent / "shared" / "data" / "speech"
@@ -126,7 +127,7 @@ def loop(clips: str, core: int, first: int) -> None:
 
     torch.set_num_threads(1)
     plans = Plans(weights_free(), Clips.read(clips), SEED)
-    teacher = load_teacher("distillmos", device="cpu").teacher
+    teacher = load_teacher("distillmos", TeacherOptions(device="cpu"))
 
     def label(sample_id: int) -> None:
         pcm, _ = make_sample(plans[sample_id])

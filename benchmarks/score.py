@@ -26,6 +26,7 @@ from speechdistill.data.plan import Plans
 from speechdistill.io import audio, table
 from speechdistill.labelling.samples import make_sample
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 Scorer = Callable[[str], float]
 
@@ -77,7 +78,7 @@ def _recordings(options: Options, folder: Path) -> list[str]:
 
 
 def _ours(**settings: Any) -> Scorer:
-    teacher = load_teacher("distillmos", device="cpu", **settings).teacher
+    teacher = load_teacher("distillmos", TeacherOptions(device="cpu", **settings))
 
     def mos(path: str) -> float:
         (row,) = score.score_files([path], teacher)

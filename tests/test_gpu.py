@@ -24,11 +24,13 @@ from speechdistill.data.degradations.denoisers import Demucs
 from speechdistill.data.degradations.vocoders import HifiGan
 from speechdistill.io import audio
 from speechdistill.labelling.teach import Teach
-from speechdistill.models.encoder_scorer import HEAD, EncoderScorer
+from speechdistill.models import encoder_scorer
+from speechdistill.models.encoder_scorer import HEAD, Network
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder as encoders
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, QualityHead
+from speechdistill.models.options import TeacherOptions
 from speechdistill.training.batches import Mix
 from speechdistill.training.global_norm import globalise
 from speechdistill.training.loop import Loop
@@ -68,16 +70,18 @@ def scores(labels: Any) -> np.ndarray:
 
 def test_the_released_model_has_its_known_scores() -> None:
     noise = 0.1 * np.random.RandomState(0).standard_normal(SEGMENT_SAMPLES)
-    network: Any = load_teacher("distillmos", device=DEVICE).teacher
+    network: Any = load_teacher("distillmos", TeacherOptions(device=DEVICE))
     found = scores(network.label([noise.astype(np.float32)]))
     assert found == pytest.approx([1.226667], abs=1e-3)
 
 
 def test_real_clips_score_as_on_the_cpu(clips: list[np.ndarray]) -> None:
-    expected = scores(load_teacher("distillmos", device="cpu").teacher.label(clips))
-    whole, half = (load_teacher("distillmos", device=DEVICE, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    assert np.abs(scores(whole.teacher.label(clips)) - expected).max() < 1e-3
-    assert np.abs(scores(half.teacher.label(clips)) - expected).max() < 0.01
+    expected = scores(load_teacher("distillmos", TeacherOptions(device="cpu")).label(clips))
+    whole, half = (
+        load_teacher("distillmos", TeacherOptions(device=DEVICE, dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
+    assert np.abs(scores(whole.label(clips)) - expected).max() < 1e-3
+    assert np.abs(scores(half.label(clips)) - expected).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
@@ -92,7 +96,8 @@ def test_encoders_and_a_head_above_them_score_as_on_the_cpu(kind: str, large: bo
         encoder = encoders.load(place, 3).encoder.to(device)
         with torch.inference_mode():
             hidden.append(encoder(*encoder.prepared(waves[:3]))[0].cpu())
-        scorer = EncoderScorer(encoder, head, "head", "0", device, batch_s=3 * 7.68)
+        options = TeacherOptions(device=device, batch_s=3 * 7.68)
+        scorer = encoder_scorer.scorer(Network(encoder, head), "head", "0", options=options)
         found.append(scores(scorer.label(waves)))
     torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=1e-4)
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
@@ -192,7 +197,7 @@ def test_ray_train_starts_with_one_worker(labels: str, tmp_path: Path, local_ray
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="a CPU's memory has no such limit")
 def test_a_batch_that_does_not_fit_the_memory_loses_no_row() -> None:
-    work = Teach("distillmos", None, None, "float32", 256 * 7.68, load_teacher("distillmos").teacher.weights_hash)
+    work = Teach("distillmos", None, None, "float32", 256 * 7.68, load_teacher("distillmos").weights_hash)
     waves = [voice(7.68, seed=i % 5) for i in range(256)]
     encoded = [audio.encode(audio.quantise(wave), "pcm16") for wave in waves]
     rows = [{"audio": data, "audio_format": "pcm16"} for data in encoded]
@@ -204,4 +209,4 @@ def test_a_batch_that_does_not_fit_the_memory_loses_no_row() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(results) == 256 and all(isinstance(result, dict) and result["score"] for result in results)
-    assert work._teacher._batch < 256
+    assert work._teacher.batch < 256

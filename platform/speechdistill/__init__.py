@@ -10,8 +10,10 @@ def load(name: str = "distillmos", **options: Any) -> Callable[..., float]:
     """A speech-quality model as a function: `load("distillmos")(wave, sample_rate)` is a MOS from 1 to 5.
 
     `wave` is a NumPy array or torch tensor, shape (num_samples,) or (num_samples, channels), at any rate.
-    Options are those of `models.load.load_teacher`. Raises `ValueError` for audio that cannot be judged.
+    Options are the fields of `models.options.TeacherOptions`. Raises `ValueError` for audio that cannot be scored.
     """
     from speechdistill.models.load import load_teacher  # torch stays out of `import speechdistill`
+    from speechdistill.models.model import Model
+    from speechdistill.models.options import TeacherOptions
 
-    return load_teacher(name, **options)
+    return Model(load_teacher(name, TeacherOptions(**options)))

@@ -41,6 +41,7 @@ from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks.conv_transformer import QualityHead
 from speechdistill.models.networks.speech_encoder import load as load_encoder
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.student import load_student, save_student
 from speechdistill.training.recipe import Around
 
@@ -401,8 +402,8 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     rows = prune._rows(str(tmp_path), ["before", "after"])
     assert rows[0]["parameters"] == teacher.parameters == sum(p.numel() for p in network.parameters())
     assert [row["nonzero"] for row in rows] == [before.parameters, after.parameters]
-    (there,) = load_teacher(after.teacher, device="cpu").teacher.label([voice(1.0)])
-    (here,) = load_teacher(folders["after"], device="cpu").teacher.label([voice(1.0)])
+    (there,) = load_teacher(after.teacher, TeacherOptions(device="cpu")).label([voice(1.0)])
+    (here,) = load_teacher(folders["after"], TeacherOptions(device="cpu")).label([voice(1.0)])
     assert there == here, "what workers load is not what was given"
 
 
@@ -422,7 +423,7 @@ def test_heads_with_other_scales_are_two_models(tmp_path: Path) -> None:
     for name, scale in (("plain", Scale()), ("scaled", Scale(1.5, 0.5))):
         TrainedHead(encoder, load_encoder(encoder, 3).digest, 3, scale).save(network, f"{tmp_path}/{name}", {})
     both = candidates.load({name: f"{tmp_path}/{name}" for name in ("plain", "scaled")}, str(tmp_path / "out"), {})
-    one, other = (load_teacher(model.teacher, device="cpu").teacher for model in both)
+    one, other = (load_teacher(model.teacher, TeacherOptions(device="cpu")) for model in both)
     assert [one.weights_hash, other.weights_hash] == [model.sha256 for model in both]
     assert one.label([voice(1.0)]) != other.label([voice(1.0)])
 

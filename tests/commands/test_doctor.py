@@ -19,7 +19,7 @@ from speechdistill.commands.doctor_trials import Places
 from speechdistill.data.degradation_recipes import WEIGHTS_FREE
 from speechdistill.data.degradations import denoisers
 from speechdistill.io import audio, storage, table
-from speechdistill.models.load import Model
+from speechdistill.models.model import Model
 
 SECRET = "hunter2/and+more"
 

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+import speechdistill
 from configs import config_of
 from label_runs import label_run
 from manifests import voice
@@ -25,11 +26,12 @@ from speechdistill.commands.prune import Prune
 from speechdistill.data import scored_clips
 from speechdistill.data.label_scale import LabelTransform, Scale
 from speechdistill.io import audio, checkpoint, storage, table
-from speechdistill.models import encoder_scorer, parameters
+from speechdistill.models import architectures, parameters
 from speechdistill.models.encoder_scorer import HEAD, TrainedHead
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.options import TeacherOptions
 from speechdistill.training import ray_train, side_by_side
 from speechdistill.training.batches import Mix
 from speechdistill.training.pruning import Pruning
@@ -86,7 +88,7 @@ def test_from_a_teacher_to_smaller_ones(
     names = ["remaining-100", "remaining-75", "remaining-50"]
     assert [line.split()[0] for line in printed.splitlines() if line.startswith("remaining-")] == names
     files = [checkpoint.read(f"{out}/pruned/{name}") for name in names]
-    nonzero = [parameters.count(encoder_scorer.network(of, "")).nonzero for of in files]
+    nonzero = [parameters.count(architectures.network(of, "")).nonzero for of in files]
     assert nonzero[0] > nonzero[1] > nonzero[2]
     sizes = [checkpoint.size(f"{out}/pruned/{name}") for name in names]
     assert sizes[0] > sizes[1] > sizes[2] if criterion == "structured" else sizes[0] == sizes[2]
@@ -94,15 +96,17 @@ def test_from_a_teacher_to_smaller_ones(
     assert remaining == pytest.approx([1, 0.75, 0.5], abs=0.01)
 
     with pytest.raises(ValueError, match="remaining-50 holds its own encoder; elsewhere would not be used"):
-        load_teacher(f"{out}/pruned/remaining-50", "elsewhere", device="cpu")
+        load_teacher(f"{out}/pruned/remaining-50", TeacherOptions(weights="elsewhere", device="cpu"))
     wave = voice(2.0, seed=99)
-    before, after = (load_teacher(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}"))
+    before, after = (
+        speechdistill.load(place, device="cpu")(wave, RATE) for place in (teacher, f"{out}/pruned/{names[0]}")
+    )
     assert before == pytest.approx(after, abs=1e-5)
     address = ["--model", "models:/pruned/3", "--tracking", out]
     soundfile.write(tmp_path / "voice.wav", wave, RATE, subtype="FLOAT")
     assert cli.main(["score", f"{tmp_path}/voice.wav", *address, "--out", f"{tmp_path}/scores.json"]) == 0
     found = json.loads((tmp_path / "scores.json").read_text())[0]["mos"]
-    assert found == pytest.approx(load_teacher(f"{out}/pruned/{names[2]}", device="cpu")(wave, RATE), abs=1e-5)
+    assert found == pytest.approx(speechdistill.load(f"{out}/pruned/{names[2]}", device="cpu")(wave, RATE), abs=1e-5)
     capsys.readouterr()
     assert cli.main([*command, "--share", "0.1"]) == 1
     error = capsys.readouterr().err.rpartition("error: ")[2]

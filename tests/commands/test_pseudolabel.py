@@ -37,6 +37,7 @@ from speechdistill.io.errors import AudioError, RunError
 from speechdistill.io.options import OptionError
 from speechdistill.labelling import job, samples
 from speechdistill.models.load import load_teacher
+from speechdistill.models.model import Model
 from speechdistill.tracking.run import run_id
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def test_every_row_is_what_its_plan_says_and_scored_as_stored(clips: str, tmp_pa
     summary = pseudolabel.run(config)
     rows = rows_of(tmp_path)
     assert sorted(rows) == list(range(10))
-    teacher = load_teacher("distillmos")
+    teacher = Model(load_teacher("distillmos"))
     for row in rows.values():
         sample = Plan.from_json(row["plan"])
         degraded, clean = samples.make_sample(sample)
@@ -98,7 +99,7 @@ def test_the_clean_segment_reaches_a_teacher_that_compares_and_an_ensemble_with_
     assert pseudolabel.run(config)["labelled"] == 4
     both = changed(config, out=f"{tmp_path}/both", teacher="ensemble:distillmos=3,pesq_oracle=1", reference=True)
     assert pseudolabel.run(both)["labelled"] == 4
-    pesq, mos = load_teacher("pesq_oracle"), load_teacher("distillmos")
+    pesq, mos = Model(load_teacher("pesq_oracle")), Model(load_teacher("distillmos"))
     compared, averaged = rows_of(tmp_path / "pesq"), rows_of(tmp_path / "both")
     for sample_id, row in compared.items():
         degraded, clean = samples.make_sample(Plan.from_json(row["plan"]))

@@ -8,7 +8,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -22,14 +21,16 @@ from speechdistill.commands import score
 from speechdistill.io import audio, storage
 from speechdistill.io.errors import StorageError
 from speechdistill.models.label import Label, Unscorable
-from speechdistill.models.teachers.distillmos import Teacher
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.teachers import distillmos
+from speechdistill.models.windowed import WindowScorer
 
 RATE = audio.SAMPLE_RATE
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(device="cpu")
+def teacher() -> WindowScorer:
+    return distillmos.load(TeacherOptions(device="cpu"))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ class Constant:
         return [(0.0, None), (1.0, 3.0)]
 
 
-def test_every_file_has_a_row_with_a_score_or_the_reason(folder: Path, teacher: Teacher) -> None:
+def test_every_file_has_a_row_with_a_score_or_the_reason(folder: Path, teacher: WindowScorer) -> None:
     paths = [*score.expand([str(folder)]), str(folder / "missing.wav"), str(folder / "README.md")]
     rows = list(score.score_files(paths, teacher))
     assert [row["path"] for row in rows] == paths
@@ -75,7 +76,7 @@ def test_every_file_has_a_row_with_a_score_or_the_reason(folder: Path, teacher: 
     assert "not audio" in readme["error"]
 
 
-def test_timeline_has_a_row_per_second_and_the_errors_too(folder: Path, teacher: Teacher) -> None:
+def test_timeline_has_a_row_per_second_and_the_errors_too(folder: Path, teacher: WindowScorer) -> None:
     paths = [str(folder / name) for name in ("a.flac", "silent.wav", "torn.wav")]
     rows = list(score.score_files(paths, teacher, timeline=True))
     assert [Path(row["path"]).name for row in rows] == ["a.flac", "a.flac", "silent.wav", "torn.wav"]
@@ -102,7 +103,7 @@ def test_the_command_takes_a_hop(folder: Path, tmp_path: Path, capsys: pytest.Ca
 
     wave = audio.load(str(folder / "long.wav"))
     for hop_s, options in ((1.0, []), (7.68, ["--hop-s", "7.68"])):
-        (label,) = Teacher(device="cpu", hop_s=hop_s).label([wave])
+        (label,) = distillmos.load(TeacherOptions(device="cpu", hop_s=hop_s)).label([wave])
         assert isinstance(label, Label)
         assert command(*options) == (0, label.score)
     assert command("--hop-s", "8")[0] == 1
@@ -229,7 +230,7 @@ def test_a_failure_while_scoring_leaves_the_older_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def constant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "load_teacher", lambda *_, **__: SimpleNamespace(teacher=Constant()))
+    monkeypatch.setattr(score, "load_teacher", lambda *_, **__: Constant())
 
 
 def test_without_paths_it_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

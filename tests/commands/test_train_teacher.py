@@ -17,8 +17,9 @@ from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, storage, table
 from speechdistill.io.errors import AudioError, TableError, UnreadableError
 from speechdistill.labelling import features
-from speechdistill.labelling.features import LONGEST_S, Encode, Load
+from speechdistill.labelling.features import Encode, Load
 from speechdistill.models.networks.speech_encoder import load as load_encoder
+from speechdistill.models.options import WHOLE_S
 
 RATE = audio.SAMPLE_RATE
 
@@ -143,7 +144,7 @@ def hidden(row: dict[str, object]) -> np.ndarray:
 
 
 def test_of_a_long_clip_the_middle_is_heard_and_a_bad_one_is_rejected(tmp_path: Path) -> None:
-    long = voice(LONGEST_S + 4, seed=1)
+    long = voice(WHOLE_S + 4, seed=1)
     soundfile.write(tmp_path / "long.wav", long, RATE, subtype="FLOAT")
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
     with (tmp_path / "scores.csv").open("w") as file:

@@ -778,7 +778,7 @@ def utterances(real_audio: Path) -> list[np.ndarray]:
 def test_the_teacher_hears_the_order_of_strengths(ladder: str, utterances: list[np.ndarray]) -> None:
     from speechdistill.models.teachers import distillmos
 
-    teacher = distillmos.Teacher()
+    teacher = distillmos.load()
     scores = [
         np.mean([label.score for label in teacher.label([step.apply(wave) if step else wave for wave in utterances])])
         for step in LADDERS[ladder]

@@ -23,6 +23,7 @@ from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.labelling import features
 from speechdistill.labelling.samples import make_sample
 from speechdistill.models.label import Label
+from speechdistill.models.options import WHOLE_S
 
 
 def decoded_s(data: bytes) -> float:
@@ -118,7 +119,7 @@ def _featured(uri: str, whole: np.ndarray, rows: pa.Table, manifest: str) -> Non
     """The middle of a clip, of which a teacher is made, and on which pruning validates."""
     (result,) = features.Load(manifest)([{"id": 0}])
     assert isinstance(result, dict), result
-    most = round(features.LONGEST_S * SAMPLE_RATE)
+    most = round(WHOLE_S * SAMPLE_RATE)
     start = max(0, len(whole) - most) // 2
     _same(np.frombuffer(result["wave"], np.float32), whole[start : start + most])
 

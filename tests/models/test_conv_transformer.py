@@ -38,11 +38,10 @@ GOLDEN = """
 import json
 import numpy as np, torch
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
-from speechdistill.models.teachers.distillmos import Teacher
 t = np.arange(SEGMENT_SAMPLES) / 16000
 noise = 0.1 * np.random.RandomState(0).standard_normal(SEGMENT_SAMPLES)
 waves = np.stack([np.zeros(SEGMENT_SAMPLES), 0.5 * np.sin(2 * np.pi * 440 * t), noise]).astype(np.float32)
-network = Teacher(device="cpu").network
+network = distillmos.load(TeacherOptions(device="cpu")).forward.network
 with torch.inference_mode():
     scores = [float(1 + 4 * network(wave[None]).double().sigmoid()) for wave in torch.from_numpy(waves)]
 print(json.dumps(scores))

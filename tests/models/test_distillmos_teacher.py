@@ -14,11 +14,12 @@ import speechdistill
 from speechdistill.io import audio
 from speechdistill.models import student_scorer
 from speechdistill.models.label import Label, Unscorable
-from speechdistill.models.load import Model, load_teacher
+from speechdistill.models.load import load_teacher
+from speechdistill.models.model import Model
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES, features
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers import distillmos
-from speechdistill.models.teachers.distillmos import Teacher
-from speechdistill.models.windowed import segment_starts
+from speechdistill.models.windowed import WindowScorer, segment_starts
 
 RATE = audio.SAMPLE_RATE
 
@@ -34,8 +35,8 @@ RELEASED = {
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(device="cpu")
+def teacher() -> WindowScorer:
+    return distillmos.load(TeacherOptions(device="cpu"))
 
 
 def noise(duration_s: float, seed: int = 0) -> np.ndarray:
@@ -47,21 +48,21 @@ def scored(result: Label | Unscorable) -> Label:
     return result
 
 
-def test_real_speech_scores_as_the_released_package_does(teacher: Teacher, real_audio: Path) -> None:
+def test_real_speech_scores_as_the_released_package_does(teacher: WindowScorer, real_audio: Path) -> None:
     waves = [audio.load(str(real_audio / "speech" / f"{name}.flac")) for name in RELEASED]
     scores = [scored(label).score for label in teacher.label(waves)]
     assert scores == pytest.approx(list(RELEASED.values()), abs=1e-4)
 
 
-def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher) -> None:
+def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: WindowScorer) -> None:
     waves = [noise(s, seed) for seed, s in enumerate((1.0, 8.7, 7.68, 0.1))]
-    batched = Teacher(device="cpu", batch_s=4 * 7.68).label(waves)
+    batched = distillmos.load(TeacherOptions(device="cpu", batch_s=4 * 7.68)).label(waves)
     for wave, label in zip(waves, batched, strict=True):
         (alone,) = teacher.label([wave])
         assert scored(label).score == pytest.approx(scored(alone).score, abs=1e-5)
 
 
-def test_bad_waves_are_reported_in_place_and_their_neighbours_scored(teacher: Teacher) -> None:
+def test_bad_waves_are_reported_in_place_and_their_neighbours_scored(teacher: WindowScorer) -> None:
     with_nan, with_inf, late_nan = noise(1), noise(1), np.tile(noise(1), 80)
     with_nan[7], with_inf[-1], late_nan[-1] = np.nan, -np.inf, np.nan
     waves = {
@@ -83,7 +84,7 @@ def test_bad_waves_are_reported_in_place_and_their_neighbours_scored(teacher: Te
     assert all(isinstance(r, Unscorable) for r in teacher.label([with_nan]))
 
 
-def test_quiet_speech_above_the_limit_is_scored(teacher: Teacher) -> None:
+def test_quiet_speech_above_the_limit_is_scored(teacher: WindowScorer) -> None:
     wave = noise(1)
     quiet = wave * np.float32(1.1e-4 / np.abs(wave).max())
     loud_score, quiet_score = (scored(label).score for label in teacher.label([wave, quiet]))
@@ -129,9 +130,9 @@ def test_a_longer_hop_takes_fewer_windows(duration_s: float, exact: int, fast: i
     assert max(np.diff(starts), default=0) <= SEGMENT_SAMPLES  # every sample is heard
 
 
-def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
+def test_the_fast_mode_averages_its_own_windows(teacher: WindowScorer) -> None:
     wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(4 * RATE) / 5).astype(np.float32)])
-    fast = load_teacher("distillmos", device="cpu", hop_s=7.68)
+    fast = Model(load_teacher("distillmos", TeacherOptions(device="cpu", hop_s=7.68)))
     windows = [wave[start : start + SEGMENT_SAMPLES] for start in (0, 69_120)]  # centres 3.84 and 8.16 s
     scores = [scored(label).score for label in teacher.label(windows)]
     assert fast(wave, RATE) == pytest.approx(np.mean(scores), abs=1e-5)
@@ -143,10 +144,10 @@ def test_the_fast_mode_averages_its_own_windows(teacher: Teacher) -> None:
 @pytest.mark.parametrize("hop_s", [0, -1, 7.69, float("inf"), float("nan")])
 def test_a_hop_that_skips_audio_is_refused(hop_s: float) -> None:
     with pytest.raises(ValueError, match=rf"hop_s {hop_s}; choose seconds above 0 and up to 7\.68"):
-        load_teacher("distillmos", device="cpu", hop_s=hop_s)
+        load_teacher("distillmos", TeacherOptions(device="cpu", hop_s=hop_s))
 
 
-def test_timeline_gives_each_second_the_nearest_window(teacher: Teacher) -> None:
+def test_timeline_gives_each_second_the_nearest_window(teacher: WindowScorer) -> None:
     wave = np.concatenate([noise(8), 0.3 * np.sin(np.arange(round(2.5 * RATE)) / 5).astype(np.float32)])
     timeline = teacher.timeline(wave)
     assert [start for start, _ in timeline] == [float(s) for s in range(11)]
@@ -157,7 +158,7 @@ def test_timeline_gives_each_second_the_nearest_window(teacher: Teacher) -> None
     assert np.mean(scores) == pytest.approx(scored(teacher.label([wave])[0]).score, abs=1e-5)
 
 
-def test_timeline_reports_silence(teacher: Teacher) -> None:
+def test_timeline_reports_silence(teacher: WindowScorer) -> None:
     wave = np.concatenate([np.zeros(10 * RATE, np.float32), noise(1)])
     scores = [score for _, score in teacher.timeline(wave)]
     assert scores[0] is None
@@ -166,14 +167,14 @@ def test_timeline_reports_silence(teacher: Teacher) -> None:
         teacher.timeline(wave[: 9 * RATE])
 
 
-def test_load_scores_stereo_at_44100_hz_like_its_resampled_mean(teacher: Teacher) -> None:
+def test_load_scores_stereo_at_44100_hz_like_its_resampled_mean(teacher: WindowScorer) -> None:
     rng = np.random.default_rng(0)
     stereo = 0.1 * rng.standard_normal((88_200, 2))
-    model = load_teacher("distillmos", device="cpu")
+    model = Model(load_teacher("distillmos", TeacherOptions(device="cpu")))
     expected = scored(teacher.label([audio.resample(stereo.mean(axis=1).astype(np.float32), 44_100)])[0]).score
     assert model(stereo, 44_100) == pytest.approx(expected, abs=1e-4)
     assert model(torch.from_numpy(stereo), 44_100) == pytest.approx(expected, abs=1e-4)
-    assert isinstance(model.teacher, Teacher)
+    assert isinstance(model.teacher, WindowScorer)
 
 
 def test_load_takes_tensors_and_integers() -> None:
@@ -204,7 +205,7 @@ def test_load_takes_tensors_and_integers() -> None:
         (np.zeros(RATE), float("nan"), "sample rate nan"),
     ],
 )
-def test_load_refuses_what_is_not_speech(teacher: Teacher, wave: np.ndarray, rate: int, message: str) -> None:
+def test_load_refuses_what_is_not_speech(teacher: WindowScorer, wave: np.ndarray, rate: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Model(teacher)(wave, rate)
 
@@ -218,21 +219,21 @@ def test_unknown_choices_are_answered_with_the_valid_ones() -> None:
     ]
     for choice, message in options:
         with pytest.raises(ValueError, match=message):
-            load_teacher(**choice)
+            speechdistill.load(**choice)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
-        Teacher(device="cuda")
+        distillmos.load(TeacherOptions(device="cuda"))
 
 
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*pip install --no-deps distillmos==0\.9\.1"):
-        Teacher(str(tmp_path / "nowhere.pt"))
+        distillmos.load(TeacherOptions(weights=str(tmp_path / "nowhere.pt")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps distillmos==0\.9\.1"):
-        Teacher()
+        distillmos.load()
 
 
 def test_wrong_weights_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -256,45 +257,49 @@ def test_wrong_weights_files_are_refused_by_name(tmp_path: Path) -> None:
         files[-1].write_bytes(content)
     for file in files:
         with pytest.raises(ValueError, match=f"{file.name}: not Distill-MOS v7 weights"):
-            Teacher(str(file))
+            distillmos.load(TeacherOptions(weights=str(file)))
 
 
-def test_provenance_names_the_weights_by_their_hash(teacher: Teacher) -> None:
+def test_provenance_names_the_weights_by_their_hash(teacher: WindowScorer) -> None:
     assert teacher.name == "distillmos"
     assert teacher.weights_hash == "b18b3ac60227267cfb91e5d00ce22cc7b73716fd92f269484da1446e27031a40"
 
 
-def test_bfloat16_stays_within_a_hundredth_of_float32(teacher: Teacher, real_audio: Path) -> None:
+def test_bfloat16_stays_within_a_hundredth_of_float32(teacher: WindowScorer, real_audio: Path) -> None:
     # This is the file that plain autocast of the whole network moves furthest, by 0.017.
     clean = audio.load(str(real_audio / "speech" / "3235-11599-0000.flac"))[:SEGMENT_SAMPLES]
     waves = [clean, clean + 0.2 * noise(len(clean) / RATE)]
     full = [scored(label).score for label in teacher.label(waves)]
-    low = [scored(label).score for label in Teacher(device="cpu", dtype="bfloat16").label(waves)]
+    low = [
+        scored(label).score for label in distillmos.load(TeacherOptions(device="cpu", dtype="bfloat16")).label(waves)
+    ]
     assert low == pytest.approx(full, abs=0.01)
     assert low != pytest.approx(full, abs=1e-6)  # it did run in bfloat16
 
 
 @pytest.mark.parametrize("num_samples", [1600, SEGMENT_SAMPLES - 2000])
-def test_the_faster_convolutions_give_the_students_maps(teacher: Teacher, num_samples: int) -> None:
+def test_the_faster_convolutions_give_the_students_maps(teacher: WindowScorer, num_samples: int) -> None:
     path = distillmos._released_weights()
     plain = distillmos._network(Path(path).read_bytes(), path)
     waves = np.stack([audio.fit(wave, SEGMENT_SAMPLES) for wave in (noise(0.1), noise(8)[:num_samples])])
     with torch.inference_mode():
         spectra = features(torch.from_numpy(waves))
-        torch.testing.assert_close(teacher.network.cnn(spectra), plain.cnn(spectra), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(teacher.forward.network.cnn(spectra), plain.cnn(spectra), rtol=1e-4, atol=1e-4)
         silence = torch.zeros(1, 2, 161, 768)
-        torch.testing.assert_close(teacher.network.cnn(silence), plain.cnn(silence), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(teacher.forward.network.cnn(silence), plain.cnn(silence), rtol=1e-4, atol=1e-4)
 
 
-def test_without_onednn_the_scores_are_the_same(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_the_scores_are_the_same(teacher: WindowScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student_scorer, "_has_fused", lambda dtype: False)
     expected = scored(teacher.label([noise(2)])[0]).score
-    assert scored(Teacher(device="cpu").label([noise(2)])[0]).score == pytest.approx(expected, abs=1e-5)
+    assert scored(distillmos.load(TeacherOptions(device="cpu")).label([noise(2)])[0]).score == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
-def test_global_state_of_torch_is_left_alone(teacher: Teacher) -> None:
+def test_global_state_of_torch_is_left_alone(teacher: WindowScorer) -> None:
     before = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    Teacher(device="cpu", dtype="bfloat16").label([noise(1)])
+    distillmos.load(TeacherOptions(device="cpu", dtype="bfloat16")).label([noise(1)])
     after = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     assert after == before
     assert not torch.is_autocast_enabled("cpu")
@@ -302,8 +307,9 @@ def test_global_state_of_torch_is_left_alone(teacher: Teacher) -> None:
 
 def test_neither_the_released_package_nor_torchaudio_is_imported() -> None:
     code = (
-        "import sys; from speechdistill.models.load import load_teacher; light = 'torch' not in sys.modules;"
-        "load_teacher('distillmos', device='cpu');"
+        "import sys; from speechdistill.models.load import load_teacher;"
+        "from speechdistill.models.options import TeacherOptions; light = 'torch' not in sys.modules;"
+        "load_teacher('distillmos', TeacherOptions(device='cpu'));"
         "print(light, {'distillmos', 'torchaudio', 'transformers'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -316,10 +322,11 @@ from pathlib import Path
 import torch
 from speechdistill.io import audio
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
-from speechdistill.models.teachers.distillmos import Teacher
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.teachers import distillmos
 torch.manual_seed(0)  # about one network in fifteen scores every crop the same
-teacher = Teacher(device="cpu")
-teacher.network = ConvTransformer(ConvTransformerConfig(2, 4, 2, 1, 1)).eval()  # small: streaming is measured
+teacher = distillmos.load(TeacherOptions(device="cpu"))
+teacher.forward.network = ConvTransformer(ConvTransformerConfig(2, 4, 2, 1, 1)).eval()  # small: streaming is measured
 (label,) = teacher.label([audio.load(sys.argv[1])])
 assert 1 <= label.score <= 5 and label.disagreement
 # Not getrusage: its maximum is inherited from the process that forked this one.

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from speechdistill.io import audio, weights_file
-from speechdistill.models import dnsmos
 from speechdistill.models.label import Label, Teacher
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers import dnsmos_p808, dnsmos_p835
+from speechdistill.models.windowed import WindowScorer
 
 RATE = audio.SAMPLE_RATE
-HAS_WHEEL = Path(weights_file.of_package("speechmos", dnsmos_p808.Teacher.file)).is_file()
+HAS_WHEEL = Path(weights_file.of_package("speechmos", dnsmos_p808.FILE)).is_file()
 needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel speechmos")
 
 # Scores of the wheel's own code (speechmos 0.0.1.1 with librosa 0.11, onnxruntime on a CPU) of `speech` of so many
@@ -48,8 +49,8 @@ def scores(teacher: Teacher, waves: list[np.ndarray]) -> list[float]:
 )
 def test_scores_are_those_of_the_wheel(duration_s: float, p808: float, p835: float) -> None:
     wave = speech(duration_s)
-    assert scores(dnsmos_p808.Teacher(device="cpu"), [wave]) == pytest.approx([p808], abs=1e-3)
-    assert scores(dnsmos_p835.Teacher(device="cpu"), [wave]) == pytest.approx([p835], abs=1e-3)
+    assert scores(dnsmos_p808.load(TeacherOptions(device="cpu")), [wave]) == pytest.approx([p808], abs=1e-3)
+    assert scores(dnsmos_p835.load(TeacherOptions(device="cpu")), [wave]) == pytest.approx([p835], abs=1e-3)
 
 
 @needs_wheel
@@ -57,8 +58,9 @@ def test_scores_are_those_of_the_wheel(duration_s: float, p808: float, p835: flo
 def test_a_mixed_batch_scores_each_wave_as_if_alone(name: str) -> None:
     waves = [speech(s) * np.float32(g) for s, g in ((11, 1), (1, 0.3), (9.01, 0.1))]
     silent = np.zeros(RATE, np.float32)
-    teacher = load_teacher(name, device="cpu", batch_s=30).teacher
-    alone = [score for wave in waves for score in scores(load_teacher(name, device="cpu", batch_s=1).teacher, [wave])]
+    teacher = load_teacher(name, TeacherOptions(device="cpu", batch_s=30))
+    single = load_teacher(name, TeacherOptions(device="cpu", batch_s=1))
+    alone = [score for wave in waves for score in scores(single, [wave])]
     results = teacher.label([waves[0], silent, *waves[1:]])
     assert [isinstance(result, Label) for result in results] == [True, False, True, True]
     assert [label.score for label in results if isinstance(label, Label)] == pytest.approx(alone, abs=1e-4)
@@ -71,11 +73,11 @@ def test_a_mixed_batch_scores_each_wave_as_if_alone(name: str) -> None:
 
 @needs_wheel
 def test_windows_lie_as_in_the_wheel() -> None:
-    teacher = dnsmos_p835.Teacher(device="cpu")
-    fast = dnsmos_p835.Teacher(device="cpu", hop_s=9)
+    teacher = dnsmos_p835.load(TeacherOptions(device="cpu"))
+    fast = dnsmos_p835.load(TeacherOptions(device="cpu", hop_s=9))
 
-    def starts(duration_s: float, of: dnsmos.Dnsmos = teacher) -> list[int]:
-        return [start // RATE for start in of._starts(np.zeros(round(duration_s * RATE), np.float32))]
+    def starts(duration_s: float, of: WindowScorer = teacher) -> list[int]:
+        return [start // RATE for start in of.windows.starts(np.zeros(round(duration_s * RATE), np.float32))]
 
     assert starts(9.01) == starts(10.9) == [0]
     assert starts(11) == [0, 1]
@@ -87,11 +89,11 @@ def test_windows_lie_as_in_the_wheel() -> None:
 def test_what_is_missing_or_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torn.onnx").write_bytes(b"no network")
     with pytest.raises(ValueError, match=r"torn\.onnx: not an ONNX network"):
-        dnsmos_p808.Teacher(str(tmp_path / "torn.onnx"), "cpu")
+        dnsmos_p808.load(TeacherOptions(weights=str(tmp_path / "torn.onnx"), device="cpu"))
     with pytest.raises(ValueError, match="'dnsmos_p835' is float32"):
-        dnsmos_p835.Teacher(dtype="bfloat16")
+        dnsmos_p835.load(TeacherOptions(dtype="bfloat16"))
     with pytest.raises(ValueError, match=r"up to 9\.01"):
-        dnsmos_p835.Teacher(hop_s=10)
+        dnsmos_p835.load(TeacherOptions(hop_s=10))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"model_v8\.onnx.*pip install --no-deps speechmos==0\.0\.1\.1"):
-        dnsmos_p808.Teacher(device="cpu")
+        dnsmos_p808.load(TeacherOptions(device="cpu"))

@@ -11,6 +11,7 @@ from speechdistill.io import audio
 from speechdistill.models.label import Label, Teacher
 from speechdistill.models.load import load_teacher, teacher_names
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.student import save_student
 
 RATE = audio.SAMPLE_RATE
@@ -32,11 +33,13 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def ensemble(members: dict[str, float]) -> Teacher:
-    return load_teacher("ensemble:" + ",".join(f"{name}={w}" for name, w in members.items()), device="cpu").teacher
+    return load_teacher(
+        "ensemble:" + ",".join(f"{name}={w}" for name, w in members.items()), TeacherOptions(device="cpu")
+    )
 
 
 def scores(name: str) -> np.ndarray:
-    labels = load_teacher(name, device="cpu").teacher.label(WAVES)
+    labels = load_teacher(name, TeacherOptions(device="cpu")).label(WAVES)
     return np.array([label.score for label in labels if isinstance(label, Label)])
 
 
@@ -78,7 +81,7 @@ def test_a_wave_that_one_member_cannot_judge_has_that_reason(students: list[str]
 
 def test_the_timeline_is_the_mean_of_the_members_or_none(students: list[str]) -> None:
     wave = np.concatenate([voice(8.0), np.zeros(20 * RATE, np.float32)])
-    lines = [load_teacher(student, device="cpu").teacher.timeline(wave) for student in students[:2]]
+    lines = [load_teacher(student, TeacherOptions(device="cpu")).timeline(wave) for student in students[:2]]
     timeline = ensemble({students[0]: 1, students[1]: 3}).timeline(wave)
     assert len(timeline) == 28 and timeline[-1] == (27.0, None)
     for (start_s, score), (_, one), (_, other) in zip(timeline, *lines, strict=True):
@@ -106,7 +109,7 @@ def test_another_text_is_refused_with_how_to_write_it(name: str, message: str) -
 
 def test_members_have_no_weights_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes no weights; its members have the released ones, or are students"):
-        load_teacher("ensemble:distillmos=1,pesq_oracle=2", str(tmp_path))
+        load_teacher("ensemble:distillmos=1,pesq_oracle=2", TeacherOptions(weights=str(tmp_path)))
     with pytest.raises(ValueError, match="takes no head"):
-        load_teacher("ensemble:distillmos=1,pesq_oracle=2", head="head.pt")
+        load_teacher("ensemble:distillmos=1,pesq_oracle=2", TeacherOptions(head="head.pt"))
     assert "ensemble" not in teacher_names()

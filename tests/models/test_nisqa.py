@@ -13,7 +13,9 @@ from speechdistill.comparing import candidates, paper
 from speechdistill.io import audio
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
-from speechdistill.models.teachers.nisqa import Network, Teacher
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.teachers import nisqa
+from speechdistill.models.teachers.nisqa import Network
 
 RATE = audio.SAMPLE_RATE
 RELEASED = {  # of the released file's `args`, what decides
@@ -126,7 +128,7 @@ def score(label: object) -> float:
 
 
 def test_it_scores_what_torchmetrics_does(weights: str) -> None:
-    teacher = Teacher(weights, "cpu")
+    teacher = nisqa.load(TeacherOptions(weights=weights, device="cpu"))
     waves = [np.float32(gain) * voice(seconds, seed=seed) for gain, seconds, seed in BY_TORCHMETRICS]
     labels = teacher.label(waves)
     assert [score(label) for label in labels] == pytest.approx(list(BY_TORCHMETRICS.values()), abs=3e-5)
@@ -136,7 +138,7 @@ def test_it_scores_what_torchmetrics_does(weights: str) -> None:
 def test_the_released_weights_score_as_their_authors_say() -> None:
     """The MOS of tones of 1 s, from torchmetrics' tests, which had them from NISQA itself."""
     try:
-        teacher = Teacher(device="cpu")
+        teacher = nisqa.load(TeacherOptions(device="cpu"))
     except FileNotFoundError as error:
         pytest.skip(str(error))
     tones = [np.sin(2 * 3.14159 * hertz / RATE * np.arange(RATE)).astype(np.float32) for hertz in (440, 1000)]
@@ -154,14 +156,16 @@ def test_it_has_the_parameters_of_the_paper() -> None:
 
 def test_a_mixed_batch_scores_each_wave_as_if_alone(weights: str) -> None:
     waves = [voice(s, seed=i) for i, s in enumerate((1.0, 0.5, 1.0, 0.11))]  # the last is repeated: a segment is 0.14 s
-    alone = [score(Teacher(weights, "cpu").label([wave])[0]) for wave in waves]
-    *together, silent = Teacher(weights, "cpu", batch_s=4 * 7.68).label([*waves, np.zeros(RATE, np.float32)])
+    alone = [score(nisqa.load(TeacherOptions(weights=weights, device="cpu")).label([wave])[0]) for wave in waves]
+    *together, silent = nisqa.load(TeacherOptions(weights=weights, device="cpu", batch_s=4 * 7.68)).label(
+        [*waves, np.zeros(RATE, np.float32)]
+    )
     assert [score(label) for label in together] == pytest.approx(alone, abs=1e-5)
     assert len({round(one, 3) for one in alone}) > 2 and str(silent).startswith("silent")
 
 
 def test_longer_than_nisqa_allows_is_judged_in_windows(weights: str) -> None:
-    teacher = Teacher(weights, "cpu", hop_s=7.68)
+    teacher = nisqa.load(TeacherOptions(weights=weights, device="cpu", hop_s=7.68))
     wave = np.concatenate([voice(7.68, seed=i) * 0.3**i for i in range(7)])  # 53.8 s
     windows = [score(label) for label in teacher.label(np.split(wave, 7))]
     (label,) = teacher.label([wave])
@@ -182,16 +186,16 @@ def test_a_comparison_takes_its_weights_by_path_or_url(weights: str, tmp_path: P
 
 def test_what_is_missing_or_wrong_is_told(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'nisqa' is float32"):
-        load_teacher("nisqa", weights, "cpu", "bfloat16")
+        load_teacher("nisqa", TeacherOptions(weights=weights, device="cpu", dtype="bfloat16"))
     (tmp_path / "torn.tar").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save(checkpoint(SMALL)["model_state_dict"], tmp_path / "bare.tar")
     torch.save(checkpoint(SMALL) | {"args": SMALL | {"pool_att_h": 9}}, tmp_path / "other.tar")
     torch.save(checkpoint(SMALL) | {"args": SMALL | {"ms_sr": 48000}}, tmp_path / "rate.tar")
     for name, reason in (("torn", ""), ("bare", "'args'"), ("other", ".*size mismatch"), ("rate", ".* 48000 Hz")):
         with pytest.raises(ValueError, match=rf"{name}\.tar: not NISQA's weights \({reason}"):
-            Teacher(str(tmp_path / f"{name}.tar"), "cpu")
+            nisqa.load(TeacherOptions(weights=str(tmp_path / f"{name}.tar"), device="cpu"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(
         FileNotFoundError, match=r"nisqa\.tar: no weights of NISQA there; give https.*not for commercial"
     ):
-        Teacher(device="cpu")
+        nisqa.load(TeacherOptions(device="cpu"))

@@ -1,7 +1,6 @@
 """PESQ against the clean original as a teacher: the library's scores, and none where nothing can be compared."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import soundfile
 
 import manifests
-from configs import config_of
+from configs import changed, config_of
 from manifests import voice
 from speechdistill import cli
 from speechdistill.commands import doctor_trials, pseudolabel
@@ -20,6 +19,8 @@ from speechdistill.io.errors import RunError
 from speechdistill.labelling.teach import Teach
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.model import Model
+from speechdistill.models.options import TeacherOptions
 
 pesq = pytest.importorskip("pesq", reason="its installation needs a C compiler")
 
@@ -30,7 +31,7 @@ NOISY = CLEAN + np.random.default_rng(0).standard_normal(len(CLEAN)).astype(np.f
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return load_teacher("pesq_oracle").teacher
+    return load_teacher("pesq_oracle")
 
 
 def test_scores_are_those_of_the_library(teacher: Teacher) -> None:
@@ -40,7 +41,7 @@ def test_scores_are_those_of_the_library(teacher: Teacher) -> None:
     assert noisy.score == pytest.approx(pesq.pesq(RATE, CLEAN, NOISY, "wb"), abs=1e-6)
     assert 1 < noisy.score < same.score - 0.5
     assert noisy.logit == pytest.approx(np.log((noisy.score - 1) / (5 - noisy.score)), abs=1e-6)
-    assert load_teacher("pesq_oracle")(NOISY, RATE, reference=CLEAN) == noisy.score
+    assert Model(load_teacher("pesq_oracle"))(NOISY, RATE, reference=CLEAN) == noisy.score
     assert (teacher.intrusive, len(teacher.weights_hash)) == (True, 64)
 
 
@@ -48,7 +49,7 @@ def test_what_pesq_cannot_judge_says_why(teacher: Teacher) -> None:
     silent = np.zeros(RATE, np.float32)
     pairs = {
         "silent": (silent, CLEAN[:RATE]),
-        "its clean original: silent": (CLEAN[:RATE], silent),
+        "clean original: silent": (CLEAN[:RATE], silent),
         "0.200 s; PESQ takes 0.25 to 20 s": (NOISY[:3200], CLEAN[:3200]),
         "20.062 s; PESQ takes": (voice(20.0625), voice(20.0625)),
         "no utterance": (voice(0.26), voice(0.26)),
@@ -88,8 +89,8 @@ def test_a_recipe_whose_samples_have_no_clean_original_is_refused_before_work(tm
     )
     for teacher in ("pesq_oracle", "ensemble:distillmos=1,pesq_oracle=1"):
         with pytest.raises(RunError, match="compares with clean speech; recipe as_is degrades nothing"):
-            pseudolabel.run(replace(config, teacher=teacher))
-    spoken = replace(config, recipe="weights_free", assets={"texts": f"{tmp_path}/texts"})
+            pseudolabel.run(changed(config, teacher=teacher))
+    spoken = changed(config, recipe="weights_free", assets={"texts": f"{tmp_path}/texts"})
     with pytest.raises(RunError, match=r"generated samples have none; give --without generated\.espeak"):
         pseudolabel.run(spoken)
     assert not (tmp_path / "out").exists()
@@ -102,13 +103,13 @@ def test_recordings_alone_cannot_be_scored(tmp_path: Path, capsys: pytest.Captur
         captured = capsys.readouterr()
         assert "compares with clean speech, which only the labelling job knows" in captured.err and not captured.out
     with pytest.raises(ValueError, match="give each wave's reference"):
-        load_teacher("pesq_oracle")(NOISY, RATE)
+        Model(load_teacher("pesq_oracle"))(NOISY, RATE)
 
 
 def test_the_doctor_tries_it_and_what_is_missing_or_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor_trials.TRIALS["teacher"]("pesq_oracle", Places()).endswith("4.64 MOS")
     with pytest.raises(ValueError, match="'pesq_oracle' has no weights"):
-        load_teacher("pesq_oracle", "file.pt")
+        load_teacher("pesq_oracle", TeacherOptions(weights="file.pt"))
     monkeypatch.setitem(sys.modules, "pesq", None)
     with pytest.raises(ImportError, match="pip install pesq"):
         load_teacher("pesq_oracle")

@@ -1,5 +1,6 @@
 """Any student scores as its network does, windows averaged; the released one is just one of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from manifests import voice
 from speechdistill.io import audio
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.models.model import Model
 from speechdistill.models.networks.conv_transformer import ConvTransformer, ConvTransformerConfig
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.student import save_student
-from speechdistill.models.student_scorer import Scorer
+from speechdistill.models.student_scorer import scorer
 from speechdistill.models.teachers import distillmos
 from speechdistill.models.windowed import segment_starts
 
@@ -43,7 +46,7 @@ def test_a_student_of_short_crops_is_given_windows_of_that_length(segment_sample
 
 
 def assert_scores_as_plain(config: ConvTransformerConfig, wave: np.ndarray) -> None:
-    (label,) = Scorer(made(config), "student", "hash").label([wave])
+    (label,) = scorer(made(config), "student", "hash").label([wave])
     length = config.segment_samples
     windows = [audio.fit(wave[at:], length) for at in segment_starts(len(wave), min(RATE, length), length)]
     with torch.inference_mode():
@@ -57,7 +60,9 @@ def test_the_released_model_scores_the_same_as_a_student(tmp_path: Path) -> None
     save_student(distillmos._network(Path(path).read_bytes(), path), str(tmp_path / "v7"), {})
     one, several = voice(3.0), voice(8.5)
     for options, wave in (({}, one), ({"dtype": "bfloat16"}, one), ({"hop_s": 7.68}, several)):
-        released, ours = (load_teacher(name, **options) for name in ("distillmos", str(tmp_path / "v7")))
+        released, ours = (
+            Model(load_teacher(name, TeacherOptions(**options))) for name in ("distillmos", str(tmp_path / "v7"))
+        )
         assert ours(wave, RATE) == released(wave, RATE)
     assert ours.teacher.name == "student" and released.teacher.name == "distillmos"
 
@@ -68,24 +73,27 @@ def test_the_teacher_student_wants_to_know_which(tmp_path: Path) -> None:
     assert "student" not in teacher_names()
 
 
-def test_a_batch_that_does_not_fit_a_gpus_memory_becomes_smaller_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_a_gpus_memory_becomes_smaller_for_good() -> None:
     small = ConvTransformerConfig(max_channels=4, stride_convs=4, dim=8, heads=2, layers=1)
-    scorer = Scorer(ConvTransformer(small), "small", "0", "cpu", batch_s=8 * 7.68)
+    teacher = scorer(ConvTransformer(small), "small", "0", TeacherOptions(device="cpu", batch_s=8 * 7.68))
     waves = [voice(1.0, seed=i) for i in range(7)]
-    alone = [label for wave in waves for label in scorer.label([wave])]
-    forward, sizes = Scorer._forward, []
+    alone = [label for wave in waves for label in teacher.label([wave])]
+    forward, sizes = teacher.forward, []
 
-    def limited(self: Scorer, windows: list[np.ndarray]) -> torch.Tensor:
-        sizes.append(len(windows))
-        if len(windows) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(self, windows)
+    class Limited:
+        network = None
 
-    monkeypatch.setattr(Scorer, "_forward", limited)
-    for found, expected in zip(scorer.label(waves), alone, strict=True):
+        def __call__(self, windows: Sequence[np.ndarray]) -> torch.Tensor:
+            sizes.append(len(windows))
+            if len(windows) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(windows)
+
+    teacher.forward = Limited()
+    for found, expected in zip(teacher.label(waves), alone, strict=True):
         assert isinstance(found, Label) and isinstance(expected, Label)
         assert found.score == pytest.approx(expected.score, abs=1e-5)
     assert sizes == [7, 4, 2, 2, 2, 1]
     sizes.clear()
-    scorer.label(waves[:3])
+    teacher.label(waves[:3])
     assert sizes == [2, 1]

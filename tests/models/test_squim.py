@@ -15,8 +15,8 @@ from manifests import voice
 from speechdistill.io import audio
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers import squim
-from speechdistill.models.teachers.squim import Teacher
 
 RATE = audio.SAMPLE_RATE
 STAND_IN = """
@@ -61,7 +61,7 @@ def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_the_score_is_the_pesq_that_the_network_estimates(weights: str) -> None:
     network = squim._network().eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    teacher = Teacher(weights, "cpu")
+    teacher = squim.load(TeacherOptions(weights=weights, device="cpu"))
     for wave in (voice(0.1), voice(2.0, seed=1)):
         with torch.inference_mode():
             _, pesq, _ = network(torch.from_numpy(wave)[None])
@@ -75,8 +75,10 @@ def test_the_score_is_the_pesq_that_the_network_estimates(weights: str) -> None:
 
 def test_a_mixed_batch_scores_each_wave_as_if_alone(weights: str) -> None:
     waves = [voice(s, seed=i) for i, s in enumerate((1.0, 0.5, 1.0, 0.3))]
-    alone = [Teacher(weights, "cpu").label([wave])[0] for wave in waves]
-    together = Teacher(weights, "cpu", batch_s=4 * 7.68).label([*waves, np.zeros(RATE, np.float32)])
+    alone = [squim.load(TeacherOptions(weights=weights, device="cpu")).label([wave])[0] for wave in waves]
+    together = squim.load(TeacherOptions(weights=weights, device="cpu", batch_s=4 * 7.68)).label(
+        [*waves, np.zeros(RATE, np.float32)]
+    )
     assert str(together.pop()).startswith("silent")
     for one, other in zip(alone, together, strict=True):
         assert isinstance(one, Label) and isinstance(other, Label) and other.score == pytest.approx(one.score, abs=1e-5)
@@ -84,7 +86,7 @@ def test_a_mixed_batch_scores_each_wave_as_if_alone(weights: str) -> None:
 
 
 def test_a_long_wave_is_judged_by_the_windows_that_sound(weights: str) -> None:
-    teacher = Teacher(weights, "cpu", hop_s=7.68)
+    teacher = squim.load(TeacherOptions(weights=weights, device="cpu", hop_s=7.68))
     wave = np.concatenate([voice(7.68), np.zeros(2 * 122_880, np.float32)])
     (label,), (first,) = teacher.label([wave]), teacher.label([wave[:122_880]])
     assert isinstance(label, Label) and isinstance(first, Label)
@@ -94,18 +96,18 @@ def test_a_long_wave_is_judged_by_the_windows_that_sound(weights: str) -> None:
 
 def test_what_is_missing_or_wrong_is_told(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'squim' is float32"):
-        load_teacher("squim", weights, "cpu", "bfloat16")
+        load_teacher("squim", TeacherOptions(weights=weights, device="cpu", dtype="bfloat16"))
     (tmp_path / "torn.pth").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("torn.pth", "other.pth"):
         with pytest.raises(ValueError, match=f"{name}: not SQUIM's weights"):
-            Teacher(str(tmp_path / name), "cpu")
+            squim.load(TeacherOptions(weights=str(tmp_path / name), device="cpu"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"squim_objective_dns2020\.pth: no weights of SQUIM there; give https"):
-        Teacher(device="cpu")
+        squim.load(TeacherOptions(device="cpu"))
 
 
 def test_without_torchaudio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"squim lacks torchaudio; install .*speechdistill\[torchaudio\]"):
-        Teacher(device="cpu")
+        squim.load(TeacherOptions(device="cpu"))

@@ -13,8 +13,8 @@ from speechdistill.comparing import candidates, paper
 from speechdistill.io import audio
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers import utmos
-from speechdistill.models.teachers.utmos import Teacher
 
 RATE = audio.SAMPLE_RATE
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
@@ -126,7 +126,7 @@ def score(label: object) -> float:
 
 
 def test_it_scores_what_its_parts_do(weights: str, state: dict[str, Tensor]) -> None:
-    teacher = Teacher(weights, "cpu")
+    teacher = utmos.load(TeacherOptions(weights=weights, device="cpu"))
     waves = [
         voice(0.1),
         voice(1.0, seed=1),
@@ -150,14 +150,16 @@ def test_it_has_the_parameters_of_the_paper() -> None:
 
 def test_a_mixed_batch_scores_each_wave_as_if_alone(weights: str) -> None:
     waves = [voice(s, seed=i) for i, s in enumerate((1.0, 0.5, 1.0, 0.3))]
-    alone = [score(Teacher(weights, "cpu").label([wave])[0]) for wave in waves]
-    *together, silent = Teacher(weights, "cpu", batch_s=4 * 7.68).label([*waves, np.zeros(RATE, np.float32)])
+    alone = [score(utmos.load(TeacherOptions(weights=weights, device="cpu")).label([wave])[0]) for wave in waves]
+    *together, silent = utmos.load(TeacherOptions(weights=weights, device="cpu", batch_s=4 * 7.68)).label(
+        [*waves, np.zeros(RATE, np.float32)]
+    )
     assert [score(label) for label in together] == pytest.approx(alone, abs=1e-5)
     assert str(silent).startswith("silent")
 
 
 def test_a_long_wave_is_judged_in_windows(weights: str) -> None:
-    teacher = Teacher(weights, "cpu", hop_s=7.68)
+    teacher = utmos.load(TeacherOptions(weights=weights, device="cpu", hop_s=7.68))
     wave = np.concatenate([voice(7.68, seed=i) for i in range(4)])  # 30.7 s
     windows = [score(label) for label in teacher.label(np.split(wave, 4))]
     assert score(teacher.label([wave])[0]) == pytest.approx(np.mean(windows), abs=1e-5)
@@ -176,7 +178,7 @@ def test_what_is_missing_or_wrong_is_told(
     weights: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="'utmos' is float32"):
-        load_teacher("utmos", weights, "cpu", "bfloat16")
+        load_teacher("utmos", TeacherOptions(weights=weights, device="cpu", dtype="bfloat16"))
     (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:1000])
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
@@ -184,7 +186,7 @@ def test_what_is_missing_or_wrong_is_told(
     torch.save({name: value for name, value in state.items() if "fc2" not in name}, tmp_path / "less.pt")
     for name in ("torn", "other", "list", "more", "less"):
         with pytest.raises(ValueError, match=f"{name}.pt: not UTMOS's weights"):
-            Teacher(str(tmp_path / f"{name}.pt"), "cpu")
+            utmos.load(TeacherOptions(weights=str(tmp_path / f"{name}.pt"), device="cpu"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"v1\.pt: no weights of UTMOS there; give https://github.*411 MB, MIT"):
-        Teacher(device="cpu")
+        utmos.load(TeacherOptions(device="cpu"))

@@ -21,11 +21,12 @@ from speechdistill.io import audio
 from speechdistill.labelling.teach import Teach
 from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
+from speechdistill.models.model import Model
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.options import TeacherOptions
 from speechdistill.models.teachers import xlsr
-from speechdistill.models.teachers.xlsr import Teacher
-from speechdistill.models.windowed import segment_starts
+from speechdistill.models.windowed import WindowScorer, segment_starts
 
 RATE = audio.SAMPLE_RATE
 
@@ -41,15 +42,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def teacher(encoder: str, head: str) -> Teacher:
-    return Teacher(encoder, "cpu", head=head, layer=3)
+def teacher(encoder: str, head: str) -> WindowScorer:
+    return xlsr.load(TeacherOptions(weights=encoder, device="cpu", head=head), layer=3)
 
 
 def noise(duration_s: float, seed: int = 0) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(round(duration_s * RATE))).astype(np.float32)
 
 
-def scores(teacher: Teacher, waves: list[np.ndarray]) -> list[float]:
+def scores(teacher: WindowScorer, waves: list[np.ndarray]) -> list[float]:
     return [label.score for label in teacher.label(waves) if isinstance(label, Label)]
 
 
@@ -70,20 +71,20 @@ def original(encoder: str, head: str, wave: np.ndarray, hidden_state: int) -> fl
 
 
 @pytest.mark.parametrize("duration_s", [0.1, 2.0, 7.68, 7.73, 11.3, 15.0])
-def test_it_scores_as_the_whole_model_does(teacher: Teacher, encoder: str, head: str, duration_s: float) -> None:
+def test_it_scores_as_the_whole_model_does(teacher: WindowScorer, encoder: str, head: str, duration_s: float) -> None:
     wave = noise(duration_s) * np.linspace(0.1, 1, round(duration_s * RATE), dtype=np.float32) + np.float32(0.01)
     assert scores(teacher, [wave]) == pytest.approx([original(encoder, head, wave, 3)], abs=1e-4)
 
 
-def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: Teacher, encoder: str, head: str) -> None:
+def test_a_mixed_batch_scores_each_wave_as_if_alone(teacher: WindowScorer, encoder: str, head: str) -> None:
     waves = [noise(s, seed) * np.float32(1 + seed) for seed, s in enumerate((1.0, 9.0, 7.68, 0.1, 17.3, 14.9, 7.7))]
-    batched = Teacher(encoder, "cpu", batch_s=4 * 7.68, head=head, layer=3)
+    batched = xlsr.load(TeacherOptions(weights=encoder, device="cpu", batch_s=4 * 7.68, head=head), layer=3)
     alone = [score for wave in waves for score in scores(teacher, [wave])]
     assert scores(batched, waves) == pytest.approx(alone, abs=1e-3)
     assert np.ptp(alone) > 0.01  # they differ by more than that
 
 
-def test_long_audio_is_judged_in_windows(teacher: Teacher) -> None:
+def test_long_audio_is_judged_in_windows(teacher: WindowScorer) -> None:
     wave = np.concatenate([noise(9), 0.3 * np.sin(np.arange(8 * RATE) / 5).astype(np.float32)])
     windows = [wave[start : start + 122_880] for start in segment_starts(len(wave))]
     assert scores(teacher, [wave]) == pytest.approx([np.mean(scores(teacher, windows))], abs=1e-5)
@@ -91,24 +92,26 @@ def test_long_audio_is_judged_in_windows(teacher: Teacher) -> None:
     assert len(teacher.timeline(noise(2.5))) == 3
 
 
-def test_bad_waves_are_reported_in_place(teacher: Teacher) -> None:
+def test_bad_waves_are_reported_in_place(teacher: WindowScorer) -> None:
     results = teacher.label([noise(1), np.zeros(RATE, np.float32), noise(2)])
     assert [isinstance(result, Label) for result in results] == [True, False, True]
     assert teacher.label([]) == []
 
 
-def test_bfloat16_is_near_and_is_used(teacher: Teacher, encoder: str, head: str) -> None:
-    low = Teacher(encoder, "cpu", "bfloat16", head=head, layer=3)
+def test_bfloat16_is_near_and_is_used(teacher: WindowScorer, encoder: str, head: str) -> None:
+    low = xlsr.load(TeacherOptions(weights=encoder, device="cpu", dtype="bfloat16", head=head), layer=3)
     waves = [noise(s, seed) for seed, s in enumerate((1.0, 3.0))]
     assert scores(low, waves) == pytest.approx(scores(teacher, waves), abs=0.1)
     assert scores(low, waves) != pytest.approx(scores(teacher, waves), abs=1e-7)
 
 
-def test_attention_is_torchs_own(teacher: Teacher) -> None:
-    assert teacher.network.encoder.model.config._attn_implementation == "sdpa"
+def test_attention_is_torchs_own(teacher: WindowScorer) -> None:
+    assert teacher.forward.network.encoder.model.config._attn_implementation == "sdpa"
 
 
-def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
+def test_every_format_of_a_checkpoint_gives_the_same(
+    teacher: WindowScorer, encoder: str, head: str, tmp_path: Path
+) -> None:
     from transformers import Wav2Vec2Model
 
     model = Wav2Vec2Model.from_pretrained(encoder, local_files_only=True)
@@ -128,17 +131,17 @@ def test_every_format_of_a_checkpoint_gives_the_same(teacher: Teacher, encoder: 
     torch.save(renamed, old / "pytorch_model.bin")
     wave = noise(1)
     for folder in (sharded, old):
-        other = Teacher(str(folder), "cpu", head=head, layer=3)
+        other = xlsr.load(TeacherOptions(weights=str(folder), device="cpu", head=head), layer=3)
         assert scores(other, [wave]) == scores(teacher, [wave])
         assert other.weights_hash == teacher.weights_hash
 
 
-def test_provenance_is_of_all_that_was_read(teacher: Teacher, encoder: str, head: str, tmp_path: Path) -> None:
+def test_provenance_is_of_all_that_was_read(teacher: WindowScorer, encoder: str, head: str, tmp_path: Path) -> None:
     assert teacher.name == "xlsr"
     others = [
-        Teacher(encoder, "cpu", head=head, layer=2),
-        Teacher(encoder, "cpu", head=xlsr_head(tmp_path / "head.pt", seed=1), layer=3),
-        Teacher(small_xlsr(tmp_path / "encoder", seed=1), "cpu", head=head, layer=3),
+        xlsr.load(TeacherOptions(weights=encoder, device="cpu", head=head), layer=2),
+        xlsr.load(TeacherOptions(weights=encoder, device="cpu", head=xlsr_head(tmp_path / "head.pt", seed=1)), layer=3),
+        xlsr.load(TeacherOptions(weights=small_xlsr(tmp_path / "encoder", seed=1), device="cpu", head=head), layer=3),
     ]
     assert len({teacher.weights_hash, *(other.weights_hash for other in others)}) == 4
 
@@ -174,7 +177,7 @@ for folder in folders:
             continue
         before = peak()
         if blocks:
-            xlsr.Teacher(folder, "cpu", head=head, layer=blocks)
+            xlsr.load(TeacherOptions(weights=folder, device="cpu", head=head), layer=blocks)
         else:
             model = Wav2Vec2Model.from_pretrained(folder, local_files_only=True)
             assert all(parameter.isfinite().all() for parameter in model.parameters())  # reads what was only mapped
@@ -209,15 +212,15 @@ def test_the_head_is_the_original_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_missing_says_where_it_is(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no speech encoder there; .*xls-r-2b, .*8\.7 GB, Apache 2"):
-        Teacher(str(tmp_path / "nowhere"), "cpu", head=xlsr_head(tmp_path / "head.pt"))
+        xlsr.load(TeacherOptions(weights=str(tmp_path / "nowhere"), device="cpu", head=xlsr_head(tmp_path / "head.pt")))
     with pytest.raises(FileNotFoundError, match=r"none-such is not in .*hub gives no answer; .*8\.7 GB"):
-        Teacher("hf://nobody/none-such", "cpu", head=xlsr_head(tmp_path / "head.pt"))
+        xlsr.load(TeacherOptions(weights="hf://nobody/none-such", device="cpu", head=xlsr_head(tmp_path / "head.pt")))
     monkeypatch.setattr(xlsr, "XLSR_2B", "hf://nobody/none-such")  # the default is never downloaded
     with pytest.raises(FileNotFoundError, match=r"none-such is not in this machine's cache of the hub; give a folder"):
-        Teacher(device="cpu", head=xlsr_head(tmp_path / "head.pt"))
+        xlsr.load(TeacherOptions(device="cpu", head=xlsr_head(tmp_path / "head.pt")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps xls-r-sqa==0\.1\.0"):
-        Teacher(encoder, "cpu")
+        xlsr.load(TeacherOptions(weights=encoder, device="cpu"))
 
 
 def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> None:
@@ -236,14 +239,15 @@ def test_wrong_choices_are_refused(encoder: str, head: str, tmp_path: Path) -> N
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
-            Teacher(**{"weights": encoder, "device": "cpu", "head": head, "layer": 3} | options)
+            layer = int(options.pop("layer", 3))
+            xlsr.load(TeacherOptions(**{"weights": encoder, "device": "cpu", "head": head} | options), layer)
 
 
 def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
     deep, head = small_xlsr(tmp_path / "deep", num_hidden_layers=11), xlsr_head(tmp_path / "head.pt")
     wave = audio.quantise(noise(1))
     soundfile.write(tmp_path / "a.wav", wave, RATE)
-    model = load_teacher("xlsr", deep, "cpu", head=head)
+    model = Model(load_teacher("xlsr", TeacherOptions(weights=deep, device="cpu", head=head)))
     expected = pytest.approx(model(wave, RATE), abs=1e-5)
     weights = ["--weights", deep, "--head", head]
     assert cli.main(["score", f"{tmp_path}/a.wav", "--out", f"{tmp_path}/out.json", "--model", "xlsr", *weights]) == 0
@@ -253,12 +257,12 @@ def test_load_and_the_commands_pass_the_head_on(tmp_path: Path) -> None:
     assert isinstance(row, dict)
     assert (row["score"], row["teacher"], row["teacher_hash"]) == (expected, "xlsr", model.teacher.weights_hash)
     with pytest.raises(ValueError, match="teacher 'distillmos' takes no compile and no head"):
-        load_teacher("distillmos", head=head, compile=True)
+        load_teacher("distillmos", TeacherOptions(head=head, compile=True))
 
 
 @pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
-def test_compiled_blocks_score_the_same(teacher: Teacher, encoder: str, head: str) -> None:
-    compiled = Teacher(encoder, "cpu", batch_s=16, head=head, layer=3, compile=True)
+def test_compiled_blocks_score_the_same(teacher: WindowScorer, encoder: str, head: str) -> None:
+    compiled = xlsr.load(TeacherOptions(weights=encoder, device="cpu", batch_s=16, head=head, compile=True), layer=3)
     waves = [noise(s, seed) for seed, s in enumerate((1.0, 2.0, 2.0))]
     assert scores(compiled, waves) == pytest.approx(scores(teacher, waves), abs=1e-3)

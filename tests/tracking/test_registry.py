@@ -208,7 +208,7 @@ def test_a_served_model_answers_with_our_own_scores(
         assert [row["mos"] for row in answers[:2]] == expected
         assert answers[0]["error"] is None
         assert "not audio" in answers[2]["error"] and [row["mos"] for row in answers[2:6]] == [None] * 4
-        assert all("audio is no base64" in row["error"] for row in answers[3:6])
+        assert all("audio is not base64" in row["error"] for row in answers[3:6])
         assert answers[6]["mos"] == pytest.approx(expected[0], abs=1e-5)
 
         answers = ask(url, waves)
@@ -226,9 +226,9 @@ def test_a_served_model_answers_with_our_own_scores(
         ({"waveform": [0.1, -0.1] * 100, "sample_rate": 16_000}, "shorter than 0.1 s"),
         ({"waveform": [0.1, -0.1] * 8000}, "without sample_rate"),
         ({"waveform": [0.1, -0.1] * 8000, "sample_rate": 1}, "sample rate 1 Hz; choose 1000"),
-        ({"waveform": [0.1, -0.1] * 8000, "sample_rate": "fast"}, "sample_rate 'fast' is no number"),
-        ({"waveform": ["loud"], "sample_rate": 16_000}, "waveform is no list of numbers"),
-        ({"audio": "no base64!"}, "audio is no base64"),
+        ({"waveform": [0.1, -0.1] * 8000, "sample_rate": "fast"}, "sample_rate 'fast' is not a number"),
+        ({"waveform": ["loud"], "sample_rate": 16_000}, "waveform is not a list of numbers"),
+        ({"audio": "no base64!"}, "audio is not base64"),
         ({"sample_rate": 16_000}, "give either audio"),
         ({"audio": wav(voice(1.0)), "waveform": [0.1, -0.1] * 8000, "sample_rate": 16_000}, "give either audio"),
     ],

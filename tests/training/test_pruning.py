@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from processes import spawn
 from small_models import xlsr as small_xlsr
 from small_models import xlsr_head
 from speechdistill.data.label_scale import Scale
-from speechdistill.models import trained
-from speechdistill.models.encoder_scorer import Network, TrainedTeacher
+from speechdistill.models import architectures
+from speechdistill.models.encoder_scorer import EncoderForward, Network, TrainedTeacher
 from speechdistill.models.label import Label
 from speechdistill.models.networks import slim_encoder
 from speechdistill.models.networks.conv_transformer import ConvTransformer
-from speechdistill.models.teachers.xlsr import Teacher
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.teachers import xlsr
 from speechdistill.training.lanes import Batch, Part, scored
 from speechdistill.training.loop import Loop
 from speechdistill.training.pruning import Pruner, Pruning, remove_lowest
@@ -45,7 +47,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def network(files: Files) -> Network:
-    return Teacher(files[0], "cpu", head=files[1], layer=3).network.train().requires_grad_(True)
+    return (
+        xlsr.load(TeacherOptions(weights=files[0], device="cpu", head=files[1]), layer=3)
+        .forward.network.train()
+        .requires_grad_(True)
+    )
 
 
 def batch(step: int) -> Batch:
@@ -340,10 +346,11 @@ def halved(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netw
 
 def test_the_slim_model_is_a_teacher_that_scores_as_the_masked_one(halved: tuple[Network, Network, str]) -> None:
     whole, masked, folder = halved
-    teacher = trained.scorer(folder, device="cpu")
+    teacher = architectures.scorer(folder, TeacherOptions(device="cpu"))
     waves = [batch(1).parts[0].arrays["inputs"].reshape(-1), batch(2).parts[0].arrays["inputs"][0]]
-    slim, scores = teacher.network, []
-    for teacher.network in (slim, masked, whole):
+    forward, scores = cast(EncoderForward, teacher.forward), []
+    slim = forward.network
+    for forward.network in (slim, masked, whole):
         scores.append([label.score for label in teacher.label(waves) if isinstance(label, Label)])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert scores[1] != pytest.approx(scores[2], abs=1e-4)
@@ -356,7 +363,7 @@ def test_the_slim_model_is_a_teacher_that_scores_as_the_masked_one(halved: tuple
 
 def test_the_slim_model_can_be_pruned_further(halved: tuple[Network, Network, str]) -> None:
     folder = halved[2]
-    model = trained.scorer(folder, device="cpu").network.train().requires_grad_(True)
+    model = architectures.scorer(folder, TeacherOptions(device="cpu")).forward.network.train().requires_grad_(True)
     pruner = Pruner(model.encoder.model, Pruning(criterion="structured", share=0.5))
     loss(model).backward()
     pruner.after_backward()

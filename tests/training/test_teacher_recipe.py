@@ -18,6 +18,7 @@ from speechdistill.models.label import Label
 from speechdistill.models.load import load_teacher
 from speechdistill.models.networks import speech_encoder
 from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.options import TeacherOptions
 from speechdistill.training.feature_batches import FeatureBatches
 from speechdistill.training.lanes import share
 from speechdistill.training.loop import Loop
@@ -214,8 +215,8 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
     transform = LabelTransform.read(f"{tmp_path}/best/{TRANSFORM}")
     assert transform.universal == Scale(2.0, 0.5) and set(transform.datasets) == set(TRUE)
     wave = (0.1 * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
-    model = load_teacher(f"{tmp_path}/best", device="cpu")
-    (label,) = model.teacher.label([wave])
+    model = load_teacher(f"{tmp_path}/best", TeacherOptions(device="cpu"))
+    (label,) = model.label([wave])
     with torch.inference_mode():
         encoder = speech_encoder.load(place, 2).encoder
         logit = head.eval()(speech_encoder.middle(*encoder(*encoder.prepared([wave]))))
@@ -223,11 +224,11 @@ def test_a_checkpoint_is_a_teacher_that_scores_on_the_universal_scale(features: 
     assert label.logit == pytest.approx(2 * float(logit) + 0.5, abs=1e-5)
     moved = (tmp_path / "encoder").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="encoder: no speech encoder there"):
-        load_teacher(f"{tmp_path}/best", device="cpu")
-    assert load_teacher(f"{tmp_path}/best", str(moved), device="cpu").teacher.label([wave]) == [label]
+        load_teacher(f"{tmp_path}/best", TeacherOptions(device="cpu"))
+    assert load_teacher(f"{tmp_path}/best", TeacherOptions(weights=str(moved), device="cpu")).label([wave]) == [label]
     other = small_encoder(tmp_path / "other", "wav2vec2", large=True, seed=1)
     with pytest.raises(ValueError, match="other: not the encoder that the head"):
-        load_teacher(f"{tmp_path}/best", other, device="cpu")
+        load_teacher(f"{tmp_path}/best", TeacherOptions(weights=other, device="cpu"))
 
 
 def test_unusable_features_say_why(features: str, tmp_path: Path) -> None:

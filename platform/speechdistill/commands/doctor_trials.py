@@ -34,6 +34,7 @@ from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError, UserError
 from speechdistill.labelling.samples import check_step, make_sample
 from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.models.model import Model
 from speechdistill.tracking import database
 from speechdistill.tracking.run import tracking_uri
 
@@ -102,7 +103,7 @@ def _machine(_: str, places: Places) -> str:
 
 
 def _teacher(name: str, places: Places) -> str:
-    model = load_teacher(name)
+    model = Model(load_teacher(name))
     voice = _voice(2.0)
     score = model(voice, SAMPLE_RATE, **({"reference": voice} if model.teacher.intrusive else {}))
     if not 1 <= score <= 5:

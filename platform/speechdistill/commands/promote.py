@@ -26,6 +26,7 @@ from speechdistill.io.errors import AudioError, UnreadableError, UserError
 from speechdistill.metrics import correlation
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 from speechdistill.tracking.run import checked_uri
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _scored(config: Promote, registry: "Registry", candidate: "Logged", champion
     with ExitStack() as folders:
         for name, address in {"candidate": candidate.uri, **({"champion": champion.uri} if champion else {})}.items():
             folder = folders.enter_context(student_folder(address, registry.uri))
-            models.append(load_teacher(folder, config.encoder).teacher)
+            models.append(load_teacher(folder, TeacherOptions(weights=config.encoder)))
             marks[name] = heard.marks(checkpoint.provenance(folder), clips["clip_id"].to_pylist())
     kept: list[int] = []
     rows: list[list[float]] = []

@@ -21,13 +21,13 @@ from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 from speechdistill.training.options import Crops, Updates
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
-    from speechdistill.models.windowed import Windowed
+    from speechdistill.models.windowed import WindowScorer
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.pruned import Pruned
 
 NAME = "pruned"
 _LOG = logging.getLogger(__name__)
-_SEGMENT_S, _TIMINGS = 7.68, 5
+_TIMINGS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     clips, clips_sha256 = launch.scored(config.labeled, config.out)
     with registry.student_folder(config.model) as folder:
         files = checkpoint.read(folder)
-        if files.architecture == checkpoint.CONV_TRANSFORMER:
+        if not files.has_encoder:
             raise RunError(f"{config.model} is a student", "a teacher's encoder can be pruned (see train-teacher)")
         teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
         checkpoint.copy(folder, teacher)
@@ -226,18 +226,20 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
 def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """What remains, sizes, costs and validation of the kept checkpoints."""
     from speechdistill.io import checkpoint
-    from speechdistill.models import parameters, trained
+    from speechdistill.models import architectures
     from speechdistill.models.device import torch_device
+    from speechdistill.models.options import TeacherOptions
 
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
-    first = {device: trained.scorer(f"{out}/{names[0]}", device=device) for device in devices}
+    options = {device: TeacherOptions(device=device) for device in devices}
+    first = {device: architectures.scorer(f"{out}/{names[0]}", options[device]) for device in devices}
     rows = []
     for name in names:
         folder = f"{out}/{name}"
         figures = storage.read_json(f"{folder}/figures.json") or {}
-        scorers = {device: trained.scorer(folder, device=device) for device in devices}
+        scorers = {device: architectures.scorer(folder, options[device]) for device in devices}
         cost = {f"{d}_s": _cost(first[d], scorers[d], d) for d in devices}
-        size = parameters.of_teacher(scorers["cpu"])
+        size = scorers["cpu"].parameters()
         assert size  # a network of torch
         rows.append(
             {
@@ -255,10 +257,10 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cost(unpruned: "Windowed", model: "Windowed", device: str) -> float:
+def _cost(unpruned: "WindowScorer", model: "WindowScorer", device: str) -> float:
     """Time of scoring 7.68 s as a share of the unpruned model's, in turns; on a CPU the CPU's."""
     clock = time.process_time if device == "cpu" else time.perf_counter
-    wave = np.random.default_rng(0).standard_normal(round(_SEGMENT_S * audio.SAMPLE_RATE)).astype(np.float32)
+    wave = np.random.default_rng(0).standard_normal(round(audio.SEGMENT_S * audio.SAMPLE_RATE)).astype(np.float32)
     ratios = []
     for _ in range(_TIMINGS + 1):
         seconds = []

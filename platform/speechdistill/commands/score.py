@@ -23,6 +23,7 @@ from speechdistill.io.errors import AudioError, StorageError, UserError
 from speechdistill.io.places import Skipped
 from speechdistill.models.label import Teacher, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 Row = dict[str, Any]
 
@@ -76,9 +77,8 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
     paths = expand(config.paths, skipped)
     print(*skipped.lines(), sep="\n", end="\n" if skipped else "", file=sys.stderr)
     with _local(config.model, config.tracking) as model:
-        teacher = load_teacher(
-            model, weights=config.weights, dtype=config.dtype, hop_s=config.hop_s, head=config.head
-        ).teacher
+        options = TeacherOptions(weights=config.weights, head=config.head, dtype=config.dtype, hop_s=config.hop_s)
+        teacher = load_teacher(model, options)
     if teacher.intrusive:
         reason = f"model {config.model} compares with clean speech, which only the labelling job knows"
         raise UserError(reason, "give another --model")

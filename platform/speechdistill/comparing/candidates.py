@@ -12,6 +12,7 @@ from speechdistill.io.errors import UserError
 from speechdistill.io.version import __version__
 from speechdistill.models.label import Teacher
 from speechdistill.models.load import load_teacher, teacher_names
+from speechdistill.models.options import TeacherOptions
 from speechdistill.tracking import registry
 from speechdistill.tracking.run import tracking_uri
 
@@ -118,13 +119,12 @@ def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | 
     with registry.student_folder(address, uri) as folder:
         files = checkpoint.read(folder)
         encoder = encoder and storage.absolute(encoder)
-        teacher = load_teacher(folder, encoder, "cpu").teacher
+        teacher = load_teacher(folder, TeacherOptions(weights=encoder, device="cpu"))
         copy = f"{out}/models/{teacher.weights_hash[:16]}"
         checkpoint.copy(folder, copy)
-    is_student = files.architecture == checkpoint.CONV_TRANSFORMER
     pruned = "pruning" in files.provenance
     parameters = _parameters(teacher, pruned)
-    series = _series(files.provenance) if is_student or pruned else TEACHER
+    series = _series(files.provenance) if pruned or not files.has_encoder else TEACHER
     return Candidate(name, address, copy, encoder, None, teacher.weights_hash, parameters, series, files.provenance)
 
 
@@ -133,7 +133,7 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
         weights = storage.absolute(weights)
     head = head and storage.absolute(head)
     # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
-    teacher = load_teacher(address, weights, "cpu", head=head).teacher
+    teacher = load_teacher(address, TeacherOptions(weights=weights, head=head, device="cpu"))
     if teacher.intrusive:
         raise UserError(f"{address} compares with clean originals, which the clips have not", "leave it out")
     series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
@@ -144,10 +144,8 @@ def _parameters(teacher: Teacher, pruned: bool = False) -> int | None:
     """All that a model needs to score, of a pruned one those that are not zero; what the paper prints if it is not
     torch's.
     """
-    from speechdistill.models import parameters
-
-    if found := parameters.of_teacher(teacher):
-        return found.nonzero if pruned else found.stored
+    if size := teacher.parameters():
+        return size.nonzero if pruned else size.stored
     row = paper.row_of(teacher.name)
     return round(paper.rows()[row].params_m * 1e6) if row else None
 

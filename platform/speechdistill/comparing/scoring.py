@@ -32,6 +32,7 @@ from speechdistill.io import audio, fingerprint, storage, table
 from speechdistill.io.errors import RunError
 from speechdistill.models.label import Label, Teacher, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 SCHEMA = "clip_scores.v1"
 _ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
@@ -252,7 +253,7 @@ def _answer(label: Label | Unscorable) -> dict[str, Any]:
 
 
 def _loaded(model: Candidate) -> Teacher:
-    teacher = load_teacher(model.teacher, model.weights, head=model.head).teacher
+    teacher = load_teacher(model.teacher, TeacherOptions(weights=model.weights, head=model.head))
     if teacher.weights_hash != model.sha256:
         reason = f"{model.name} has other weights on this node than on the driver"
         raise RunError(reason, "install the same everywhere")

@@ -8,6 +8,7 @@ import numpy as np
 
 from speechdistill.io import storage, table
 from speechdistill.io.errors import TableError
+from speechdistill.metrics import logistic
 
 SCHEMA = "label_transform.v1"
 # 1 and 5 have no logit; 1.02 and 4.98 replace them, about the resolution of a mean of fifty votes.
@@ -16,10 +17,19 @@ _MARGIN = 0.005
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps a quality logit z to the score `1 + 4 * sigmoid(a * z + b)`."""
+    """Maps a quality logit z to the score `1 + 4 * sigmoid(a * z + b)` of a listening test."""
 
     a: float = 1.0
     b: float = 0.0
+
+    def mos(self, logit: np.ndarray | float) -> np.ndarray:
+        """Return the score from 1 to 5."""
+        # Not by `logistic.sigmoid`, whose last bit differs: stored scales were fitted with this formula.
+        return np.asarray(1 + 4 / (1 + np.exp(-(self.a * logit + self.b))))
+
+    def logit(self, mos: np.ndarray | float) -> np.ndarray:
+        """Return the quality logit of a score from 1 to 5; the ends have the logits of 1.02 and 4.98."""
+        return np.asarray((logistic.logits(mos, _MARGIN) - self.b) / self.a)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,7 @@ class LabelTransform:
         scale = self.datasets.get(dataset or "", self.universal)
         if scale == self.universal:
             return mos
-        quality = min(max((mos - 1) / 4, _MARGIN), 1 - _MARGIN)
-        logit = (np.log(quality) - np.log1p(-quality) - scale.b) / scale.a
-        return float(1 + 4 / (1 + np.exp(-(self.universal.a * logit + self.universal.b))))
+        return float(self.universal.mos(scale.logit(mos)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of the schema."""

@@ -16,11 +16,8 @@ from speechdistill.data import components, degradation
 from speechdistill.data.clips import Clip, Clips
 from speechdistill.data.degradation import Scene, Step
 from speechdistill.io.assets import Asset
-from speechdistill.io.audio import SAMPLE_RATE
+from speechdistill.io.audio import SAMPLE_RATE, SEGMENT_S
 from speechdistill.io.errors import UserError
-
-SEGMENT_S = 7.68
-"""Length of the student's input and of the teacher's centre crop: 384 frames of 20 ms."""
 
 
 @dataclass(frozen=True)

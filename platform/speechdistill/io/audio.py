@@ -21,10 +21,14 @@ from speechdistill.io.errors import AudioError, UnreadableError
 
 _LOG = logging.getLogger(__name__)
 MIN_DURATION_S = 0.1  # of speech: shorter clips cannot be scored
+SEGMENT_S = 7.68
+"""Length of the student's input and of the teacher's centre crop: 384 frames of 20 ms."""
+
 __all__ = [
     "EXTENSIONS",
     "MIN_DURATION_S",
     "SAMPLE_RATE",
+    "SEGMENT_S",
     "AudioError",
     "Info",
     "UnreadableError",

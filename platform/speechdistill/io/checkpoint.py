@@ -14,6 +14,11 @@ if TYPE_CHECKING:  # safetensors imports torch when weights are read or written
 
 WEIGHTS, ABOUT = "model.safetensors", "student.json"
 CONV_TRANSFORMER = "conv_transformer"
+HEAD_ABOVE_ENCODER = "head_above_encoder"
+"""The architecture of a checkpoint with the weights of a head alone."""
+
+ENCODER_AND_HEAD = "encoder_and_head"
+"""The architecture of a checkpoint with the weights of both."""
 
 CLIPS = "labeled_clips"
 """Key of a provenance for the clips that a model was trained on: a long list, for programs only."""
@@ -27,6 +32,11 @@ class Files(NamedTuple):
     provenance: dict[str, Any]
     weights: "dict[str, torch.Tensor]"
     weights_hash: str
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model has a speech encoder, in the checkpoint or elsewhere; a student has none."""
+        return "encoder" in self.config
 
 
 def write(

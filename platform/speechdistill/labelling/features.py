@@ -25,10 +25,10 @@ from speechdistill.io.errors import AudioError, TableError, UnreadableError, Use
 from speechdistill.labelling.samples import check_storage
 from speechdistill.labelling.unchanged import Ingested, unchanged
 from speechdistill.models.label import problem
+from speechdistill.models.options import WHOLE_S
 
 SCHEMA = "feature.v1"
-LONGEST_S = 15.0
-_LONGEST = round(LONGEST_S * audio.SAMPLE_RATE)  # samples
+_LONGEST = round(WHOLE_S * audio.SAMPLE_RATE)  # samples
 """Longer clips are cut to their middle. The encoder takes all of it as input, the head only the middle 7.68 s."""
 
 _ABOUT = ("clip_id", "dataset", "split", "mos")
@@ -36,7 +36,6 @@ _FIELDS = {field.name: field for field in table.schema(SCHEMA)}
 _LOADED = pa.schema([*(_FIELDS[name] for name in _ABOUT), pa.field("wave", pa.binary())])
 _ENCODED = pa.schema([field for name, field in _FIELDS.items() if name not in ("number", *_ABOUT)])
 _ROWS_PER_PART = 64
-_SEGMENT_S = 7.68
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def compute(config: Features) -> Totals:
 def _stages(config: Features, cpus: float, gpus: float) -> tuple[Stage, ...]:
     sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
     rows = 64 if sizes.teach.num_gpus else 8
-    encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * _SEGMENT_S)
+    encode = partial(Encode, config.encoder, config.layer, config.dtype, config.sha256, rows * audio.SEGMENT_S)
     load = Stage(
         name="load",
         make=partial(Load, config.clips),
@@ -169,7 +168,8 @@ class Encode:
     def _encoded(self, waves: list[np.ndarray]) -> Iterator[Row | Exception]:
         import torch
 
-        from speechdistill.models.networks.speech_encoder import FRAMES, middle
+        from speechdistill.models.networks.conv_transformer import FRAMES
+        from speechdistill.models.networks.speech_encoder import middle
 
         with torch.inference_mode():
             frames, counts = self._encoder(*self._encoder.prepared(waves))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from speechdistill.data import degradation_recipes, manifest_path, plan
+from speechdistill.data import degradation_recipes, manifest_path
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import DegradationRecipe, Plans
@@ -15,13 +15,14 @@ from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
 from speechdistill.engine.stages import Stage
 from speechdistill.io import fingerprint
-from speechdistill.io.audio import MIN_DURATION_S
+from speechdistill.io.audio import MIN_DURATION_S, SEGMENT_S
 from speechdistill.io.errors import RunError
 from speechdistill.io.options import at_least
 from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, libraries
 from speechdistill.labelling.teach import Teach
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 _NOTHING = pa.schema([])  # the stage adds no columns
 _CALLS = 3  # concurrent batches of a teacher on a GPU: one in the network, two being decoded
@@ -46,7 +47,7 @@ class Samples:
     """Total number of samples; may be raised later. Default: every speech clip once (as_is: every segment)."""
     seed: int = 0
     """Seed of the clips, segments and degradations of all samples."""
-    segment_s: float = plan.SEGMENT_S
+    segment_s: float = SEGMENT_S
     """Length of a sample in seconds; shorter clips stay whole."""
     snr_sigma_db: float = 10.0
     """Standard deviation of the SNR around 10 dB (the paper's "variance 10 dB" read literally is 3.162)."""
@@ -147,7 +148,8 @@ def prepared(clips: str, samples: Samples, labeller: Labeller, stored: Stored) -
         reason = f"--num-samples {num_samples} does not fit: recipe {recipe.name} has {len(plans)} samples here"
         raise RunError(reason, f"give 1 to {len(plans)}")
     # On the CPU: the driver needs only name and hash of the teacher, and must not occupy a GPU during the run.
-    teacher = load_teacher(labeller.teacher, labeller.weights, "cpu", labeller.dtype, head=labeller.head).teacher
+    options = TeacherOptions(weights=labeller.weights, head=labeller.head, device="cpu", dtype=labeller.dtype)
+    teacher = load_teacher(labeller.teacher, options)
     if teacher.intrusive:
         _check_has_clean(labeller.teacher, recipe)
     return Prepared(

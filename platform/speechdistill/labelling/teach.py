@@ -12,6 +12,7 @@ from speechdistill.io import audio
 from speechdistill.io.errors import UserError
 from speechdistill.models.label import Label, Unscorable
 from speechdistill.models.load import load_teacher
+from speechdistill.models.options import TeacherOptions
 
 
 class Teach:
@@ -34,7 +35,8 @@ class Teach:
 
         torch.set_num_threads(1)  # CPUs are filled by actors, not by threads
         self._computing = threading.Lock()
-        self._teacher = load_teacher(teacher, weights, dtype=dtype, batch_s=batch_s, head=head).teacher
+        options = TeacherOptions(weights=weights, head=head, dtype=dtype, batch_s=batch_s)
+        self._teacher = load_teacher(teacher, options)
         if self._teacher.weights_hash != sha256:
             reason = f"{teacher} has other weights on this node than on the driver"
             raise UserError(reason, "install the same weights on all nodes")

@@ -1,8 +1,7 @@
 # metrics/: figures of merit. Arithmetic only: no audio files, no model, nothing of other wings.
-"""How well scores follow listeners: correlations per dataset, their weighted mean, and what a difference is worth.
+"""Agreement of scores with listeners: correlations per dataset, their weighted mean, and intervals of differences.
 
-Arithmetic alone: it needs no model and no audio. Everywhere `mos` are listeners' scores, shape (clips,), and scores
-are a model's for the same clips.
+In all functions `mos` are the listeners' scores, shape (clips,), and `scores` a model's for the same clips.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_CLIPS = 3
-"""Fewer clips of a dataset have no correlation: two points always lie on a line."""
+"""Least clips of a dataset for a correlation: two points always lie on a line."""
 
 CONFIDENCE = 0.95
 
-CONSTANT = 1e-6  # MOS; a network that says the same of everything still rounds differently
+CONSTANT = 1e-6  # MOS; a network that scores everything the same still rounds differently
 _CHUNK = 1 << 21  # numbers drawn at once
 
 Row = dict[str, Any]
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Of listeners and a model, row by row: (rows, clips) twice to (rows,)."""
+"""A figure of listeners' and a model's scores, row by row: (rows, clips) twice to (rows,)."""
 
 
 class Difference(NamedTuple):
-    """How much a quantity of one model is above another's, and the bounds of its 95% interval."""
+    """The difference of a quantity between two models, and the bounds of its 95% interval."""
 
     value: float
     low: float
@@ -33,7 +32,7 @@ class Difference(NamedTuple):
 
 
 def pcc(mos: np.ndarray, scores: np.ndarray) -> float | None:
-    """Pearson's correlation; None for fewer than three clips, or where either side is constant (to 1e-6)."""
+    """Return Pearson's correlation; None for fewer than three clips, or if either side is constant (to 1e-6)."""
     if len(mos) < MIN_CLIPS:
         return None
     correlation = float(pccs(np.asarray(mos, float)[None], np.asarray(scores, float)[None])[0])
@@ -41,7 +40,7 @@ def pcc(mos: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def by_dataset(datasets: Sequence[str], mos: np.ndarray, models: Mapping[str, np.ndarray]) -> list[Row]:
-    """A row per dataset, sorted: dataset, clips, and under each model's name its PCC, or None where it has none."""
+    """Return a row per dataset, sorted: dataset, clips, and each model's PCC by its name, None if undefined."""
     rows = []
     for dataset, members in _members(datasets, mos).items():
         pccs = {name: pcc(mos[members], scores[members]) for name, scores in models.items()}
@@ -50,8 +49,11 @@ def by_dataset(datasets: Sequence[str], mos: np.ndarray, models: Mapping[str, np
 
 
 def comparable(datasets: Sequence[str], mos: np.ndarray) -> np.ndarray:
-    """Which clips count in a mean over datasets, shape (clips,): those of datasets with three clips or more whose
-    listeners' scores are not constant. It depends on no model, so that all are judged on the same clips."""
+    """Return which clips count in a mean over datasets, shape (clips,).
+
+    Those are the clips of datasets with three clips or more whose listeners' scores are not constant. No model affects
+    the choice, so that all are compared on the same clips.
+    """
     counts = np.zeros(len(mos), bool)
     for members in _members(datasets, mos).values():
         counts[members] = len(members) >= MIN_CLIPS and np.ptp(mos[members]) >= CONSTANT
@@ -59,9 +61,9 @@ def comparable(datasets: Sequence[str], mos: np.ndarray) -> np.ndarray:
 
 
 def mean_pcc(datasets: Sequence[str], mos: np.ndarray, scores: np.ndarray) -> float | None:
-    """The mean of the datasets' PCCs weighted by their clips, over `comparable` ones; None where there is none.
+    """Return the mean PCC of the `comparable` datasets, weighted by their clips; None if there are none.
 
-    A model that gives all clips of a dataset the same score has PCC 0 there: it must not gain by that.
+    A model that gives all clips of a dataset the same score has PCC 0 there, so that it does not gain.
     """
     counts = comparable(datasets, mos)
     if not counts.any():
@@ -80,11 +82,11 @@ def compare(
     resamples: int = 2_000,
     seed: int = 0,
 ) -> Difference | None:
-    """`mean_pcc` of the candidate minus that of the champion, with its interval from a paired bootstrap over clips.
+    """Return the candidate's `mean_pcc` minus the champion's, with an interval from a paired bootstrap over clips.
 
-    Each resample is the same for both models (`resampled`); the bounds are percentiles. Where all the clips drawn of a
-    dataset have one score of the listeners, it counts as no difference, which keeps both bounds near 0. The same
-    arguments give the same bits. None where no dataset is `comparable`.
+    Each resample is the same for both models (`resampled`); the bounds are percentiles. A dataset whose drawn clips all
+    have one listeners' score counts as no difference, which keeps both bounds near 0. The same arguments give the same
+    bits. The result is None if no dataset is `comparable`.
     """
     models = {"candidate": candidate, "champion": champion}
     return compare_all(datasets, mos, models, resamples, seed).get(("candidate", "champion"))
@@ -93,18 +95,18 @@ def compare(
 def compare_all(
     datasets: Sequence[str], mos: np.ndarray, models: Mapping[str, np.ndarray], resamples: int = 2_000, seed: int = 0
 ) -> dict[tuple[str, str], Difference]:
-    """`compare` for every two models, the earlier one first, on the same resamples; empty where nothing compares."""
+    """`compare` every two models, the earlier one first, on the same resamples; empty if no dataset is `comparable`."""
     counts = comparable(datasets, mos)
     if not counts.any():
         return {}
-    names, heard = np.asarray(datasets, object)[counts], mos[counts]
+    names, listeners = np.asarray(datasets, object)[counts], mos[counts]
     kept = {name: scores[counts] for name, scores in models.items()}
-    shares = np.array([len(members) for members in _members(names, heard).values()]) / counts.sum()
-    # A constant model has correlation 0; constant listeners make both so.
-    drawn = {n: shares @ np.nan_to_num(r) for n, r in resampled(names, heard, kept, resamples, seed).items()}
-    found = {name: mean_pcc(names, heard, scores) or 0.0 for name, scores in kept.items()}
+    shares = np.array([len(members) for members in _members(names, listeners).values()]) / counts.sum()
+    # A constant model has correlation 0; with constant listeners both models have.
+    drawn = {n: shares @ np.nan_to_num(r) for n, r in resampled(names, listeners, kept, resamples, seed).items()}
+    means = {name: mean_pcc(names, listeners, scores) or 0.0 for name, scores in kept.items()}
     return {
-        (one, other): Difference(found[one] - found[other], *interval(drawn[one] - drawn[other]))
+        (one, other): Difference(means[one] - means[other], *interval(drawn[one] - drawn[other]))
         for one, other in combinations(models, 2)
     }
 
@@ -117,9 +119,9 @@ def resampled(
     seed: int = 0,
     statistic: Statistic | None = None,
 ) -> dict[str, np.ndarray]:
-    """A statistic (the PCC) of each model in each resample, shape (datasets, resamples), datasets sorted by name.
+    """Return a statistic (default: PCC) of each model in each resample, (datasets, resamples), datasets by name.
 
-    Each resample draws as many clips of every dataset as it has, with replacement, the same for all models.
+    Each resample draws as many clips of every dataset as the dataset has, with replacement, the same for all models.
     """
     statistic = statistic or pccs
     parts = _members(datasets, mos)
@@ -135,14 +137,14 @@ def resampled(
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
-    """The bounds of the 95% interval of a resampled quantity, shape (resamples,); NaN, which has none, is left out."""
+    """Return the bounds of the 95% interval of a resampled quantity, shape (resamples,); NaN are left out."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     return float(low), float(high)
 
 
 def pccs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Row by row: (rows, clips) twice to (rows,), NaN where a row is constant."""
+    """Return Pearson's correlations row by row: (rows, clips) twice to (rows,), NaN for a constant row."""
     constant = (np.ptp(x, axis=1) < CONSTANT) | (np.ptp(y, axis=1) < CONSTANT)
     x, y = (values - values.mean(axis=1, keepdims=True) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -151,7 +153,7 @@ def pccs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _members(datasets: Sequence[str] | np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The clips' numbers of each dataset, in the order of the datasets' names."""
+    """Return the indices of each dataset's clips, datasets by name."""
     names = np.asarray(datasets, object).astype(str)
     if names.shape != np.shape(values):
         raise ValueError(f"{len(names)} datasets for values of shape {np.shape(values)}; give one for each clip")

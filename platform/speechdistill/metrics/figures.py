@@ -1,8 +1,8 @@
-"""The figures of merit of a model per dataset, with their intervals; a figure that is not defined says why.
+"""The figures of merit of a model per dataset, with intervals, and the reason if a figure is undefined.
 
-Errors are in MOS. Mappings are those of ITU-T P.1401: listeners use the scale differently in each test, so a model is
-judged after the polynomial of its scores that fits the listeners best (`mapping`), at the price of one degree of
-freedom for each of its coefficients (P.1401, equation 7-29).
+Errors are in MOS. Mappings are those of ITU-T P.1401: listeners use the scale differently in each test, so errors are
+taken after the polynomial of the scores that fits the listeners best (`mapping`). Each coefficient costs one degree of
+freedom (P.1401, equation 7-29).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _RAYS = np.linspace(0, 1, 101)
 
 
 class Value(NamedTuple):
-    """A figure, or `why` there is none; `low` and `high` are the bounds of its 95% interval where it has one."""
+    """A figure, or the reason `why` it is undefined; `low` and `high` are the bounds of its 95% interval, if any."""
 
     value: float | None
     why: str = ""
@@ -38,7 +38,7 @@ class Value(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Means over the `datasets` datasets that have a figure: weighted by their clips, and plain."""
+    """Means over the `datasets` datasets with a defined figure: weighted by their clips, and plain."""
 
     weighted: Value
     plain: Value
@@ -46,7 +46,7 @@ class Mean(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Clips (or systems) that count, by dataset; values by model, dataset and metric; means by model and metric."""
+    """Counted clips (or systems) by dataset; values by model, dataset and metric; means by model and metric."""
 
     clips: dict[str, int]
     values: dict[str, dict[str, dict[str, Value]]]
@@ -54,7 +54,7 @@ class Figures(NamedTuple):
 
 
 def measured(mos: np.ndarray, scores: np.ndarray) -> dict[str, Value]:
-    """All of `METRICS` for one dataset, shapes (clips,)."""
+    """Compute all of `METRICS` for one dataset, shapes (clips,)."""
     from scipy import stats
 
     if why := _unusable(mos, scores):
@@ -73,12 +73,12 @@ def measured(mos: np.ndarray, scores: np.ndarray) -> dict[str, Value]:
 
 
 def mapping(mos: np.ndarray, scores: np.ndarray, order: int) -> Polynomial:
-    """The polynomial of `order` 1 or 3 that rises over the whole range of the scores and is nearest to the listeners'.
+    """Fit the polynomial of `order` 1 or 3 that rises over the whole range of the scores to the listeners' scores.
 
-    Least squares over all such polynomials, not a fit that is tested afterwards: derivatives that are nowhere negative
-    on [0, 1] are the sums, with weights that are not negative, of t (1 - t) and of the squares (t - r)² with r in
-    [0, 1] (Lukács), so the weights are found by non-negative least squares. r is taken in steps of 0.01. A model
-    that ranks clips the wrong way round gets a constant.
+    Least squares over all such polynomials, not a fit that is tested afterwards: a derivative that is nowhere negative
+    on [0, 1] is a sum, with non-negative weights, of t (1 - t) and of squares (t - r)² with r in [0, 1] (Lukács), so
+    non-negative least squares finds the weights. r is taken in steps of 0.01. A model that ranks clips in reverse order
+    gets a constant.
     """
     from scipy.optimize import nnls
 
@@ -96,7 +96,7 @@ def mapping(mos: np.ndarray, scores: np.ndarray, order: int) -> Polynomial:
 def compute(
     datasets: np.ndarray, mos: np.ndarray, models: Mapping[str, np.ndarray], resamples: int = 1_000, seed: int = 0
 ) -> Figures:
-    """All metrics of all models; arrays of shape (clips,), of clips that `counted`.
+    """Compute all metrics of all models; arrays have shape (clips,), of `counted` clips.
 
     PCC, SRCC, MSE and RMSE have intervals, from a bootstrap over the clips of each dataset.
     """
@@ -123,9 +123,9 @@ def compute(
 
 
 def counted(datasets: np.ndarray, mos: np.ndarray, models: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which clips count, shape (clips,): those of a dataset that all models could score (a score that is none is NaN).
+    """Return which clips count, shape (clips,): those that all models could score (a missing score is NaN).
 
-    A model that could score no clip of a dataset takes none away from the others; it has no figures there.
+    A model that could score no clip of a dataset removes none there, and has no figures for that dataset.
     """
     counts = np.asarray(np.isfinite(mos))
     for name in set(datasets.tolist()):
@@ -138,8 +138,10 @@ def counted(datasets: np.ndarray, mos: np.ndarray, models: Mapping[str, np.ndarr
 def by_system(
     datasets: np.ndarray, systems: Sequence[str | None], mos: np.ndarray, models: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Datasets, listeners' and models' mean scores of each system of each dataset, shape (systems,); clips of no
-    system are left out."""
+    """Return the dataset, the listeners' and the models' mean score of each system, shape (systems,).
+
+    Systems are those of each dataset; clips without a system are left out.
+    """
     pairs = [pair if pair[1] else None for pair in zip(datasets.tolist(), systems, strict=True)]
     names = sorted(filter(None, set(pairs)))
     of_pair = {pair: number for number, pair in enumerate(names)}
@@ -155,7 +157,7 @@ def by_system(
 
 
 def means(clips: Sequence[int], values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """The mean weighted by clips and the plain one of a table's row; datasets without a figure count in neither."""
+    """Return the mean weighted by clips and the plain mean; datasets without a figure count in neither."""
     there = [(number, value) for number, value in zip(clips, values, strict=True) if value is not None]
     if not there:
         return None, None
@@ -209,7 +211,7 @@ def _mapped_rmse(mos: np.ndarray, scores: np.ndarray, order: int) -> Value:
 
 
 def _rising(order: int) -> np.ndarray:
-    """Polynomials as columns of coefficients, (order + 1, polynomials): all rising ones are their weighted sums."""
+    """Return the polynomials whose weighted sums are all rising ones, as columns (order + 1, polynomials)."""
     free = np.zeros((order + 1, 2))
     free[0] = 1, -1  # the constant may have either sign
     if order == 1:

@@ -1,4 +1,3 @@
-# models/: networks, and how they are used: scorers, teachers/, served models.
 """The device that networks compute on, and copies to it."""
 
 import numpy as np
@@ -9,18 +8,18 @@ from speechdistill.io.errors import UserError
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of a name, without one CUDA where there is one; raises `UserError` for a device that is not there."""
+    """Return the named device, by default CUDA if available; raise `UserError` for a device that does not exist."""
     available = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if available else "cpu"))
     except RuntimeError as error:
         raise UserError(f"device {name!r} is unknown to torch", "choose cpu, cuda or cuda:<index>") from error
     if device.type == "cuda" and not available:
-        raise UserError(f"device {name!r}: this torch finds no CUDA device", "choose cpu")
+        raise UserError(f"device {name!r}: torch finds no CUDA device", "choose cpu")
     return device
 
 
 def on_device(batch: np.ndarray, device: torch.device) -> Tensor:
-    """The batch on a device; to a GPU from pinned memory, so that the copy is not waited for."""
+    """Copy a batch to a device; to a GPU from pinned memory, so that the caller does not wait for the copy."""
     tensor = torch.from_numpy(batch)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,38 +1,31 @@
-"""The contract of a teacher, a model that scores how good speech sounds, and what all teachers share.
-
-A teacher module, one file in `teachers/`, holds a class
-`Teacher(weights=None, device=None, dtype="float32", batch_s=None, hop_s=1.0)` with
-
-- `name: str` and `weights_hash: str`, the sha256 of the weights file, or of what was read of it, for provenance;
-- the verb `label(waves, references=None) -> list[Label | Unscorable]`: mono float32 waves at 16 kHz of any lengths,
-  one result per wave in their order. A wave that cannot be judged (`problem`) is reported, not raised, so that it does
-  not lose the batch;
-- `intrusive: bool`, whether it compares each wave with its clean original, one of `references`: then it raises
-  `ValueError` if there are none. Others ignore them;
-- `timeline(wave) -> list[tuple[float, float | None]]`: start in seconds and score for each second of audio.
-"""
+"""The contract of a teacher: a model that scores the quality of speech."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from speechdistill.io.audio import MIN_DURATION_S, SAMPLE_RATE
+from speechdistill.metrics import logistic
 
-SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, so below it they would judge dither and rounding
+if TYPE_CHECKING:  # torch stays out of the import
+    from speechdistill.models.parameters import Parameters
+
+SILENCE_PEAK = 1e-4  # -80 dBFS: networks normalise the peak, and would score dither and rounding below it
 _BLOCK_SAMPLES = 1 << 20
+_MARGIN = 1e-6  # of the range of MOS
 
 
 class Unscorable(ValueError):
-    """Audio that cannot be judged; the message is the reason."""
+    """Audio that cannot be scored; the message is the reason."""
 
 
 class Label(NamedTuple):
-    """What a teacher says of one wave.
+    """A teacher's score of one wave.
 
-    `score` is the MOS from 1 to 5, `logit` is log(p / (1 - p)) of p = (score - 1) / 4, `disagreement` the
-    standard deviation of the segments' scores, None where there is one segment; of an ensemble, of its members' scores.
+    `score` is the MOS from 1 to 5, `logit` is log(p / (1 - p)) of p = (score - 1) / 4. `disagreement` is the standard
+    deviation of the windows' scores, None for a single window; for an ensemble, of the members' scores.
     """
 
     score: float
@@ -41,16 +34,21 @@ class Label(NamedTuple):
 
     @classmethod
     def from_logits(cls, logits: np.ndarray) -> Self:
-        """The label of a wave whose segments have these logits, shape (segments,): scores are averaged."""
-        qualities = sigmoid(logits)
+        """Average the scores of a wave's windows, given their logits of shape (windows,)."""
+        qualities = logistic.sigmoid(logits)
         quality = float(qualities.mean())
-        bounded = min(max(quality, math.ulp(1.0)), 1 - math.ulp(1.0))  # a saturated network stays finite
+        bounded = min(max(quality, math.ulp(1.0)), 1 - math.ulp(1.0))  # keeps the logit of a saturated network finite
         disagreement = 4 * float(qualities.std()) if len(qualities) > 1 else None
+        # By `math`, not `logistic.logits`: labels on disk have these bits.
         return cls(1 + 4 * quality, math.log(bounded) - math.log1p(-bounded), disagreement)
 
 
 class Teacher(Protocol):
-    """The contract of the family; see the module docstring."""
+    """A model that labels waves.
+
+    `weights_hash` is the sha256 of the weights file, or of the tensors that were read. An `intrusive` teacher compares
+    each wave with its clean reference.
+    """
 
     name: str
     weights_hash: str
@@ -58,13 +56,25 @@ class Teacher(Protocol):
 
     def label(
         self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
-    ) -> list[Label | Unscorable]: ...
+    ) -> list[Label | Unscorable]:
+        """Return one result per wave, in order; waves are mono float32 at 16 kHz of any lengths.
 
-    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]: ...
+        The result of a wave that cannot be scored (`problem`) is the reason, so that the rest of the batch is kept.
+        Raises `ValueError` if the teacher is intrusive and there are no references; other teachers ignore them.
+        """
+        ...
+
+    def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
+        """Return the start in seconds and the score of each second of audio."""
+        ...
+
+    def parameters(self) -> "Parameters | None":
+        """Count the network's parameters; None if the teacher is not a torch network."""
+        ...
 
 
 def problem(wave: np.ndarray) -> Unscorable | None:
-    """Why a mono wave at 16 kHz cannot be judged, or None; read in blocks, so a memory map stays on disk."""
+    """Return the reason why a mono wave at 16 kHz cannot be scored, or None; reads blocks of a memory map."""
     if wave.ndim != 1:
         raise ValueError(f"wave of shape {wave.shape}; a teacher takes mono waves, shape (num_samples,)")
     if len(wave) == 0:
@@ -80,12 +90,6 @@ def problem(wave: np.ndarray) -> Unscorable | None:
     return Unscorable("silent (peak below -80 dBFS)") if peak < SILENCE_PEAK else None
 
 
-def logits(scores: np.ndarray) -> np.ndarray:
-    """Of MOS from 1 to 5, float64; what is at or beyond an end is brought a millionth of the range inside."""
-    quality = np.clip((np.asarray(scores, np.float64) - 1) / 4, 1e-6, 1 - 1e-6)
-    return np.asarray(np.log(quality) - np.log1p(-quality))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """In float64, exact at both ends."""
-    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
+def logits(scores: np.ndarray | float) -> np.ndarray:
+    """Return the logits of MOS from 1 to 5, float64; scores are kept a millionth of the range from either end."""
+    return logistic.logits(scores, _MARGIN)

@@ -9,21 +9,21 @@ from speechdistill.models.networks.conv_transformer import ConvTransformer, Conv
 
 
 class Parameters(NamedTuple):
-    """How many training changes, how many the model needs to score, and how many of these are not zero."""
+    """The number of parameters that training changes, that scoring needs, and of the latter that are not zero."""
 
     trainable: int
     stored: int
     nonzero: int
 
     def above(self, frozen: "Parameters") -> "Parameters":
-        """Those of a head together with those of its encoder, which training leaves as they are."""
+        """Add those of the encoder that training leaves frozen below a head."""
         return Parameters(self.trainable, self.stored + frozen.stored, self.nonzero + frozen.nonzero)
 
 
 def count(network: nn.Module) -> Parameters:
-    """Those of a network; statistics of BatchNorm and position codes are none.
+    """Count a network's parameters, without BatchNorm statistics and position codes.
 
-    On the meta device, where there are no values, none is zero.
+    Parameters on the meta device have no values and count as nonzero.
     """
     parameters = list(network.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -32,17 +32,6 @@ def count(network: nn.Module) -> Parameters:
 
 
 def of_student(config: ConvTransformerConfig) -> Parameters:
-    """Those of a student of this size."""
+    """Count the parameters of a student of this size."""
     with torch.device("meta"):
         return count(ConvTransformer(config))
-
-
-def of_teacher(teacher: object) -> Parameters | None:
-    """Those of a teacher's network, or of its scorer's; None if that is not torch's."""
-    parts = [*vars(teacher).values(), *vars(getattr(teacher, "scorer", teacher)).values()]
-    networks = [value for value in parts if isinstance(value, nn.Module)]
-    if not networks:
-        return None
-    if isinstance(networks[0], ConvTransformer):  # a scorer has replaced its convolutions
-        return of_student(networks[0].config)
-    return count(networks[0])

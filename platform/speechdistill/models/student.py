@@ -22,15 +22,15 @@ def save_student(network: ConvTransformer, folder: str, provenance: Mapping[str,
 
 
 def load_student(folder: str) -> Student:
-    """Read what `save_student` wrote. Raises `TableError` naming the file that is missing or does not fit."""
+    """Read a checkpoint of `save_student`; raise `TableError` naming the file that is missing or does not fit."""
     return student_of(checkpoint.read(folder), folder)
 
 
 def student_of(files: checkpoint.Files, folder: str) -> Student:
-    """The student in files of `folder`; raises `TableError` where they hold another network."""
+    """Build the student from the files of `folder`; raise `TableError` if they hold another network."""
     with checkpoint.fitting(folder):
         if files.architecture != checkpoint.CONV_TRANSFORMER:
-            raise ValueError(f"architecture {files.architecture!r}, where {checkpoint.CONV_TRANSFORMER!r} is meant")
+            raise ValueError(f"architecture {files.architecture!r}; a student is {checkpoint.CONV_TRANSFORMER!r}")
         network = ConvTransformer(ConvTransformerConfig(**files.config))
         network.load_state_dict(files.weights)
     return Student(network.eval(), files.provenance, files.weights_hash)

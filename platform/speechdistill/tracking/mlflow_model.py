@@ -27,7 +27,7 @@ def save_model(folder: str, path: str, **identity: Any) -> None:
     tone = np.round(0.1 * np.sin(np.arange(2_000) / 4), 4)
     with tempfile.TemporaryDirectory(prefix="speechdistill-") as staged:
         checkpoint.copy(folder, f"{staged}/{MODEL}")
-        has_encoder = checkpoint.read(folder).architecture != checkpoint.CONV_TRANSFORMER
+        has_encoder = checkpoint.read(folder).has_encoder
         requirements = (*model_code.REQUIREMENTS, *(model_code.ENCODER_REQUIREMENTS if has_encoder else ()))
         pyfunc.save_model(
             path,

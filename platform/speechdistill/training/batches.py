@@ -38,7 +38,7 @@ class Mix:
     shards: tuple[str, ...] = ()
     labeled_percent: float = 20.0
     batch_size: int = 20
-    crop_s: float = 7.68
+    crop_s: float = audio.SEGMENT_S
     seed: int = 0
     hold_out: bool = False
 

@@ -10,9 +10,9 @@ from speechdistill.data.scored_clips import Datasets
 from speechdistill.engine import shards
 from speechdistill.engine.finished_run import RowGroups
 from speechdistill.io.errors import TableError, UserError
+from speechdistill.models.networks.conv_transformer import FRAMES
 from speechdistill.training.lanes import Batch, Part, read_ahead, rng, scored, share
 
-_FRAMES = 384
 _ABOUT = ["clip_id", "dataset", "split", "mos", "dim"]
 _AGAIN = "delete it and rerun the command, which computes it again"
 _THREADS = 32
@@ -65,7 +65,7 @@ class FeatureBatches:
     def read(self, numbers: list[int]) -> Part:
         """The training clips `numbers`."""
         clips = self._train[numbers]
-        features = np.zeros((len(clips), _FRAMES, self.dim), np.float16)
+        features = np.zeros((len(clips), FRAMES, self.dim), np.float16)
         list(self._readers.map(self._read_into, features, clips))
         ids = [self._ids[i] for i in clips]
         return scored(features, self._mos[clips], self.datasets.of[numbers], ids, self.batch_size)
@@ -76,7 +76,7 @@ class FeatureBatches:
 
     def clip(self, number: int) -> FeatureClip:
         """Read a validation clip."""
-        features = np.zeros((_FRAMES, self.dim), np.float16)
+        features = np.zeros((FRAMES, self.dim), np.float16)
         self._read_into(features, number)
         return FeatureClip(self._names[number], float(self._mos[number]), features)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from speechdistill.io.audio import SEGMENT_S
 from speechdistill.io.options import OptionError, at_least
 
 
@@ -31,7 +32,7 @@ class Updates:
 class Crops:
     """Lengths in training."""
 
-    crop_s: float = 7.68
+    crop_s: float = SEGMENT_S
     """Seconds of each sample that are trained on, at most 7.68; shorter is faster."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """The convolutional transformer of Distill-MOS: one class, and every variant is a `ConvTransformerConfig`.
 
 Layout and state-dict keys are those of the released v7 weights (`distillmos` 0.9.1, MIT), so that file loads
-with `strict=True`. What the paper leaves open (section III-B) is settled by that file.
+with `strict=True`. It also settles the details that the paper leaves open (section III-B).
 """
 
 import math
@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speechdistill.io.audio import SAMPLE_RATE, SEGMENT_S
 from speechdistill.io.errors import UserError
 
-SEGMENT_SAMPLES = 122_880
-"""7.68 s at 16 kHz, the longest input: 768 STFT frames, 384 after the strided last convolution."""
+SEGMENT_SAMPLES = round(SEGMENT_S * SAMPLE_RATE)
+"""Longest input, 122,880 samples: 768 STFT frames."""
+
 FRAME_SAMPLES = 320
-"""An input's length is a multiple of it: one frame after the last convolution."""
+"""Samples for each frame after the strided last convolution; the length of an input is a multiple."""
+
+FRAMES = SEGMENT_SAMPLES // FRAME_SAMPLES
+"""Most frames that a quality head takes: 384."""
+
 _LENGTHS = range(FRAME_SAMPLES, SEGMENT_SAMPLES + 1, FRAME_SAMPLES)
 
 _WINDOW, _HOP = 320, 160  # 20 ms and 10 ms at 16 kHz
 _BINS = _WINDOW // 2 + 1
-_FRAMES = SEGMENT_SAMPLES // _HOP // 2
 _KERNEL = 3
 _FIRST_FLOAT32 = 2  # convolutions before the autocast part; each is a Conv2d and an activation
 
@@ -31,7 +36,7 @@ class ConvTransformerConfig:
     """The size of a student; the defaults are v7, 4,133,226 trainable parameters.
 
     `stride_convs` counts the layers of stride (2, 1) between the (1, 1) first and the (2, 2) last one.
-    `segment_samples` is the length that it was trained on, and in which it is given recordings: it scores others worse.
+    `segment_samples` is the length of training crops and of windows in scoring: the student scores other lengths worse.
     Raises `ValueError` for sizes that do not fit together, `UserError` for a length that does not fit.
     """
 
@@ -49,8 +54,8 @@ class ConvTransformerConfig:
             raise ValueError(f"{self}: dim must be even and a multiple of heads")
         if self.segment_samples not in _LENGTHS:
             raise UserError(
-                f"segments of {self.segment_samples / 16_000:g} s do not fit the student",
-                f"give a multiple of {FRAME_SAMPLES / 16_000:g} s, at most {SEGMENT_SAMPLES / 16_000:g}",
+                f"segments of {self.segment_samples / SAMPLE_RATE:g} s do not fit the student",
+                f"give a multiple of {FRAME_SAMPLES / SAMPLE_RATE:g} s, at most {SEGMENT_S:g}",
             )
         if self.bins_out < 1:
             raise ValueError(f"{self}: at most 5 stride_convs leave a frequency bin")
@@ -67,7 +72,7 @@ class ConvTransformerConfig:
 
     @property
     def bins_out(self) -> int:
-        """Frequency bins that the convolutions leave of 161; they are not padded along frequency."""
+        """Frequency bins left of 161 by the convolutions, which are not padded along frequency."""
         bins = _BINS
         for stride, _ in self.strides:
             bins = (bins - _KERNEL) // stride + 1
@@ -75,7 +80,7 @@ class ConvTransformerConfig:
 
 
 def v0() -> ConvTransformerConfig:
-    """176,146 parameters. The paper names ten students and publishes one, v7; the others keep its rules."""
+    """176,146 parameters. The paper names ten students and publishes one, v7; the others here follow its rules."""
     return replace(v7(), max_channels=64, stride_convs=3, dim=24, heads=4, layers=2)
 
 
@@ -128,11 +133,11 @@ VARIANTS = {variant.__name__: variant for variant in (v0, v1, v2, v3, v4, v5, v6
 
 
 class ConvTransformer(nn.Module):
-    """Waveform segment to quality logit; the score is `1 + 4 * sigmoid(logit)`.
+    """A student: waveform segments to quality logits, of which `to_mos` is the score.
 
-    Under `torch.autocast` only the convolutions from the third to the last but one take the lower precision
-    (70% of v7's operations): in bfloat16 that moves v7's scores of real speech by at most 0.0032 MOS (over 500
-    clips, clean, noisy and band-limited), where plain autocast of everything moves them by up to 0.017.
+    Under `torch.autocast` only the convolutions from the third to the last but one run in the lower precision (70% of
+    v7's operations). In bfloat16 that moves v7's scores of real speech by at most 0.0032 MOS (over 500 clips, clean,
+    noisy and band-limited); autocast of the whole network moves them by up to 0.017.
     """
 
     def __init__(self, config: ConvTransformerConfig | None = None) -> None:
@@ -144,10 +149,10 @@ class ConvTransformer(nn.Module):
         self.transformer_pool_attn = QualityHead(dim_maps, config.dim, config.heads, config.layers)
 
     def forward(self, segments: Tensor) -> Tensor:
-        """(batch, num_samples) at 16 kHz, any level, to logits (batch,); float32, or float64 as the parameters.
+        """Map segments (batch, num_samples) at 16 kHz, any level, to logits (batch,).
 
-        Segments are 122,880 samples, or shorter crops in training. Raises `ValueError` for another shape: pad or crop
-        with `speechdistill.io.audio.fit`.
+        Logits are float32, float64 if the parameters are. Segments have 122,880 samples, fewer in training on crops.
+        Raises `ValueError` for another shape: pad or crop with `speechdistill.io.audio.fit`.
         """
         if segments.ndim != 2 or segments.shape[1] not in _LENGTHS:
             raise ValueError(
@@ -160,11 +165,16 @@ class ConvTransformer(nn.Module):
         return logits
 
 
-def features(segments: Tensor) -> Tensor:
-    """Compressed complex spectrum of peak-normalised waves, as the released model makes it.
+def to_mos(logits: Tensor) -> Tensor:
+    """Map quality logits to scores from 1 to 5."""
+    return 1 + 4 * torch.sigmoid(logits)
 
-    (batch, num_samples) to (batch, 2, 161, num_samples // 160): real and imaginary part of the STFT with the
-    magnitude to the power 0.3. At least float32: bfloat16 keeps 3 digits of a spectrum spanning 10.
+
+def features(segments: Tensor) -> Tensor:
+    """Compute the compressed complex spectrum of peak-normalised waves, as the released model does.
+
+    (batch, num_samples) to (batch, 2, 161, num_samples // 160): real and imaginary part of the STFT with the magnitude
+    to the power 0.3. At least float32: bfloat16 has 3 digits, and the spectrum spans 10.
     """
     with _float32(segments):
         waves = _at_least_float32(segments)
@@ -179,7 +189,7 @@ def features(segments: Tensor) -> Tensor:
             return_complex=True,
         )
         parts = torch.view_as_real(spectrum).movedim(-1, 1)
-        # The floor of 1e-12 stands under the root, so that silence has a gradient (0, not NaN).
+        # The floor of 1e-12 is applied under the root, so that silence has the gradient 0, not NaN.
         magnitude = parts.square().sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()
         return parts * magnitude.pow(0.3 - 1)
 
@@ -197,14 +207,14 @@ class _Convolutions(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         with _float32(maps):
             maps = self.cnn[: 2 * _FIRST_FLOAT32](maps)
-        maps = self.cnn[2 * _FIRST_FLOAT32 : -2](maps)  # the only part in the precision of autocast
+        maps = self.cnn[2 * _FIRST_FLOAT32 : -2](maps)  # the only part in autocast's precision
         with _float32(maps):
             out: Tensor = self.cnn[-2:](_at_least_float32(maps))
         return out
 
 
 class QualityHead(nn.Module):
-    """BatchNorm, transformer, attention pooling and a linear output: the part that XLS-R teachers share.
+    """BatchNorm, transformer, attention pooling and a linear output, as in XLS-R teachers.
 
     `forward` takes (batch, frames <= 384, dim_input) and returns logits (batch,) float32.
     """
@@ -225,7 +235,7 @@ class QualityHead(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, dim_input: int, dim: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(dim_input)  # a second one after `norm_input`: so the released file has it
+        self.norm = nn.BatchNorm1d(dim_input)  # a second one after `norm_input`, as in the released file
         self.position_encoding = _PositionEncoding(dim)
         self.linear_proj = nn.Linear(dim_input, dim)
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, batch_first=True)
@@ -242,10 +252,10 @@ class _PositionEncoding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # Wavelengths up to twice the sequence (768), where "Attention Is All You Need" has 10000.
-        rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(2 * _FRAMES) / dim))
-        angles = torch.arange(_FRAMES)[:, None] * rates
-        self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, _FRAMES, dim))
+        # Wavelengths up to twice the sequence (768); "Attention Is All You Need" has 10000.
+        rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(2 * FRAMES) / dim))
+        angles = torch.arange(FRAMES)[:, None] * rates
+        self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, FRAMES, dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.pe[:, : hidden.shape[1]]
@@ -273,6 +283,6 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _over_frames(norm: nn.Module, frames: Tensor) -> Tensor:
-    """BatchNorm1d normalises dimension 1 of (batch, dim, frames); here the last of (batch, frames, dim)."""
+    """Normalise the last dimension of (batch, frames, dim); BatchNorm1d alone normalises dimension 1."""
     out: Tensor = norm(frames.transpose(1, 2)).transpose(1, 2)
     return out

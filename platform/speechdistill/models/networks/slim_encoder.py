@@ -1,4 +1,4 @@
-"""Encoders whose blocks have fewer attention heads and neurons than their family's."""
+"""Speech encoders with fewer attention heads and neurons in each block than their family."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Kept(NamedTuple):
-    """What a block keeps: numbers of attention heads and of feed-forward neurons."""
+    """The indices of the attention heads and feed-forward neurons that a block keeps."""
 
     heads: Tensor
     neurons: Tensor
 
 
 def slim(encoder: Any, kept: Sequence[Kept]) -> None:
-    """Make the blocks of transformers' `Wav2Vec2Model` or `HubertModel` smaller, in place; heads stay as wide."""
+    """Shrink the blocks of transformers' `Wav2Vec2Model` or `HubertModel` in place; heads keep their width."""
     for block, (heads, neurons) in zip(encoder.encoder.layers, kept, strict=True):
         attention, feed = block.attention, block.feed_forward
         width = torch.arange(attention.head_dim, device=heads.device)
@@ -29,13 +29,13 @@ def slim(encoder: Any, kept: Sequence[Kept]) -> None:
 
 
 def sizes(encoder: Any) -> list[tuple[int, int]]:
-    """Numbers of attention heads and of feed-forward neurons of each block."""
+    """Return the numbers of attention heads and of feed-forward neurons of each block."""
     blocks = encoder.encoder.layers
     return [(block.attention.num_heads, block.feed_forward.intermediate_dense.out_features) for block in blocks]
 
 
 def resize(encoder: Any, wanted: Sequence[Sequence[int]]) -> None:
-    """Give an encoder that is yet without weights the `sizes` of another."""
+    """Give an encoder without weights the `sizes` of another."""
     if sizes(encoder) != [tuple(size) for size in wanted]:
         slim(encoder, [Kept(torch.arange(heads), torch.arange(neurons)) for heads, neurons in wanted])
 

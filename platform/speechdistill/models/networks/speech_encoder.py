@@ -1,6 +1,6 @@
-"""Transformers' speech encoders to one of their layers: XLS-R, wav2vec 2.0, HuBERT and WavLM, of any size.
+"""The speech encoders of transformers up to one layer: XLS-R, wav2vec 2.0, HuBERT and WavLM, of any size.
 
-Of a checkpoint no more is read than that layer needs, and what is read is hashed.
+Only the tensors that this layer needs are read from a checkpoint, and hashed.
 """
 
 import hashlib
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from speechdistill.io.errors import UserError, WeightsError
 from speechdistill.models.device import on_device
 from speechdistill.models.networks import slim_encoder
+from speechdistill.models.networks.conv_transformer import FRAMES
 
 XLSR_2B = "hf://facebook/wav2vec2-xls-r-2b"
-FRAMES = 384
-"""The middle frames, 7.68 s, are what a quality head hears."""
 
 _BROKEN = (
     *(RuntimeError, ValueError, OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError),
     SafetensorError,
 )
-"""What loaders raise for files that are not what they should be."""
+"""Exceptions of loaders for a file that is not the expected checkpoint."""
 
 _CLASSES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}
 _FILES = (
@@ -41,7 +40,7 @@ _FIX = (
     "give a folder with config.json, preprocessor_config.json and model.safetensors or pytorch_model.bin, or "
     "hf://facebook/wav2vec2-xls-r-2b, which downloads it (8.7 GB, Apache 2.0)"
 )
-# Of a configuration, what tensors alone do not tell.
+# Settings of a configuration that affect the result and do not follow from the tensors.
 _DECIDING = (
     "model_type",
     "num_attention_heads",
@@ -61,16 +60,16 @@ _WEIGHT_NORM = {
 
 
 class Loaded(NamedTuple):
-    """An encoder, and the sha256 of the weights that were read and of what says how they are used."""
+    """An encoder, and the sha256 of the weights that were read and of the settings that affect the result."""
 
     encoder: "Encoder"
     digest: str
 
 
 class Encoder(nn.Module):
-    """Waves to hidden states. `model` is transformers', whose parts behind the convolutions go to `dtype`.
+    """Waves to hidden states. `model` is a model of transformers; its parts after the convolutions compute in `dtype`.
 
-    `normalises`: the model wants waves of zero mean and unit variance.
+    `normalises`: the model takes waves of zero mean and unit variance.
     """
 
     def __init__(self, model: nn.Module, normalises: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -80,7 +79,7 @@ class Encoder(nn.Module):
         self.to_dtype(dtype)
 
     def to_dtype(self, dtype: torch.dtype) -> "Encoder":
-        """Compute in `dtype` behind the convolutions over samples, which stay float32."""
+        """Compute in `dtype` after the convolutions over samples, which stay float32."""
         for part in (self.model.feature_projection, self.model.encoder):
             part.to(dtype)
         return self
@@ -90,7 +89,7 @@ class Encoder(nn.Module):
         return int(self.model.config.hidden_size)
 
     def prepared(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
-        """Waves of any lengths as the arguments of `forward`, on the encoder's device."""
+        """Turn waves of any lengths into the arguments of `forward`, on the encoder's device."""
         lengths = [len(wave) for wave in waves]
         batch = np.zeros((len(waves), max(lengths)), np.float32)
         for row, wave in zip(batch, waves, strict=True):
@@ -100,8 +99,10 @@ class Encoder(nn.Module):
         return on_device(batch, device), padded
 
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(batch, num_samples), zeros after the `lengths` (batch,) where they differ, to hidden states
-        (batch, frames, dim), float32 (float64 where all is), and how many of the frames are meant, (batch,).
+        """Map waves (batch, num_samples) to hidden states (batch, frames, dim) and counts of valid frames (batch,).
+
+        `lengths` (batch,) are those of zero-padded waves, None if all are of one length. Hidden states are float32,
+        float64 if the model is.
         """
         dtype = self.model.feature_projection.projection.weight.dtype
         features = self._features(waves, lengths).to(dtype)  # (batch, frames, 512)
@@ -116,8 +117,8 @@ class Encoder(nn.Module):
         return hidden if hidden.dtype is torch.float64 else hidden.float(), counts
 
     def _features(self, waves: Tensor, lengths: Tensor | None) -> Tensor:
-        """What the convolutions give, zeros behind shorter waves."""
-        # Those of some kinds normalise over time, padding included. And on a CPU a batch only fills its caches.
+        """Apply the convolutions; zeros follow the frames of shorter waves."""
+        # Some models normalise over time, padding included; and on a CPU a batch only fills the caches.
         alone = self.model.config.feat_extract_norm == "group" or waves.device.type == "cpu"
         if not alone:
             features: Tensor = self.model.feature_extractor(waves).transpose(1, 2)
@@ -133,14 +134,14 @@ class Encoder(nn.Module):
 
 
 def middle(frames: Tensor, counts: Tensor) -> Tensor:
-    """(batch, frames, dim), of which the first `counts` (batch,) are meant, to their middle 384; zeros after fewer."""
+    """Cut the middle 384 of the first `counts` (batch,) frames of (batch, frames, dim); zeros follow fewer frames."""
     wanted = torch.arange(FRAMES, device=frames.device) + ((counts - FRAMES) // 2).clamp(min=0)[:, None]
     there = wanted < counts[:, None]
     return frames.take_along_dim(wanted.clamp(max=frames.shape[1] - 1)[..., None], 1) * there[..., None]
 
 
 def by_length(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Batches of waves of like length, as their numbers: at most `most` samples with the padding, or one wave."""
+    """Batch waves of similar length, as indices: at most `most` samples with padding, or one wave."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and lengths[i] * (len(batch) + 1) > most:
@@ -152,11 +153,11 @@ def by_length(lengths: list[int], most: int) -> Iterator[list[int]]:
 
 
 def build(config: Any, layer: int) -> Any:
-    """Transformers' model of that configuration up to block `layer`, without weights (meta device).
+    """Build a model of transformers up to block `layer`, without weights (meta device).
 
-    What comes out is hidden state `layer`, before the norm that some kinds have after their last block. Nothing in it
-    is random, in training neither (LayerDrop, SpecAugment, dropout). Raises `UserError` for another kind of model or
-    a layer that it lacks.
+    The output is hidden state `layer`, before the norm that some models have after their last block. Nothing is random,
+    even in training (no LayerDrop, SpecAugment or dropout). Raises `UserError` for an unsupported model or a layer that
+    the model lacks.
     """
     import transformers
 
@@ -178,9 +179,9 @@ def build(config: Any, layer: int) -> Any:
 
 
 def load(place: str, layer: int) -> Loaded:
-    """The encoder in a folder of transformers' format, or at hf://OWNER/NAME, to hidden state `layer`.
+    """Load the encoder in a folder of transformers' format, or at hf://OWNER/NAME, up to hidden state `layer`.
 
-    Raises `WeightsError` if it is not there, `UserError` for files that are no such encoder.
+    Raises `WeightsError` if the files are missing, `UserError` if they are not a speech encoder.
     """
     from transformers import AutoConfig
 
@@ -207,7 +208,7 @@ def load(place: str, layer: int) -> Loaded:
 
 
 def rebuilt(config: Mapping[str, Any], block_sizes: Sequence[Sequence[int]], normalises: bool) -> Encoder:
-    """An encoder without weights (meta device), of transformers' configuration and `slim_encoder.sizes`."""
+    """Build an encoder without weights (meta device) from transformers' configuration and `slim_encoder.sizes`."""
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(**config)
@@ -218,15 +219,15 @@ def rebuilt(config: Mapping[str, Any], block_sizes: Sequence[Sequence[int]], nor
 
 
 def _without_weight_norm(model: Any) -> None:
-    """The position convolution's weight once, and not anew for each batch."""
+    """Compute the position convolution's weight once, not for each batch."""
     conv = getattr(model.encoder.pos_conv_embed, "conv", None)
     if conv is not None and nn.utils.parametrize.is_parametrized(conv):
         nn.utils.parametrize.remove_parametrizations(conv, "weight")
-        conv.weight = nn.Parameter(conv.weight.detach())  # of frozen weights it leaves what is not a parameter
+        conv.weight = nn.Parameter(conv.weight.detach())  # of frozen weights, torch leaves a plain tensor
 
 
 def located(place: str, only_here: bool = False) -> Path:
-    """The local folder of an encoder; one of the hub is downloaded, unless it may be `only_here`."""
+    """Return the local folder of an encoder; download one from the hub, unless `only_here`."""
     if not place.startswith("hf://"):
         if not Path(place, "config.json").is_file():
             raise WeightsError(f"{place}: no speech encoder there", _FIX)
@@ -244,12 +245,12 @@ def located(place: str, only_here: bool = False) -> Path:
 
 def _normalises(folder: Path) -> bool:
     file = folder / "preprocessor_config.json"
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    return bool(told.get("do_normalize", True))  # as in transformers
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return bool(settings.get("do_normalize", True))  # as in transformers
 
 
 def _read(folder: Path, wanted: set[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The `wanted` tensors of a checkpoint by their names in transformers 5; of the others nothing is read."""
+    """Read the `wanted` tensors of a checkpoint, by their names in transformers 5, and no others."""
     for file in _files(folder):
         keys, tensor = _opened(file)
         for key in keys:
@@ -271,7 +272,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _opened(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:
-    """Its names and what reads one; both kinds of file are mapped into memory."""
+    """Return the tensors' names and a function that reads one; both kinds of file are mapped into memory."""
     if file.suffix == ".safetensors":
         tensors: Any = safe_open(file, "pt")
         return tensors.keys(), tensors.get_tensor

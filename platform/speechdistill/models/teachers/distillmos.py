@@ -1,35 +1,28 @@
-"""Distill-MOS v7, the released student, as a teacher: 4.1 M parameters, MOS of speech at 16 kHz.
+"""Distill-MOS v7, the released student, as a teacher: MOS of speech at 16 kHz, 4.1 M parameters.
 
 The weights come from the `distillmos` wheel (MIT), which is not imported: it needs torchaudio for its command
 line only. Scores equal that package's, with memory that does not grow with the length of the audio.
 """
 
 from speechdistill.io import weights_file
+from speechdistill.models import student_scorer
 from speechdistill.models.networks.conv_transformer import ConvTransformer
-from speechdistill.models.student_scorer import Scorer
-from speechdistill.models.windowed import HOP_S
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.windowed import WindowScorer
 
 _MISSING = "no such weights file", "`pip install --no-deps distillmos==0.9.1` brings it, or give its path"
+_DEFAULTS = TeacherOptions()
 
 
-class Teacher(Scorer):
-    """The released model; its options are those of `Scorer`.
+def load(options: TeacherOptions = _DEFAULTS) -> WindowScorer:
+    """Load the released model, or a file like it: the path or URL in `weights` (default: from the installed wheel).
 
-    `weights` is the path or URL of a file like the released one (default: from the installed wheel). Raises
-    `WeightsError` if there are no weights and `UserError` for a wrong file, device, dtype, batch or hop.
+    Raises `WeightsError` if there are no weights and `UserError` for a wrong file, device or hop.
     """
-
-    def __init__(
-        self,
-        weights: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch_s: float | None = None,
-        hop_s: float = HOP_S,
-    ) -> None:
-        path = weights or _released_weights()
-        data, digest = weights_file.read(path, *_MISSING)
-        super().__init__(_network(data, path), "distillmos", digest, device, dtype, batch_s, hop_s)
+    options.only("distillmos")
+    path = options.weights or _released_weights()
+    data, digest = weights_file.read(path, *_MISSING)
+    return student_scorer.scorer(_network(data, path), "distillmos", digest, options)
 
 
 def _released_weights() -> str:

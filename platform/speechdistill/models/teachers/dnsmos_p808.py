@@ -5,24 +5,28 @@ from functools import lru_cache
 import numpy as np
 
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.models.dnsmos import Dnsmos
+from speechdistill.models import dnsmos
+from speechdistill.models.dnsmos import Run
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.windowed import WindowScorer
 
+FILE = "dnsmos_models/model_v8.onnx"
 _WINDOW, _HOP, _MELS = 321, 160, 120  # the wheel's, whose window is odd
 _DYNAMICS_DB = 80.0
+_DEFAULTS = TeacherOptions()
 
 
-class Teacher(Dnsmos):
-    """The overall quality, as the `p808_mos` of the wheel; see `Dnsmos`."""
+def load(options: TeacherOptions = _DEFAULTS) -> WindowScorer:
+    """Load the overall quality, the wheel's `p808_mos`; see `dnsmos.scorer`."""
+    return dnsmos.scorer("dnsmos_p808", FILE, _scores, options)
 
-    name = "dnsmos_p808"
-    file = "dnsmos_models/model_v8.onnx"
 
-    def _scores(self, windows: np.ndarray) -> np.ndarray:
-        return self._run(np.stack([log_mels(window[:-_HOP]) for window in windows]))[:, 0]
+def _scores(run: Run, windows: np.ndarray) -> np.ndarray:
+    return run(np.stack([log_mels(window[:-_HOP]) for window in windows]))[:, 0]
 
 
 def log_mels(wave: np.ndarray) -> np.ndarray:
-    """(num_samples,) to (num_samples // 160, 120) float32: mels in dB below the loudest, 1 there and -1 80 dB below."""
+    """Map (num_samples,) to mels (num_samples // 160, 120) float32 in dB: 1 at the loudest, -1 at 80 dB below it."""
     edge = _WINDOW // 2
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, edge), _WINDOW)[::_HOP]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
@@ -34,7 +38,7 @@ def log_mels(wave: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _filters() -> np.ndarray:
-    """Slaney's mel bands, (161, 120), each of area 1, on an odd window's frequencies (transformers' are an even's)."""
+    """Return Slaney's mel bands, (161, 120), each of area 1, for an odd window (transformers' are for an even one)."""
     bins = np.fft.rfftfreq(_WINDOW, 1 / SAMPLE_RATE)
     edges = _hz(np.linspace(0, _mel(SAMPLE_RATE / 2), _MELS + 2))
     low, mid, high = edges[:-2], edges[1:-1], edges[2:]
@@ -43,7 +47,7 @@ def _filters() -> np.ndarray:
 
 
 def _mel(hz: float) -> float:
-    """Slaney's: linear to 1 kHz (mel 15), logarithmic above."""
+    """Slaney's scale: linear to 1 kHz (mel 15), logarithmic above."""
     return hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)
 
 

@@ -2,16 +2,20 @@
 
 import numpy as np
 
-from speechdistill.models.dnsmos import Dnsmos
+from speechdistill.models import dnsmos
+from speechdistill.models.dnsmos import Run
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.windowed import WindowScorer
 
+FILE = "dnsmos_models/sig_bak_ovr.onnx"
 _OVRL = (-0.06766283, 1.11546468, 0.04602535)  # of the wheel: from the network's scale to the listeners'
+_DEFAULTS = TeacherOptions()
 
 
-class Teacher(Dnsmos):
-    """The overall quality of noise-suppressed speech, as the `ovrl_mos` of the wheel; see `Dnsmos`."""
+def load(options: TeacherOptions = _DEFAULTS) -> WindowScorer:
+    """Load the overall quality of noise-suppressed speech, the wheel's `ovrl_mos`; see `dnsmos.scorer`."""
+    return dnsmos.scorer("dnsmos_p835", FILE, _scores, options)
 
-    name = "dnsmos_p835"
-    file = "dnsmos_models/sig_bak_ovr.onnx"
 
-    def _scores(self, windows: np.ndarray) -> np.ndarray:
-        return np.polyval(_OVRL, self._run(windows)[:, 2].astype(np.float64))
+def _scores(run: Run, windows: np.ndarray) -> np.ndarray:
+    return np.polyval(_OVRL, run(windows)[:, 2].astype(np.float64))

@@ -1,6 +1,6 @@
 """NISQA v2.0 (Mittag et al. 2021): the overall quality of transmitted speech, from mel spectrograms, 0.25 M parameters.
 
-The network is built here: torchmetrics has it as private functions that want librosa, and downloads the weights itself.
+The network is built here: torchmetrics has it as private functions that need librosa, and downloads the weights itself.
 The weights are for non-commercial use (CC BY-NC-SA 4.0).
 """
 
@@ -9,66 +9,70 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, relu
 
 from speechdistill.io.audio import SAMPLE_RATE
-from speechdistill.models.released import Released
+from speechdistill.models import released
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.released import Release
+from speechdistill.models.windowed import EvenWindows, WindowScorer
 
 _SHORTEST_SAMPLES = 2240  # 0.14 s, one segment of 15 frames
+_WHOLE_S = 52  # NISQA's own limit: 1300 segments 40 ms apart
 _DIMENSIONS = 5  # overall MOS, noisiness, discontinuity, coloration, loudness
 _MOS = 0
 _QUIETEST, _DYNAMICS_DB = 1e-4, 80.0  # amplitude_to_db of librosa, as NISQA calls it
+_DEFAULTS = TeacherOptions()
 
 
-class Teacher(Released):
-    """The overall MOS; the four dimensions that the network also says are left out.
+def _place() -> str:
+    return str(Path.home() / ".torchmetrics" / "NISQA" / "nisqa.tar")
 
-    Waves stay at 16 kHz, as those of a file of 16 kHz do in NISQA: the mel bands above 8 kHz are then empty. Waves of
-    up to 52 s are judged whole, NISQA's own limit; those below 0.14 s are repeated. `weights` is a file like
-    `nisqa.tar`: what decides the features is in it (`args`). How waves are judged, and what is raised, is `Released`'s.
+
+_RELEASE = Release(
+    teacher="nisqa",
+    model="NISQA",
+    url="https://github.com/gabrielmittag/NISQA/raw/master/weights/nisqa.tar",
+    terms="1 MB, CC BY-NC-SA 4.0: not for commercial use",
+    place=_place,
+)
+
+
+def load(options: TeacherOptions = _DEFAULTS) -> WindowScorer:
+    """Load the overall MOS, without the network's four dimensions; errors are those of `released.scorer`.
+
+    Waves stay at 16 kHz, as files of 16 kHz do in NISQA: the mel bands above 8 kHz are then empty. Waves of up to 52 s
+    are scored whole, longer ones in windows of 7.68 s; waves below 0.14 s are repeated. `weights` is a file like
+    `nisqa.tar`, whose `args` decide the features.
     """
+    windows = EvenWindows(hop=options.hop(), whole=_WHOLE_S * SAMPLE_RATE, shortest=_SHORTEST_SAMPLES)
+    return released.scorer(_RELEASE, options, windows, _network, _overall)
 
-    name = "nisqa"
-    model = "NISQA"
-    url = "https://github.com/gabrielmittag/NISQA/raw/master/weights/nisqa.tar"
-    terms = "1 MB, CC BY-NC-SA 4.0: not for commercial use"
-    whole_s = 52.0  # 1300 segments 40 ms apart
 
-    def _place(self) -> str:
-        return str(Path.home() / ".torchmetrics" / "NISQA" / "nisqa.tar")
+def _network(saved: Any) -> nn.Module:
+    network = Network(saved["args"])
+    network.load_state_dict({name.replace(".model.", "."): value for name, value in saved["model_state_dict"].items()})
+    return network
 
-    def _network(self, saved: Any) -> nn.Module:
-        network = Network(saved["args"])
-        network.load_state_dict(
-            {name.replace(".model.", "."): value for name, value in saved["model_state_dict"].items()}
-        )
-        return network
 
-    def _window(self, wave: np.ndarray, start: int) -> np.ndarray:
-        if len(wave) < _SHORTEST_SAMPLES:
-            return wave.take(range(_SHORTEST_SAMPLES), mode="wrap")
-        return super()._window(wave, start)
-
-    def _mos(self, waves: Tensor) -> Tensor:
-        scores: Tensor = self.network(waves)
-        return scores[:, _MOS]
+def _overall(scores: Tensor) -> Tensor:
+    return scores[:, _MOS]
 
 
 class Network(nn.Module):
     """Waves (batch, num_samples) at 16 kHz to scores (batch, 5), from 1 to 5 or a little beyond.
 
-    `args` are the settings in a file of NISQA's. Raises `KeyError` where one is missing, and `RuntimeError` for weights
-    that want another sample rate.
+    `args` are the settings in a NISQA file. Raises `KeyError` if one is missing, and `RuntimeError` for weights of
+    another sample rate.
     """
 
     def __init__(self, args: Mapping[str, Any]) -> None:
         super().__init__()
         if args["ms_sr"] not in (None, SAMPLE_RATE):
             raise RuntimeError(
-                f"it wants audio of {args['ms_sr']} Hz; this takes what was trained on any rate, or 16000"
+                f"weights for audio of {args['ms_sr']} Hz; give weights that were trained on any rate, or on 16000 Hz"
             )
         width, hidden = args["td_sa_d_model"], args["pool_att_h"]
         self._segments = int(args["ms_seg_length"]), int(args["ms_seg_hop_length"])
@@ -96,7 +100,7 @@ class Network(nn.Module):
 
 
 class _Mels(nn.Module):
-    """(batch, num_samples) to (batch, mels, frames) in dB, at most 80 below each wave's loudest."""
+    """Waves (batch, num_samples) to mels (batch, mels, frames) in dB, at most 80 below each wave's loudest."""
 
     filters: Tensor
     window: Tensor
@@ -106,7 +110,7 @@ class _Mels(nn.Module):
 
         super().__init__()
         self._size, self._hop = int(args["ms_n_fft"]), int(SAMPLE_RATE * args["ms_hop_length"])
-        with warnings.catch_warnings(action="ignore"):  # of empty bands, which are meant
+        with warnings.catch_warnings(action="ignore"):  # empty bands are intended
             filters = mel_filter_bank(
                 self._size // 2 + 1,
                 args["ms_n_mels"],
@@ -140,7 +144,7 @@ class _Convolutions(nn.Module):
         self.features = third * height
         channels = (1, first, second, third, third, third, third)
         for i in range(1, len(channels)):
-            last = i == len(channels) - 1  # as wide as what it sees
+            last = i == len(channels) - 1  # as wide as its input
             shape, padding = ((3, width), (1, 0)) if last else ((3, 3), (1, 1))
             self.add_module(f"conv{i}", nn.Conv2d(channels[i - 1], channels[i], shape, padding=padding))
             self.add_module(f"bn{i}", nn.BatchNorm2d(channels[i]))
@@ -154,7 +158,7 @@ class _Convolutions(nn.Module):
 
 
 class _Pool(nn.Module):
-    """(batch, frames, width) to (batch, 1): the mean over time, weighted by attention, and a score of it."""
+    """Frames (batch, frames, width) to scores (batch, 1) of their mean over time, weighted by attention."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from speechdistill.models.networks.conv_transformer import (
     VARIANTS,
     ConvTransformer,
     ConvTransformerConfig,
+    to_mos,
 )
 from speechdistill.models.student import load_student, save_student
 from speechdistill.models.windowed import segment_starts
@@ -105,8 +106,7 @@ class DistillRecipe:
         return None
 
     def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
-        scores = 1 + 4 * torch.sigmoid(network(arrays["inputs"]))
-        return {"mse": Term((scores - arrays["targets"]).square())}
+        return {"mse": Term((to_mos(network(arrays["inputs"])) - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
         """Validate; figures are those of `validation.figures`."""

@@ -15,17 +15,19 @@ from speechdistill.data.scored_clips import Labeled
 from speechdistill.engine.held_out import HeldOut
 from speechdistill.io import audio, checkpoint, table
 from speechdistill.io.errors import TableError, UserError
-from speechdistill.models import encoder_scorer
-from speechdistill.models.encoder_scorer import WHOLE_S, Network, TrainedTeacher
+from speechdistill.models import architectures
+from speechdistill.models.encoder_scorer import Network, TrainedTeacher
 from speechdistill.models.networks import slim_encoder
+from speechdistill.models.networks.conv_transformer import to_mos
 from speechdistill.models.networks.speech_encoder import by_length
+from speechdistill.models.options import WHOLE_S
 from speechdistill.training import validation
 from speechdistill.training.batches import Batches, Mix
 from speechdistill.training.lanes import Part
 from speechdistill.training.pruning import Pruner, Pruning
 from speechdistill.training.recipe import MSE, Around, Companion, Errors, Term, Validated
 
-_AT_ONCE_S = 64 * 7.68  # of audio, in a validation
+_AT_ONCE_S = 64 * audio.SEGMENT_S  # of audio, in a validation
 _MOST = round(WHOLE_S * audio.SAMPLE_RATE)  # samples of a clip
 
 
@@ -74,7 +76,7 @@ class PruningRecipe:
     def network(self) -> nn.Module:
         config = self._config
         files = checkpoint.read(config.teacher)
-        network = encoder_scorer.network(files, config.teacher, config.encoder)
+        network = architectures.network(files, config.teacher, config.encoder)
         return network.train().requires_grad_(True)
 
     def companions(self, network: nn.Module) -> dict[str, Companion]:
@@ -97,7 +99,7 @@ class PruningRecipe:
         assert isinstance(around.network, Network)
         scales = self._scales.to(arrays["targets"])[arrays["datasets"]]
         logits = network(*normalised(arrays["inputs"], around.network.encoder.normalises))
-        scores = 1 + 4 * torch.sigmoid(scales[:, 0] * logits + scales[:, 1])
+        scores = to_mos(scales[:, 0] * logits + scales[:, 1])
         return {"mse": Term((scores - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
@@ -118,7 +120,7 @@ class PruningRecipe:
                 )
                 logits = network(waves[0].to(next(network.parameters()).dtype), waves[1]).double()
             universal = self._transform.universal
-            scores = (1 + 4 * torch.sigmoid(universal.a * logits + universal.b)).tolist()
+            scores = to_mos(universal.a * logits + universal.b).tolist()
             mine += [(clip.dataset, clip.target, score) for clip, score in zip(some, scores, strict=True)]
         return Validated({**validation.figures(validation.gathered(mine, world)), "remaining": pruner.remaining})
 

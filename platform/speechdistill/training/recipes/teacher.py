@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from speechdistill.data.label_scale import SCHEMA, LabelTransform, Scale
 from speechdistill.io import storage, table
 from speechdistill.models.encoder_scorer import HEAD, TrainedHead
-from speechdistill.models.networks.conv_transformer import QualityHead
+from speechdistill.models.networks.conv_transformer import QualityHead, to_mos
 from speechdistill.training import validation
 from speechdistill.training.feature_batches import FeatureBatches
 from speechdistill.training.lanes import Part
@@ -100,7 +100,7 @@ class TeacherRecipe:
         return None
 
     def errors(self, network: nn.Module, arrays: Mapping[str, Tensor], part: Part, around: Around) -> Errors:
-        scores = 1 + 4 * torch.sigmoid(network(arrays["inputs"], arrays["datasets"]))
+        scores = to_mos(network(arrays["inputs"], arrays["datasets"]))
         return {"mse": Term((scores - arrays["targets"]).square())}
 
     def validate(self, around: Around, rank: int, world: int) -> Validated:
@@ -111,9 +111,9 @@ class TeacherRecipe:
         datasets, mos, logits = [list(column) for column in zip(*results, strict=True)]
         scales = self._scales(around.network)
         common = universal(np.array(logits), np.array(mos)) if scales else Scale()
-        own = [_mos(scales.get(dataset, common), z) for dataset, z in zip(datasets, logits, strict=True)]
+        own = [float(scales.get(dataset, common).mos(z)) for dataset, z in zip(datasets, logits, strict=True)]
         figures = validation.figures(list(zip(datasets, mos, own, strict=True)))
-        scores = [_mos(common, z) for z in logits]
+        scores = [float(common.mos(z)) for z in logits]
         on_universal = validation.figures(list(zip(datasets, mos, scores, strict=True)))
         correlations = {key: value for key, value in on_universal.items() if key.startswith("pcc")}
         return Validated({**figures, **correlations, "universal_mse": on_universal["mse"]}, vars(common))
@@ -165,8 +165,4 @@ def universal(logits: np.ndarray, mos: np.ndarray) -> Scale:
 
 
 def _mse(scale: Scale, logits: np.ndarray, mos: np.ndarray) -> float:
-    return float(np.mean((1 + 4 / (1 + np.exp(-(scale.a * logits + scale.b))) - mos) ** 2))
-
-
-def _mos(scale: Scale, logit: float) -> float:
-    return float(1 + 4 / (1 + np.exp(-(scale.a * logit + scale.b))))
+    return float(np.mean((scale.mos(logits) - mos) ** 2))

@@ -7,55 +7,48 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from speechdistill.io.errors import UserError
-from speechdistill.models.label import Label, Unscorable, logits
-from speechdistill.models.label import Teacher as Member
+from speechdistill.models.label import Label, Teacher, Unscorable, logits
 
+PREFIX = "ensemble:"
 _USAGE = "give two teachers or more with their weights, such as ensemble:distillmos=0.7,dnsmos_p808=0.3"
 
 
-class Teacher:
-    """The mean of its members' scores, weighted; the logit is the mean's.
+class Ensemble:
+    """The weighted mean of the members' scores; the logit is the mean's.
 
-    `weights` says NAME=WEIGHT for each member, with commas between; only their ratio counts. A name is that of a
-    teacher with its released weights, or a student's address; `load` loads a member. `disagreement` is the
-    weighted standard deviation of the members' scores: of the windows that a member judges one by one it tells nothing.
-    A wave that one member cannot judge has no label, for that member's reason. It is intrusive where a member is.
-    Raises what `load` raises, and `UserError` for another text.
+    `shares` is NAME=WEIGHT for each member, separated by commas; only the ratio of the weights counts. `load` loads the
+    member of a name. `disagreement` is the weighted standard deviation of the members' scores, without the spread over
+    the windows of one member. A wave that one member cannot score has no label, for that member's reason. An ensemble
+    is intrusive if a member is. Raises `UserError` for another text, and the errors of `load`.
     """
 
-    def __init__(
-        self,
-        weights: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch_s: float | None = None,
-        hop_s: float = 1.0,
-        *,
-        load: Callable[[str], Member],
-    ) -> None:
-        shares = _shares(weights or "")
-        self._names = list(shares)
-        self._shares = np.array(list(shares.values()))
-        self._members = [load(name) for name in shares]
-        self.name = "ensemble:" + ",".join(f"{name}={share:g}" for name, share in shares.items())
+    def __init__(self, shares: str, load: Callable[[str], Teacher]) -> None:
+        members = _shares(shares)
+        self._names = list(members)
+        self._shares = np.array(list(members.values()))
+        self._members = [load(name) for name in members]
+        self.name = PREFIX + ",".join(f"{name}={share:g}" for name, share in members.items())
         self.intrusive = any(member.intrusive for member in self._members)
-        parts = zip(self._members, shares.values(), strict=True)
+        parts = zip(self._members, members.values(), strict=True)
         lines = sorted(f"{member.weights_hash} {share}\n" for member, share in parts)
         self.weights_hash = hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def label(
         self, waves: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
     ) -> list[Label | Unscorable]:
-        """One result per wave; waves are mono float32 at 16 kHz of any lengths."""
-        said = [member.label(waves, references) for member in self._members]
-        return [self._mean(labels) for labels in zip(*said, strict=True)]
+        """Return one result per wave; waves are mono float32 at 16 kHz of any lengths."""
+        by_member = [member.label(waves, references) for member in self._members]
+        return [self._mean(labels) for labels in zip(*by_member, strict=True)]
 
     def timeline(self, wave: np.ndarray) -> list[tuple[float, float | None]]:
-        """(start in s, mean score) for each second, None where a member has none; raises what the members do."""
+        """Return (start in s, mean score) for each second, None if a member has none; raises the members' errors."""
         lines = [member.timeline(wave) for member in self._members]
         return [
             (second[0][0], self._mean_or_none([score for _, score in second])) for second in zip(*lines, strict=True)
         ]
+
+    def parameters(self) -> None:
+        """Return None: members may share an encoder, and not all are networks of torch."""
 
     def _mean(self, labels: Sequence[Label | Unscorable]) -> Label | Unscorable:
         scores = []
@@ -65,7 +58,7 @@ class Teacher:
             scores.append(label.score)
         mean = float(self._shares @ scores)
         deviation = math.sqrt(self._shares @ (np.array(scores) - mean) ** 2)
-        return Label(mean, float(logits(np.array(mean))), deviation)
+        return Label(mean, float(logits(mean)), deviation)
 
     def _mean_or_none(self, scores: list[float | None]) -> float | None:
         known = [score for score in scores if score is not None]
@@ -73,18 +66,18 @@ class Teacher:
 
 
 def _shares(text: str) -> dict[str, float]:
-    """The members and their weights, which sum to 1, in the order of the names."""
+    """Return the members and their weights, which sum to 1, sorted by name."""
     weights: dict[str, float] = {}
     for part in text.split(","):
-        name, _, number = part.rpartition("=")  # a folder's name may have one too
+        name, _, number = part.rpartition("=")  # a folder's name may contain "=" as well
         try:
             weight = float(number)
         except ValueError:
             weight = 0.0
         if not name or name in weights or not 0 < weight < math.inf:
-            raise UserError(f"{part!r} in ensemble:{text} is no new NAME=WEIGHT with a weight above 0", _USAGE)
+            raise UserError(f"{part!r} in {PREFIX}{text} is no new NAME=WEIGHT with a weight above 0", _USAGE)
         weights[name] = weight
     if len(weights) < 2:
-        raise UserError(f"ensemble:{text} has one member", _USAGE)
+        raise UserError(f"{PREFIX}{text} has one member", _USAGE)
     total = math.fsum(weights.values())
     return {name: round(weights[name] / total, 12) for name in sorted(weights)}
