@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -10,7 +10,7 @@ from speechdistill.data import degradation_recipes, manifest_path, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import DegradationRecipe, Plans
-from speechdistill.engine import flow, place, pools, shards
+from speechdistill.engine import place, pools, shards
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
 from speechdistill.io import fingerprint
@@ -20,6 +20,9 @@ from speechdistill.io.options import at_least
 from speechdistill.labelling import figures
 from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, Enhance, Teach, libraries
 from speechdistill.models.load import load_teacher
+
+if TYPE_CHECKING:  # imports ray, which the options of a command do not need
+    from speechdistill.engine import flow
 
 _NOTHING = pa.schema([])  # these stages fill columns that are there
 _CALLS = 3  # batches of a teacher on a GPU: one computes, two are decoded
@@ -172,8 +175,10 @@ def _check_has_clean(teacher: str, recipe: DegradationRecipe) -> None:
         raise RunError(reason, "give another teacher, or a recipe that degrades")
 
 
-def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow:
+def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> "flow.Flow":
     """Return the job as the engine runs it, into the folder `out`."""
+    from speechdistill.engine import flow
+
     layout = shards.Layout(
         out=out,
         schema=SCHEMA,
@@ -191,8 +196,10 @@ def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow
     )
 
 
-def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow.Stage, ...]:
+def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> "tuple[flow.Stage, ...]":
     """The stages of the job, with pools for a cluster of so many CPUs and GPUs."""
+    from speechdistill.engine import flow
+
     passes = degradation_recipes.network_passes(job.recipe)
     if gpus and passes and wanted.teach_gpus is not None:
         raise RunError(
@@ -218,7 +225,9 @@ def stages(job: Prepared, wanted: Pools, cpus: float, gpus: float) -> tuple[flow
     return (*listed, _teach_stage(job, sizes.teach, wanted.batch_s))
 
 
-def _degrade_stage(job: Prepared) -> flow.Stage:
+def _degrade_stage(job: Prepared) -> "flow.Stage":
+    from speechdistill.engine import flow
+
     reference = job.stored.reference or job.teacher.intrusive
     make = partial(
         Degrade, job.clips, job.recipe, job.samples.seed, job.stored.audio_format, reference, libraries(job.recipe)
@@ -226,7 +235,9 @@ def _degrade_stage(job: Prepared) -> flow.Stage:
     return flow.Stage(name="degrade", make=make, adds=DEGRADED, batch_rows=16, isolated=True, memory_gb=4)
 
 
-def _teach_stage(job: Prepared, pool: pools.Pool, batch_s: float | None) -> flow.Stage:
+def _teach_stage(job: Prepared, pool: pools.Pool, batch_s: float | None) -> "flow.Stage":
+    from speechdistill.engine import flow
+
     by, segment_s = job.labeller, job.recipe.segment_s
     batch_s = batch_s or segment_s * (64 if pool.num_gpus else 8)
     # On a CPU the teacher runs one segment at a time, which is fastest there; a GPU needs the whole batch.
