@@ -301,16 +301,20 @@ def test_what_cannot_be_decided_is_an_error_that_says_what_to_do(
     run, empty = models[0].run_id, store.run()
     flat = listed(tmp_path / "flat.csv", [(path, 3.0, "a") for path in clips[:5]])
     for arguments, reason in (
-        ((run, "--margin", "-1"), "--margin is -1.0; it must be"),
-        ((run, "--resamples", "10"), "--resamples is 10"),
-        ((empty,), f"run {empty} has logged no student; log its best checkpoint"),
+        ((empty,), f"run {empty} has logged no student; give a run that training has ended"),
         (("00",), "run 00: MLflow at sqlite"),
-        ((None,), "give --run, the MLflow run of the student, and --eval"),
         ((None, "--rollback"), f"no model '{name}' is registered at sqlite"),
-        ((run, "--rollback"), "give it no --run"),
     ):
         code, error = promote(*arguments)
         assert code == 1 and reason in error, (arguments, error)
+    for arguments, reason in (
+        ((run, "--margin", "-1"), "--margin is -1.0; it must be"),
+        ((run, "--resamples", "10"), "--resamples is 10"),
+        ((None,), "give --run, the MLflow run of the student, and --eval"),
+        ((run, "--rollback"), "leave out --run"),
+    ):
+        code, error = promote(*arguments)
+        assert code == 2 and reason in error, (arguments, error)
     code, error = promote(run, clips=flat)
     assert (
         code == 1 and "no dataset has 3 scored clips with different mos (5 clips were scored, 0 could not be)" in error
