@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, get_type_hints
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(f"speechdistill {__version__}")
         return 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("speechdistill").setLevel(logging.INFO)
+    _quieten_libraries()
     try:
         return int(_called(words))
     except OptionError as error:
@@ -49,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     sys.exit(main())
+
+
+def _quieten_libraries() -> None:
+    """Print our own messages and the errors of libraries: a user cannot act on libraries' warnings."""
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+    logging.getLogger("speechdistill").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _called(words: list[str]) -> Any:

@@ -447,7 +447,7 @@ def test_the_demo_labels_trains_promotes_scores_and_compares(tmp_path: Path) -> 
     assert run.returncode == 0, run.stderr
     clean, degraded = (row["mos"] for row in storage.read_json(f"{tmp_path}/synthetic/scores.json"))
     assert clean > degraded
-    for said in ("labelled 24 samples", '"decision": "promoted"', "the student says: clean", "What to type next"):
+    for said in ("labelled 24 samples", '"decision": "promoted"', "the student's scores: clean", "What to type next"):
         assert said in run.stdout
     (page,) = tmp_path.glob("synthetic/*-comparison/report.html")
     assert str(page) in run.stdout and all(f">{name}</th>" in page.read_text() for name in ("student", "distillmos"))
