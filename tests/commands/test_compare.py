@@ -250,7 +250,7 @@ def test_what_a_model_cannot_judge_is_an_answer(tmp_path: Path, students: list[s
     many = replace(found, left_out={"one": Counter({f"{i}.wav is broken": 9 - i for i in range(9)})})
     assert tables.left_out(many)[4:] == [
         "one: 5 × 4.wav is broken",
-        "one: 4 further reasons, which are in scores.parquet",
+        "one: 4 further reasons; see scores.parquet",
     ]
     clips = judged.clips(source).clips
     assert scoring.missing(found.models, clips, asked(found.models, clips).scores) == []
