@@ -163,8 +163,8 @@ def test_a_grown_run_tells_which_samples_are_made_again(
         (tmp_path / "shards" / f"{name}.parquet").touch()
     with pytest.raises(RunError, match="no cluster"):
         pseudolabel.run(changed(config, num_samples=200))
-    (told,) = (text for text in caplog.messages if "made again" in text)
-    assert told.startswith("samples 64 to 99 are made again, as before: they share a file of 64 (--rows-per-part)")
+    (told,) = (text for text in caplog.messages if "labelled again" in text)
+    assert told.startswith("samples 64 to 99 are labelled again: they share a file of 64 (--rows-per-part)")
 
 
 @pytest.mark.slow  # the engine's part is in test_flow.py
