@@ -37,9 +37,6 @@ def connect() -> None:
     # Read when ray.data is first imported; warnings tell of its own bars, ours are `tqdm`'s.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # said of every small run
-    # Below it Ray's core prints a red line about constructor arguments for every pool that Ray Data starts: it restarts
-    # actors from objects that this driver owns, and a driver that is lost ends the run anyway.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if ray.is_initialized():
         return
     package = Path(__file__).parents[1]
