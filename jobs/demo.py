@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""The whole main job on this machine: a corpus, 200 labelled samples, a student that learns from them, a page that
-compares it; see `--help`."""
+"""The main job on this machine: a corpus, 200 labelled samples, a student trained on them, a page that compares it.
+
+See `--help`.
+"""
 
 import csv
 import os
@@ -27,7 +29,7 @@ from speechdistill.tracking.run import run_id
 NOT_PROMOTED = 3  # the exit code of `promote`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Label speech with local Ray and the released Distill-MOS weights, train a student on it, promote it, compare it.
 
@@ -35,25 +37,25 @@ class Demo:
     """
 
     out: str = "demo-out"
-    """Where everything goes."""
+    """Folder of all output."""
     speech: tuple[str, ...] = ()
     """Your own folders of speech."""
     noise: tuple[str, ...] = ()
-    """Your own folders of noise; coloured noise and babble without."""
+    """Your own folders of noise. Default: coloured noise and babble."""
     rir: tuple[str, ...] = ()
-    """Your own folders of room impulse responses; simulated rooms without."""
+    """Your own folders of room impulse responses. Default: simulated rooms."""
     num_samples: int = 200
     """Samples to label."""
     steps: int = 100
-    """Updates of the student: far too few for a good one, enough to see it learn."""
+    """Updates of the student: far too few for a good one, but enough to see progress."""
 
 
 def main(demo: Demo) -> int:
     own = _own(demo)
     if own and not demo.speech:
-        print("error: --noise and --rir need --speech DIR beside them (make demo SPEECH=DIR)", file=sys.stderr)
+        print("error: --noise and --rir without --speech; add --speech DIR (make demo SPEECH=DIR)", file=sys.stderr)
         return 2
-    # Other recordings, or other library versions, are another run, in a folder of its own.
+    # Each set of recordings and library versions is a run in a folder of its own.
     out = Path(demo.out) / (f"own-{fingerprint.of(own)[:8]}" if own else "synthetic")
     if code := _step(["ingest", *(own or _synthetic(out / "corpus")), "--out", f"{out}/manifest"]):
         return code
@@ -97,7 +99,7 @@ def _step(arguments: list[str]) -> int:
 
 
 def _listen(run: Path, out: Path) -> Plan:
-    """Write the worst degraded sample and its clean segment as files, made again from its plan alone."""
+    """Write the worst degraded sample and its clean segment as files, made again from the plan alone."""
     rows = pq.read_table(run / "shards", columns=["score", "plan"]).sort_by("score")
     plans = [Plan.from_json(text) for text in rows["plan"].to_pylist()]
     worst = next((plan for plan in plans if plan.steps), plans[0])
@@ -107,7 +109,7 @@ def _listen(run: Path, out: Path) -> Plan:
 
 
 def _student(demo: Demo, run: Path, students: Path) -> int:
-    """Train the smallest student from the shards, promote it by samples that it has not seen, and score with it."""
+    """Train the smallest student on the shards, promote it by held-out samples, and score with it."""
     quick = ["--crop-s", "0.96", "--learning-rate", "1e-3", "--workers", "2"]
     steps = ["--variants", "v0", "--steps", str(demo.steps), "--validate-every", "50", *quick]
     if code := _step(["train-students", "--shards", str(run), *steps, "--out", str(students)]):
@@ -115,21 +117,19 @@ def _student(demo: Demo, run: Path, students: Path) -> int:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{students.resolve()}/mlflow.db")
     unseen = _held_out(run, students)
     promote = ["promote", "--run", f"best-of:{run_id(str(students))}", "--model-name", "speech-quality-v0"]
-    # Forced: so few steps make no good student. On a second call it is the champion.
+    # Forced: so few steps make no good student. In a second call the student is the champion.
     if (code := _step([*promote, "--eval", unseen, "--force"])) not in (0, NOT_PROMOTED):
         return code
     champion = ["--model", "models:/speech-quality-v0@champion", "--out", f"{students}/scores.json"]
     if code := _step(["score", f"{run.parent}/clean.wav", f"{run.parent}/degraded.wav", *champion]):
         return code
     clean, degraded = (row["mos"] for row in storage.read_json(f"{students}/scores.json"))
-    print(f"the student says: clean {clean:.2f} MOS, degraded {degraded:.2f} MOS")
+    print(f"the student's scores: clean {clean:.2f} MOS, degraded {degraded:.2f} MOS")
     return 0
 
 
 def _held_out(run: Path, students: Path) -> str:
-    """The samples that no student of these shards is trained or selected on, as files with the teacher's scores in a
-    list.
-    """
+    """Write the samples that no student is trained or selected on, and a list of them with the teacher's scores."""
     labels, folder = LabelRun(str(run)), students / "held-out"
     folder.mkdir(exist_ok=True)
     rows = [row for _, row in labels.read(held_out([labels])[0].test)]
@@ -144,7 +144,7 @@ def _held_out(run: Path, students: Path) -> str:
 
 
 def _models() -> str:
-    """The student, its teacher, and a quick baseline where its weights are here (P.835 takes ten times as long)."""
+    """Return the student, its teacher, and a baseline if its weights are installed (P.835 is ten times slower)."""
     baseline = ["dnsmos_p808"] if find_spec("speechmos") else []
     return ",".join(["student=models:/speech-quality-v0@champion", "distillmos", *baseline])
 

@@ -32,4 +32,4 @@ def test_a_fault_of_the_program_keeps_its_traceback(kind: type[Exception], monke
 def test_ctrl_c_says_what_it_leaves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(promote, "run", raising(KeyboardInterrupt()))
     assert cli.main(PROMOTE) == 130
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; the same command resumes" in capsys.readouterr().err

@@ -36,8 +36,8 @@ def test_folders_become_a_manifest(tmp_path: Path, local_ray: None) -> None:
     (root / "speech" / "transcript.txt").write_text("not audio")
     folders = {kind: (str(root / kind),) for kind in ("speech", "noise", "rir")}
     summary = ingest.run(Ingest(out=str(tmp_path / "m"), **folders))
-    assert summary["clips"] == {"speech": 6, "noise": 1, "rir": 1}
-    assert summary["ignored_extensions"] == {".txt": 1}
+    assert summary.clips == {"speech": 6, "noise": 1, "rir": 1}
+    assert summary.ignored_extensions == {".txt": 1}
     noise = next(row for row in manifest_of(tmp_path / "m") if row["kind"] == "noise")
     assert noise["uri"] == str(root / "noise" / "white.wav") and noise["corpus"] == "noise"
     assert (noise["duration_s"], noise["sample_rate"], noise["channels"]) == (5.0, 44100, 1)
@@ -109,7 +109,7 @@ def test_lists_carry_what_the_user_knows(tmp_path: Path, local_ray: None, suffix
 
         pandas.DataFrame(lines).to_parquet(file)
     summary = ingest.run(Ingest(out=str(tmp_path / "m"), list=(str(file),)))
-    assert summary["lists"] == {"rows": 4, "files": 3, "scored": 1, "rejected": 1}
+    assert summary.lists == {"rows": 4, "files": 3, "scored": 1, "rejected": 1}
     speech, noise = manifest_of(tmp_path / "m")
     assert (speech["speaker"], speech["language"], speech["mos"], speech["votes"]) == ("anna", "de", 3.5, 8)
     assert speech["uri"] == str(tmp_path / "speech/v0.flac")
@@ -220,8 +220,8 @@ def test_labels_that_changed_are_updated_and_told(
     assert [row["mos"] for row in rows] == [4.1, 4.2, 4.3]
     assert {row["uri"]: row["clip_id"] for row in rows} == ids
     written = parts(tmp_path / "m")
-    assert ingest.run(listed(tmp_path, after))["changes"] == {} and parts(tmp_path / "m") == written
-    assert ingest.run(listed(tmp_path, before))["changes"] == {"updated": 3, "mos": 3}
+    assert ingest.run(listed(tmp_path, after)).changes == {} and parts(tmp_path / "m") == written
+    assert ingest.run(listed(tmp_path, before)).changes == {"updated": 3, "mos": 3}
     assert [row["mos"] for row in manifest_of(tmp_path / "m")] == [1.1, 1.2, 1.3]
 
 
@@ -233,17 +233,17 @@ def test_every_label_and_the_length_are_compared_and_one_that_is_not_given_stays
     lines = {"speech/v0.flac": "3,train,a,8,s", "speech/v1.flac": "3,train,a,8,s", "speech/v2.flac": "3,train,a,8,s"}
     ingest.run(listed(tmp_path, lines, header))
     lines |= {"speech/v0.flac": "3,test,b,9,t"}
-    assert ingest.run(listed(tmp_path, lines, header))["changes"] == dict.fromkeys(
+    assert ingest.run(listed(tmp_path, lines, header)).changes == dict.fromkeys(
         ("updated", "split", "speaker", "votes", "system"), 1
     )
     soundfile.write(tmp_path / "speech" / "v1.flac", voice(9), 16000)
     folder = Ingest(out=str(tmp_path / "m"), speech=(str(tmp_path / "speech"),))
-    changes = ingest.run(folder)["changes"]  # whose name is a corpus, which the list did not give
+    changes = ingest.run(folder).changes  # whose name is a corpus, which the list did not give
     assert changes == {"updated": 3, "corpus": 3, "length": 1, "content": 1}
     rows = {Path(row["uri"]).name: row for row in manifest_of(tmp_path / "m")}
     assert len(rows) == 6 and rows["v1.flac"]["duration_s"] == 9.0
     assert [rows[f"v{i}.flac"]["split"] for i in range(4)] == ["test", "train", "train", None]
-    assert ingest.run(folder)["changes"] == {}
+    assert ingest.run(folder).changes == {}
 
 
 def test_a_file_of_the_same_size_and_length_has_changed_too(tmp_path: Path, without_ray: None) -> None:
@@ -252,7 +252,7 @@ def test_a_file_of_the_same_size_and_length_has_changed_too(tmp_path: Path, with
     config = Ingest(out=str(tmp_path / "m"), speech=(str(speech),))
     ingest.run(config)
     soundfile.write(speech / "a.wav", voice(2, seed=2), 16000)
-    assert ingest.run(config)["changes"] == {"updated": 1, "content": 1}
+    assert ingest.run(config).changes == {"updated": 1, "content": 1}
 
 
 def test_a_known_file_that_is_no_audio_any_more_leaves_the_manifest_until_it_is_mended(
@@ -268,7 +268,7 @@ def test_a_known_file_that_is_no_audio_any_more_leaves_the_manifest_until_it_is_
         assert len(manifest_of(tmp_path / "m")) == 5
         assert [row["id"] for row in rejects_of(tmp_path / "m")] == [clip_id("speech", str(speech / "v2.flac"))]
     soundfile.write(speech / "v2.flac", voice(2), 16000)
-    assert ingest.run(config)["changes"] == {}
+    assert ingest.run(config).changes == {}
     assert len(manifest_of(tmp_path / "m")) == 6 and rejects_of(tmp_path / "m") == []
 
 

@@ -1,15 +1,18 @@
 """A folder is one command's: two would replace each other's files and go on with each other's MLflow run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from configs import prepared
 from label_runs import label_run
 from manifests import corpus_manifest, manifest
 from speechdistill import cli
 from speechdistill.commands import outputs
-from speechdistill.commands.pseudolabel import Pseudolabel, _keep_manifest
+from speechdistill.commands.pseudolabel import _keep_manifest
+from speechdistill.data.degradation_recipes import weights_free
 from speechdistill.engine import held_out, shards
 from speechdistill.engine.finished_run import LabelRun
 from speechdistill.io import fingerprint, storage, table
@@ -70,11 +73,12 @@ def test_ingest_leaves_the_manifest_of_a_label_run_alone(tmp_path: Path, capsys:
 def test_a_changed_copy_of_the_manifest_is_not_labelled_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips, copy = str(tmp_path / "clips.parquet"), tmp_path / "run/clips.parquet"
     storage.publish(table.parquet_bytes(manifest()), clips)
-    config, sha256 = Pseudolabel(clips, str(tmp_path / "run")), fingerprint.of_file(clips)
-    _keep_manifest(config, sha256)
+    sha256 = fingerprint.of_file(clips)
+    job = replace(prepared(weights_free()), clips=clips, clips_sha256=sha256)
+    _keep_manifest(job, str(copy.parent))
     storage.publish(table.parquet_bytes(manifest(speech=3)), str(copy))
-    _keep_manifest(config, sha256)
-    assert fingerprint.of_file(str(copy)) == sha256 and "was changed since the run was started" in caplog.text
+    _keep_manifest(job, str(copy.parent))
+    assert fingerprint.of_file(str(copy)) == sha256 and "has changed since the run was started" in caplog.text
 
 
 def test_held_out_samples_are_not_found_by_a_changed_manifest(tmp_path: Path) -> None:

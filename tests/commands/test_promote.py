@@ -14,6 +14,7 @@ import speechdistill
 from manifests import voice
 from mlflow_runs import Store, student, tracking_server
 from speechdistill import cli
+from speechdistill.commands import promote as promote_command
 from speechdistill.data import heard, scored_clips
 from speechdistill.io import audio, checkpoint
 from speechdistill.io.errors import UnreadableError
@@ -233,6 +234,22 @@ def test_the_best_of_a_run_is_its_finished_child_with_the_lowest_error(
     assert code == 1 and f"run {good}" in error and "none of its 0 finished child runs has a best_val_mse" in error
 
 
+def test_the_folder_of_a_run_stands_for_its_best_student(
+    store: Store, checkpoints: list[str], promote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = store.run()
+    good, other = (store.run(parent, best_val_mse=mse) for mse in (0.2, 0.3))
+    for run in (good, other):
+        log_student(checkpoints[0], run, store.uri)
+    folders = {f"{tmp_path}/students": parent, f"{tmp_path}/students/v1": other}
+    monkeypatch.setattr(promote_command, "run_id", folders.get)
+    for folder, expected in zip(folders, (good, other), strict=True):
+        code, decision = promote(folder, "--dry-run")
+        assert (code, decision["candidate"]["run_id"]) == (0, expected)
+    code, error = promote(f"{tmp_path}/nothing")
+    assert code == 1 and "nothing is not the folder of a run in MLflow; give the OUT folder of train-students" in error
+
+
 def test_a_clip_without_a_score_is_reported_and_counts_for_neither(
     store: Store, name: str, models: list[Logged], promote: Any, tmp_path: Path, clips: list[str], said: list[float]
 ) -> None:
@@ -301,16 +318,20 @@ def test_what_cannot_be_decided_is_an_error_that_says_what_to_do(
     run, empty = models[0].run_id, store.run()
     flat = listed(tmp_path / "flat.csv", [(path, 3.0, "a") for path in clips[:5]])
     for arguments, reason in (
-        ((run, "--margin", "-1"), "--margin is -1.0; it must be"),
-        ((run, "--resamples", "10"), "--resamples is 10"),
-        ((empty,), f"run {empty} has logged no student; log its best checkpoint"),
+        ((empty,), f"run {empty} has logged no student; give a run that training has ended"),
         (("00",), "run 00: MLflow at sqlite"),
-        ((None,), "give --run, the MLflow run of the student, and --eval"),
         ((None, "--rollback"), f"no model '{name}' is registered at sqlite"),
-        ((run, "--rollback"), "give it no --run"),
     ):
         code, error = promote(*arguments)
         assert code == 1 and reason in error, (arguments, error)
+    for arguments, reason in (
+        ((run, "--margin", "-1"), "--margin is -1.0; it must be"),
+        ((run, "--resamples", "10"), "--resamples is 10"),
+        ((None,), "give --run, the MLflow run of the student, and --eval"),
+        ((run, "--rollback"), "leave out --run"),
+    ):
+        code, error = promote(*arguments)
+        assert code == 2 and reason in error, (arguments, error)
     code, error = promote(run, clips=flat)
     assert (
         code == 1 and "no dataset has 3 scored clips with different mos (5 clips were scored, 0 could not be)" in error

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from manifests import voice
 from speechdistill import cli
 from speechdistill.commands import score
 from speechdistill.io import audio, storage
@@ -76,11 +77,16 @@ def test_every_file_has_a_row_with_a_score_or_the_reason(folder: Path, teacher: 
     assert "not audio" in readme["error"]
 
 
-def test_timeline_has_a_row_per_second_and_the_errors_too(folder: Path, teacher: WindowScorer) -> None:
-    paths = [str(folder / name) for name in ("a.flac", "silent.wav", "torn.wav")]
+def test_timeline_has_a_row_per_second_and_the_errors_too(
+    folder: Path, tmp_path: Path, teacher: WindowScorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.wav", np.append(voice(5.0), 0.1 * rng.standard_normal(5 * RATE)), RATE)
+    paths = [str(tmp_path / "long.wav"), *(str(folder / name) for name in ("a.flac", "silent.wav", "torn.wav"))]
     rows = list(score.score_files(paths, teacher, timeline=True))
-    assert [Path(row["path"]).name for row in rows] == ["a.flac", "a.flac", "silent.wav", "torn.wav"]
-    assert [row["start_s"] for row in rows] == [0.0, 1.0, None, None]
+    assert [Path(row["path"]).name for row in rows] == [*["long.wav"] * 10, "a.flac", "silent.wav", "torn.wav"]
+    assert [row["start_s"] for row in rows] == [*map(float, range(10)), 0.0, None, None], "a short file has one score"
+    assert "a.flac: 2.00 s is shorter than one window of 7.68 s" in caplog.text and "long.wav" not in caplog.text
     assert all(list(row) == ["path", "start_s", "mos", "error"] for row in rows)
     assert all((row["mos"] is None) != (row["error"] is None) for row in rows)
 

@@ -74,7 +74,7 @@ def test_a_clip_that_changes_between_hashing_and_decoding_has_no_score_under_its
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     np.testing.assert_array_equal(judged.read_if_same(str(file), before), judged.read(str(file)))
     soundfile.write(file, voice(0.5, seed=99), 16_000, format="FLAC")
-    with pytest.raises(AudioError, match="changed while it was to be scored"):
+    with pytest.raises(AudioError, match="has changed since it was hashed"):
         judged.read_if_same(str(file), before)
     (answer,) = scoring.Decode([scoring.Task(before, str(file), ("model",))])([{"id": 0}])
     assert isinstance(answer, AudioError)

@@ -75,6 +75,27 @@ def test_the_worst_clips_come_first_with_their_plans(labels: Comparison) -> None
     assert all(clip["steps"] and clip["audio"] and not clip["problem"] for clip in shown)
 
 
+def test_the_page_says_how_many_clips_it_shows(
+    labels: Comparison, listeners: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "worst", lambda comparison: [])
+    assert "The 0 clips of 4 that v0 misjudges most" in page.html(labels, {})
+    monkeypatch.setattr(page, "worst", lambda comparison: [page._clip(labels, 0)] * 4)
+    assert "All 4 clips, those that v0 misjudges most first" in page.html(labels, {})
+
+
+def test_a_long_text_is_cut_between_words() -> None:
+    text = ", ".join(f'"key{i}": {i}' for i in range(100))
+    cut = page._short(text)
+    assert len(cut) <= 302 and cut.endswith(" …") and text.startswith(cut.removesuffix(" …") + ", ")
+    assert page._short("x" * 400) == "x" * 300 + " …"
+
+
+def test_only_a_lead_beyond_chance_is_marked(labels: Comparison, tmp_path: Path) -> None:
+    assert len(labels.clips) == 4 and labels.best("weights_free") is None
+    assert 'class="best"' not in written(labels, tmp_path / "page.html")
+
+
 def test_hostile_names_are_text(listeners: Comparison, tmp_path: Path) -> None:
     text = written(listeners, tmp_path / "page.html")
     assert "<script" not in text and "&lt;script&gt;" in text and "$x_1$" in text

@@ -75,7 +75,10 @@ def test_bytes_that_are_no_text_are_told_with_their_row(clips: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x.txt", r"x\.txt: (a list of another type|no list of scored clips, nor the folder .*); give .*\.csv, "),
+        (
+            "x.txt",
+            r"x\.txt(: a list of another type| is neither a list of scored clips nor the folder .*); give .*\.csv, ",
+        ),
         ("x.txt/sub.csv", r"sub\.csv: no such list"),
         ("x.txt/sub", r"sub: no such file; check the path"),
         ("nothing", r"nothing: no such file; check the path"),

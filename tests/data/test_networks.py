@@ -180,7 +180,7 @@ def test_the_job_with_networks_labels_what_the_plans_say_and_keeps_the_hash(
         **{"num_samples": 16, "rows_per_part": 8, "segment_s": 0.5, "audio_format": "pcm16", "seed": 2},
     )
     summary = pseudolabel.run(config)
-    assert (summary["labelled"], summary["rejected"]) == (16, 0)
+    assert (summary.labelled, summary.rejected) == (16, 0)
     rows = [
         r for file in sorted((tmp_path / "run" / "shards").glob("*.parquet")) for r in pq.read_table(file).to_pylist()
     ]

@@ -80,7 +80,7 @@ def test_tars_become_a_manifest_without_being_unpacked(tmp_path: Path, local_ray
         pack(tmp_path / f"shard-{shard:03}.tar", members)
     config = Ingest(out=str(tmp_path / "m"), list=(str(tmp_path / "shard-{000..001}.tar"),))
     summary = ingest.run(config)
-    assert summary["clips"] == {"speech": 5, "noise": 1} and summary["ignored_extensions"] == {".txt": 6}
+    assert summary.clips == {"speech": 5, "noise": 1} and summary.ignored_extensions == {".txt": 6}
     clips = manifest_of(tmp_path / "m")
     for i, clip in enumerate(clips):
         tar = tmp_path / f"shard-00{i // 3}.tar"

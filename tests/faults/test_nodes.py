@@ -55,7 +55,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iter
 def clips(two_nodes: TwoNodes) -> str:
     root = corpus(two_nodes.shared / "corpus")
     summary = ingest.run(Ingest(out=str(two_nodes.shared / "manifest"), speech=(str(root / "speech"),)))
-    return str(summary["manifest"])
+    return str(summary.manifest)
 
 
 @pytest.fixture

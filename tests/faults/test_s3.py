@@ -314,14 +314,14 @@ def test_known_objects_are_checked_by_a_listing(
     for name, value in {"connect": lambda: None, "in_order": map}.items():
         monkeypatch.setattr(ingest.cluster, name, value)
     config = ingest.Ingest(out=f"{recordings}/manifest", speech=(recordings,))
-    assert ingest.run(config)["clips"] == {"speech": 3}
+    assert ingest.run(config).clips == {"speech": 3}
     store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
     monkeypatch.setattr(ingest, "_LISTED_ROWS", 3)
     asked = set()
     proxy.fault = lambda method, path: asked.add(path) if ".wav" in path else None
-    assert ingest.run(config)["changes"] == {"updated": 1, "content": 1}
+    assert ingest.run(config).changes == {"updated": 1, "content": 1}
     assert {path.rpartition("/")[2] for path in asked} == {"1.wav"}, "each was asked for"
-    assert ingest.run(config)["changes"] == {}
+    assert ingest.run(config).changes == {}
 
 
 @pytest.mark.slow  # waits for all tries of each request

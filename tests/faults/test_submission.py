@@ -111,7 +111,7 @@ def status(head: Head, token: str | None) -> int:
 def clips(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     root = corpus(tmp_path_factory.mktemp("corpus"))
     summary = ingest.run(Ingest(out=str(root / "manifest"), speech=(str(root / "speech"),)))
-    return str(summary["manifest"])
+    return str(summary.manifest)
 
 
 def test_a_request_without_the_token_is_refused(head: Head) -> None:

@@ -113,6 +113,11 @@ def test_urls_work_like_paths() -> None:
 def test_differences_name_the_path() -> None:
     old, new = {"recipe": {"seed": 1, "name": "a"}, "x": 1}, {"recipe": {"seed": 2, "name": "a"}, "y": 1}
     assert fingerprint.differences(old, new) == ["recipe.seed: 1 -> 2", "x: 1 -> null", "y: null -> 1"]
+    assert fingerprint.differences({"runs": [{"a": 1}, {"a": 2}]}, {"runs": [{"a": 1}, {"a": 3}]}) == [
+        "runs.1.a: 2 -> 3"
+    ]
+    (line,) = fingerprint.differences({"x": ["y" * 2_000]}, {"x": []})
+    assert len(line) < 150, "a long value is cut"
 
 
 def test_a_place_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What works here and on the nodes of a cluster, and for what does not, the reason and the fix.
+"""Trials of everything that the commands need, here and on the nodes of a cluster, with reason and fix of failures.
 
-Trials run in a child process, so one that crashes (a library built for another CPU) costs only its own line.
+Trials run in a child process: one that crashes (a library built for another CPU) fails alone.
 """
 
 import json
@@ -20,7 +20,8 @@ import tyro
 from tqdm import tqdm
 
 from speechdistill.commands import doctor_trials
-from speechdistill.commands.doctor_trials import Missing, Places
+from speechdistill.commands.doctor_audio import Missing
+from speechdistill.commands.doctor_trials import Places
 from speechdistill.commands.guarded import guarded
 from speechdistill.data import components
 from speechdistill.data.degradation_recipes import COMPONENTS
@@ -38,37 +39,37 @@ _LONGEST_LINE = 1000
 _REINSTALL = "install the dependencies of pyproject.toml again; if that does not help, report it with this line"
 _FIXES = {
     "machine": "free some disk space, or set TMPDIR to another disk",
-    "gpu": "`nvidia-smi` must list it, and torch be a CUDA build that fits its driver",
+    "gpu": "`nvidia-smi` must list the GPU, and torch must be a CUDA build for its driver",
     "storage": "check the address, the credentials and the rights to write, read, list and delete there",
-    "clips": "check that the files are where the manifest says, and that this machine may read them",
+    "clips": "check that the files are at the manifest's addresses, and that this machine may read them",
     "tracking": "start that MLflow server, or unset MLFLOW_TRACKING_URI to track in each run's folder",
     "cluster": "`ray status` must answer here, with this RAY_ADDRESS and the cluster's RAY_AUTH_TOKEN, Ray and Python",
-    "node": "install the dependencies of pyproject.toml on that node, and see its Ray logs",
+    "node": "install the dependencies of pyproject.toml on that node, and read its Ray logs",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Try what speechdistill needs on this machine, and on the nodes of the cluster that RAY_ADDRESS names.
+    """Try everything that speechdistill needs, on this machine and on the nodes of the cluster at RAY_ADDRESS.
 
     Exit code 1 if something that --require names does not work.
     """
 
     require: tuple[str, ...] = ()
-    """A name of the list, or its part after the colon, that must work; may be repeated."""
+    """A name of the table, or its part after the colon, that must work; may be repeated."""
     out: str | None = None
     """Folder or URL for results: a small file is written there, read, listed and deleted."""
     clips: str | None = None
     """A manifest (clips.parquet): some of its recordings are read."""
     assets: dict[str, str] = field(default_factory=dict)
-    """Weights and texts of the recipes' components, by name, as for the labelling job."""
+    """Weights and texts of the recipes' components, by name, as in the labelling job."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report, without the secrets of the environment; `fix` is empty where all is well."""
+    """One line of the report, without the secrets of the environment; `fix` is empty if nothing is wrong."""
 
     name: str
     state: Literal["ok", "missing", "failed"]
@@ -81,7 +82,7 @@ class Result:
 
 
 class Node(NamedTuple):
-    """A node's answer: its versions, and the results of the trials made there."""
+    """A node's answer: its versions, and the results of its trials."""
 
     versions: dict[str, str]
     results: list[Result]
@@ -116,30 +117,30 @@ def run(config: Doctor) -> list[Result]:
 
 
 def names() -> list[str]:
-    """The names that `require` takes, whole or their part after the colon."""
+    """Return the names that `require` takes, whole or their part after the colon."""
     return [*doctor_trials.names(), "cluster"]
 
 
 def required(words: tuple[str, ...]) -> list[str]:
-    """The names that `words` mean; raises `UserError` with the choices."""
-    found = []
+    """Return the names that `words` stand for; raises `UserError` with the choices."""
+    chosen = []
     for word in words:
         matches = [name for name in names() if word and word in (name, name.partition(":")[2])]
         if len(matches) != 1:
             what = f"may be {' or '.join(matches)}" if matches else "is unknown"
             raise UserError(f"--require {word} {what}", f"choose from {', '.join(matches or names())}")
-        found += matches
-    return found
+        chosen += matches
+    return chosen
 
 
 def unmet(config: Doctor, results: list[Result]) -> list[str]:
-    """The required names that do not work."""
+    """Return the required names that do not work."""
     works = {result.name for result in results if result.state == "ok"}
     return [name for name in required(config.require) if name not in works]
 
 
 def report(config: Doctor, results: list[Result]) -> str:
-    """The results as a table; the last line counts them."""
+    """Return the results as a table; the last line counts them."""
     mark = {"ok": "ok", "missing": "--", "failed": "FAILED"}
     width = max(len(result.name) for result in results)
     lines = [f"speechdistill {__version__}"]
@@ -152,12 +153,12 @@ def report(config: Doctor, results: list[Result]) -> str:
 
 
 def as_json(results: list[Result]) -> str:
-    """The results as a JSON list of {name, state, detail, fix}."""
+    """Return the results as a JSON list of {name, state, detail, fix}."""
     return json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
 
 
 def compared(here: Mapping[str, str], works: list[str], answers: Mapping[str, Node | Exception]) -> list[Result]:
-    """A result per node, failed where a version differs from `here` or what `works` here does not there."""
+    """Return a result per node: failed if a version differs from `here`, or a trial that `works` here fails there."""
     return [
         _failure(f"node:{name}", node)
         if isinstance(node, Exception)
@@ -183,7 +184,7 @@ def _node_result(name: str, here: Mapping[str, str], works: list[str], node: Nod
 
 
 def _failure(name: str, error: Exception) -> Result:
-    """What an exception says about a trial."""
+    """Turn a trial's exception into a result."""
     kind = name.partition(":")[0]
     if isinstance(error, Missing):
         return Result(name, "missing", *error.args)
@@ -199,7 +200,7 @@ def _failure(name: str, error: Exception) -> Result:
 
 
 def _line(text: str) -> str:
-    """One line without the environment's secrets: an error may quote a URL or a header."""
+    """Return one line without the environment's secrets: an error may quote a URL or a header."""
     for name, value in os.environ.items():
         if _SECRET.search(name.upper()) and len(value) >= 8:
             text = text.replace(value, f"${name}")
@@ -210,10 +211,10 @@ class _Trials:
     """Worker of a child process: `{"name": ...}` to `{"result": Result}`."""
 
     def __init__(self, places: Places, on_node: bool = False) -> None:
-        os.dup2(2, 1)  # stdout is the report's, whatever a library prints
+        os.dup2(2, 1)  # keeps stdout for the report, whatever a library prints
         if on_node:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs from tasks that ask for none
-        # A store that does not answer is told in seconds.
+        # A store that does not answer is reported within seconds.
         brief = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 1}}
         fsspec.config.conf["s3"] = {"config_kwargs": brief, **fsspec.config.conf.get("s3", {})}
         self._places = places
@@ -238,12 +239,12 @@ def _tried(child: Isolated, name: str) -> Result:
 
 
 def _cluster(places: Places, works: list[str]) -> list[Result]:
-    """One result for the cluster and one for each of its nodes."""
+    """Return one result for the cluster and one for each node."""
     if not os.environ.get("RAY_ADDRESS"):
         reason = f"RAY_ADDRESS is not set: jobs started here use this machine alone, with ray {version('ray')}"
         fix = "on a machine of a cluster `RAY_ADDRESS=auto speechdistill doctor` asks all its nodes"
         return [_failure("cluster", Missing(reason, fix))]
-    # In a child too: Ray ends the process that asks for a cluster which is not there.
+    # In a child as well: Ray ends a process that asks for a cluster which does not exist.
     child = Isolated(partial(_Cluster, places, works), timeout_s=_NODES_TIMEOUT_S + _TIMEOUT_S)
     (answer,) = child([{"name": "cluster"}])
     if isinstance(answer, Exception):
@@ -251,7 +252,7 @@ def _cluster(places: Places, works: list[str]) -> list[Result]:
     nodes: list[Result] = answer["results"]
     bad = [node.name for node in nodes if node.state != "ok"]
     if bad:
-        return [Result("cluster", "failed", f"{len(bad)} of its lines below failed", f"mend {', '.join(bad)}"), *nodes]
+        return [Result("cluster", "failed", f"{len(bad)} of the lines below failed", f"fix {', '.join(bad)}"), *nodes]
     return [Result("cluster", "ok", f"{len(nodes)} node(s) with the versions of this machine"), *nodes]
 
 
@@ -260,7 +261,7 @@ class _Cluster:
 
     def __init__(self, places: Places, works: list[str]) -> None:
         os.dup2(2, 1)
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # else it looks for a wrong address for minutes
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # else Ray tries a wrong address for minutes
         self._places, self._works = places, works
 
     def __call__(self, rows: list[Row]) -> list[Row | Exception]:
@@ -285,12 +286,12 @@ class _Cluster:
 
 
 def _node(places: Places, wanted: list[str]) -> Node:
-    """A node's answer, made in a task on it."""
+    """Try a node, in a task on it."""
     child = Isolated(partial(_Trials, places, on_node=True), timeout_s=_TIMEOUT_S)
     return Node(_versions(), [_tried(child, name) for name in ("machine", "gpu", *wanted)])
 
 
 def _versions() -> dict[str, str]:
-    """What must be equal everywhere: Python and Ray to talk at all, the rest because labels depend on it."""
+    """Return the versions that must be equal everywhere: of Python and Ray to connect, of the rest for equal labels."""
     ours = {"python": platform.python_version(), "ray": version("ray"), "speechdistill": __version__}
     return {**ours, **audio.codec_versions(), **components.library_versions(COMPONENTS)}

@@ -1,7 +1,7 @@
-"""The trials of `speechdistill doctor`: each really does what it names, in a child process, here or on a node.
+"""The trials of `speechdistill doctor`: each uses the thing that it names, in a child process, here or on a node.
 
-A trial is a function `(member, places) -> detail`; it raises `Missing` for what nobody installed, set or asked for,
-and any other exception for what does not work.
+A trial is a function `(member, places) -> detail`. It raises `Missing` for something that is not installed, set or
+asked for, and any other exception for something that does not work.
 """
 
 import os
@@ -25,10 +25,11 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
+from speechdistill.commands.doctor_audio import AV, SOUNDFILE, Missing, corpus, format_trial, voice
 from speechdistill.data import components, degradation, manifest_path, plan
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import COMPONENTS, RECIPES, with_assets
-from speechdistill.io import audio, storage, table
+from speechdistill.io import audio, storage
 from speechdistill.io.assets import Asset
 from speechdistill.io.audio import SAMPLE_RATE
 from speechdistill.io.errors import MissingError, UserError
@@ -38,24 +39,9 @@ from speechdistill.models.model import Model
 from speechdistill.tracking import database
 from speechdistill.tracking.run import tracking_uri
 
-# Suffix: libsndfile's format and subtype, or PyAV's container and encoder.
-_SOUNDFILE = {
-    "wav": ("WAV", "PCM_16"),
-    "flac": ("FLAC", "PCM_16"),
-    "mp3": ("MP3", "MPEG_LAYER_III"),
-    "ogg": ("OGG", "VORBIS"),
-    "opus": ("OGG", "OPUS"),
-}
-_AV = {"m4a": ("mp4", "aac"), "webm": ("webm", "libopus"), "wma": ("asf", "wmav2")}
-
-
-class Missing(Exception):
-    """What a trial needs is not there: the reason, the fix."""
-
 
 class Places(NamedTuple):
-    """Where results would go, which manifest would be read, and where the recipes' assets are, by name, if known;
-    absolute paths or URLs."""
+    """Places of results, of a manifest and of the recipes' assets by name, if known; absolute paths or URLs."""
 
     out: str | None = None
     clips: str | None = None
@@ -63,20 +49,20 @@ class Places(NamedTuple):
 
 
 def names() -> list[str]:
-    """Everything that can be tried, in the order of the report."""
+    """Return the names of all trials, in the order of the report."""
     return [
         "machine",
         *(f"teacher:{name}" for name in teacher_names()),
         *(f"degradation:{name}" for name in COMPONENTS),
         *(f"recipe:{name}" for name in RECIPES),
-        *(f"format:{name}" for name in (*_SOUNDFILE, *_AV)),
+        *(f"format:{name}" for name in (*SOUNDFILE, *AV)),
         *("gpu", "storage:s3", "storage:out", "clips", "tracking", "demo", "torchaudio"),
     ]
 
 
 @contextmanager
 def published(out: str, name: str) -> Iterator[str]:
-    """A small file in the folder or URL `out`; afterwards it is gone, and so are folders made for it."""
+    """Yield a small file in the folder or URL `out`; remove the file afterwards, and folders that were made for it."""
     uri = f"{out}/{name}"
     made = [folder for folder in Path(uri).parents if not folder.exists()] if "://" not in uri else []
     try:
@@ -104,29 +90,29 @@ def _machine(_: str, places: Places) -> str:
 
 def _teacher(name: str, places: Places) -> str:
     model = Model(load_teacher(name))
-    voice = _voice(2.0)
-    score = model(voice, SAMPLE_RATE, **({"reference": voice} if model.teacher.intrusive else {}))
+    speech = voice(2.0)
+    score = model(speech, SAMPLE_RATE, **({"reference": speech} if model.teacher.intrusive else {}))
     if not 1 <= score <= 5:
         raise ArithmeticError(f"a score of {score}, which is not from 1 to 5")
     return f"weights {model.teacher.weights_hash[:12]} give a synthetic voice {score:.2f} MOS"
 
 
-@cache  # recipes ask again
+@cache  # recipes try their components again
 def _degradation(name: str, places: Places) -> str:
-    """Drawn with and without recordings of noise and rooms at hand, and applied."""
+    """Draw and apply a component, with and without recordings of noise and rooms."""
     recipe = plan.DegradationRecipe(name, (plan.RecipeStage("only", {name: 1.0}),), assets=_given(places))
     try:
-        found = with_assets(recipe).assets
+        assets = with_assets(recipe).assets
     except MissingError as error:
         reason = str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
         raise Missing(reason, f"get it, or give the jobs --without {name}") from error
     component = components.component(name)
     steps = set()
-    with _corpus() as manifests:
+    with corpus() as manifests:
         for clips in manifests:
             clip = clips.speech[0]
             wave = audio.load(clip.uri)
-            scene = degradation.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=found)
+            scene = degradation.Scene(clip.clip_id, clip.speaker, len(wave), clips, assets=assets)
             for seed in range(4):
                 step = component.draw(np.random.default_rng(seed), scene)
                 degraded = step.apply(wave)
@@ -141,9 +127,9 @@ def _recipe(name: str, places: Places) -> str:
     except MissingError as error:
         raise Missing(f"{', '.join(error.components)} lack what they need", str(error).splitlines()[-1]) from error
     for stage in recipe.stages:
-        for component in stage.odds:  # the samples below may miss one
+        for component in stage.odds:  # the samples below may not contain all
             _degradation(component, places)
-    with _corpus() as (_, clips):
+    with corpus() as (_, clips):
         plans = plan.Plans(recipe, clips, seed=0)
         for i in range(len(plans)):
             make_sample(plans[i])
@@ -152,50 +138,6 @@ def _recipe(name: str, places: Places) -> str:
 
 def _given(places: Places) -> dict[str, Asset]:
     return {name: Asset(source) for name, source in places.assets}
-
-
-def _format(suffix: str, places: Places) -> str:
-    """A voice written in the format and read back; FLAC, which shards hold, must return it bit for bit."""
-    wave = _voice(2.0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/voice.{suffix}"
-        try:
-            _write(wave, path, suffix)
-        except Exception as error:
-            raise Missing(f"no test file could be written ({error})", "score a file of your own to see") from error
-        decoded = audio.load(path)
-    likeness = _likeness(wave, decoded)
-    if abs(len(decoded) - len(wave)) > 0.25 * SAMPLE_RATE or not likeness > 0.9:
-        raise ArithmeticError(f"{len(wave)} samples came back as {len(decoded)}, correlation {likeness:.2f}")
-    pcm = audio.quantise(wave)
-    if suffix == "flac" and not np.array_equal(audio.quantise(audio.decode(audio.encode(pcm, "flac"), "flac")), pcm):
-        raise ArithmeticError("samples do not survive encoding and decoding bit for bit")
-    return f"written and read back, correlation {likeness:.3f}"
-
-
-def _write(wave: np.ndarray, path: str, suffix: str) -> None:
-    import av
-    import soundfile
-
-    if suffix in _SOUNDFILE:
-        file_format, subtype = _SOUNDFILE[suffix]
-        soundfile.write(path, wave, SAMPLE_RATE, format=file_format, subtype=subtype)
-        return
-    container, codec = _AV[suffix]
-    with av.open(path, "w", format=container) as file:
-        stream = file.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
-        stream.bit_rate = 32_000
-        frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
-        frame.sample_rate = SAMPLE_RATE
-        file.mux([*stream.encode(frame), *stream.encode(None)])
-
-
-def _likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """The largest normalised cross-correlation: a codec's delay and gain do not count."""
-    from scipy.signal import correlate
-
-    scale = np.linalg.norm(first) * np.linalg.norm(second)
-    return float(correlate(first, second, method="fft").max() / max(scale, 1e-9))
 
 
 def _gpu(_: str, places: Places) -> str:
@@ -207,15 +149,15 @@ def _gpu(_: str, places: Places) -> str:
         build = f"torch {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'})"
         if Path("/dev/nvidia0").exists():
             raise RuntimeError(f"there is an NVIDIA GPU, but {build} says: {error}") from error
-        raise Missing(f"no NVIDIA GPU, {build}", "not needed: everything runs on CPUs, slower") from error
-    found = []
+        raise Missing(f"no NVIDIA GPU, {build}", "not needed: everything also runs on CPUs, slower") from error
+    gpus = []
     for index in range(torch.cuda.device_count()):
         ones = torch.ones(256, 256, device=f"cuda:{index}")
         if float((ones @ ones)[0, 0]) != 256:
             raise ArithmeticError(f"GPU {index} multiplies wrongly")
         properties = torch.cuda.get_device_properties(index)
-        found.append(f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB")
-    return f"{', '.join(found)} (torch {torch.__version__})"
+        gpus.append(f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB")
+    return f"{', '.join(gpus)} (torch {torch.__version__})"
 
 
 def _storage(which: str, places: Places) -> str:
@@ -229,7 +171,7 @@ def _storage(which: str, places: Places) -> str:
         fs.invalidate_cache()
         listed = [str(entry).rpartition("/")[2] for entry in fs.ls(path.rpartition("/")[0], detail=False)]
         if fs.cat_file(path) != name.encode() or name not in listed:
-            raise OSError(f"{places.out}: what was written is not what is read or listed")
+            raise OSError(f"{places.out}: a file that was written is read or listed differently")
     return f"{places.out}: written, read, listed, deleted"
 
 
@@ -247,7 +189,7 @@ def _s3() -> str:
 
 
 def _clips(_: str, places: Places) -> str:
-    """A second of the first, the last and some random recordings of each kind."""
+    """Read a second of the first, the last and some random recordings of each kind."""
     if not places.clips:
         raise Missing("not tried", "give --clips MANIFEST, the clips.parquet that `speechdistill ingest` wrote")
     manifest_path.check(places.clips)
@@ -279,7 +221,7 @@ def _tracking(_: str, places: Places) -> str:
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise
-        return f"{uri} answers, and wants credentials, which were not tried"
+        return f"{uri} answers and asks for credentials, which were not tried"
     return f"{uri} answers"
 
 
@@ -310,40 +252,12 @@ def _torchaudio(_: str, places: Places) -> str:
     return f"torchaudio {version('torchaudio')}, of which teacher squim reads a file"
 
 
-@contextmanager
-def _corpus() -> Iterator[tuple[Clips, Clips]]:
-    """Manifests of made-up recordings: of speech alone, and of speech, noise and a room."""
-    import soundfile
-
-    rng = np.random.default_rng(0)
-    decay = np.exp(-np.arange(4800) / 800) * rng.standard_normal(4800)
-    waves = {"noise": 0.1 * rng.standard_normal(4 * SAMPLE_RATE), "rir": np.append(4.0, decay) / 8}
-    waves |= {f"speech{i}": _voice(2.0, pitch_hz=100.0 + 20 * i) for i in range(6)}
-    with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for name, wave in waves.items():
-            uri, kind = f"{folder}/{name}.wav", name.rstrip("0123456789")
-            soundfile.write(uri, wave, SAMPLE_RATE)
-            row = {"clip_id": name, "uri": uri, "kind": kind, "speaker": name, "duration_s": len(wave) / SAMPLE_RATE}
-            rows.append({**row, "sample_rate": SAMPLE_RATE, "channels": 1})
-        speech = [row for row in rows if row["kind"] == "speech"]
-        yield Clips(table.from_rows(speech, "clip.v1")), Clips(table.from_rows(rows, "clip.v1"))
-
-
-def _voice(seconds: float, pitch_hz: float = 120.0) -> np.ndarray:
-    """Harmonics of a gliding pitch in syllables; float32 at 16 kHz, shape (num_samples,)."""
-    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    phase = 2 * np.pi * np.cumsum(pitch_hz + 20 * np.sin(2 * np.pi * 0.6 * t)) / SAMPLE_RATE
-    tone = sum(np.sin(k * phase) / k for k in range(1, 20))
-    return np.asarray(0.2 * tone * np.clip(np.sin(2 * np.pi * 3 * t), 0, 1), np.float32)
-
-
 TRIALS: dict[str, Callable[[str, Places], str]] = {
     "machine": _machine,
     "teacher": _teacher,
     "degradation": _degradation,
     "recipe": _recipe,
-    "format": _format,
+    "format": lambda suffix, places: format_trial(suffix),
     "gpu": _gpu,
     "storage": _storage,
     "clips": _clips,

@@ -1,4 +1,4 @@
-"""How every command ends: with its exit code, or with one line for an error that the user can mend."""
+"""The end of every command: its exit code, and one line for an error that the user can fix."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,10 @@ P = ParamSpec("P")
 
 
 def guarded(resume: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """A user's error as one line and exit code 1, any other with its traceback; `resume` says what Ctrl-C leaves."""
+    """Report a `UserError` as one line with exit code 1, and other errors with a traceback.
+
+    `resume` is printed after Ctrl-C: the state that it leaves.
+    """
 
     def guard(command: Callable[P, int]) -> Callable[P, int]:
         @wraps(command)

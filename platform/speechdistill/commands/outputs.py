@@ -1,4 +1,4 @@
-"""Trying the output folder of a job, and the place of its tracking."""
+"""Checks of a job's output folder and of the place of its tracking, before any work."""
 
 from contextlib import suppress
 from typing import Any
@@ -13,11 +13,10 @@ _SQLITE = "sqlite:///"
 
 
 def try_job(out: str, command: str, *names: str) -> None:
-    """Try the files `names` in the folder `out` (or elsewhere, by full paths and URLs) and the place of its tracking,
-    before the first file is read or the first model loaded.
+    """Try to write the files `names` in the folder `out` (or elsewhere, by full paths and URLs) and the tracking's.
 
-    Raises `UserError` for what could not be written, if `out` is the folder of another command, or if the place of the
-    tracking cannot be decided.
+    Raises `UserError` for files that cannot be written, if `out` is the folder of another command, or if the place of
+    the tracking cannot be decided.
     """
     out = storage.absolute(out)
     check_own(out, command)
@@ -30,8 +29,8 @@ def try_job(out: str, command: str, *names: str) -> None:
 def check_own(out: str, command: str) -> None:
     """Raise `RunError` if other commands have written into the folder `out`, and `command` has not.
 
-    Two commands in one folder replace each other's files (`clips.parquet`, `summary.json`) and go on with each other's
-    MLflow run. A folder that earlier versions let two share is left to both.
+    Two commands in one folder would replace each other's files (`clips.parquet`, `summary.json`) and resume each
+    other's MLflow run. Two commands that share a folder of an earlier version may both use it.
     """
     out = storage.absolute(out)
     if out.endswith("/shards") and _has(f"{out.removesuffix('/shards')}/run.json"):
@@ -43,15 +42,15 @@ def check_own(out: str, command: str) -> None:
 
 
 def _owners(out: str) -> set[str]:
-    """The commands whose output is in a folder: by its manifest, its configuration, and the log of its tracking."""
-    found: dict[Any, None] = {"ingest": None} if _has(f"{out}/parts") or _has(f"{out}/ingest.json") else {}
-    with suppress(ValueError, KeyError, TypeError, AttributeError):  # edited by hand: its reader tells
-        found[(storage.read_json(f"{out}/run.json") or {})["configuration"].get("job")] = None
+    """Return the commands whose output is in a folder, by its manifest, configuration and tracking log."""
+    owners: dict[Any, None] = {"ingest": None} if _has(f"{out}/parts") or _has(f"{out}/ingest.json") else {}
+    with suppress(ValueError, KeyError, TypeError, AttributeError):  # edited by hand: the reader of the file reports it
+        owners[(storage.read_json(f"{out}/run.json") or {})["configuration"].get("job")] = None
     names = list(segments(out))
     for name in dict.fromkeys([*names[:1], *names[-1:]]):
         with suppress(ValueError, KeyError, IndexError):
-            found[run_event(out, [name]).get("experiment")] = None
-    return {owner for owner in found if isinstance(owner, str)}
+            owners[run_event(out, [name]).get("experiment")] = None
+    return {owner for owner in owners if isinstance(owner, str)}
 
 
 def _has(place: str) -> bool:

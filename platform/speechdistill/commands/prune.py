@@ -11,7 +11,7 @@ import tyro
 
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
-from speechdistill.engine import cluster
+from speechdistill.commands.results import Kept
 from speechdistill.engine.place import Place
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import audio, fingerprint, lease, storage
@@ -20,7 +20,7 @@ from speechdistill.io.options import flat
 from speechdistill.tracking.run import Tracking, run_id, tracking_uri
 from speechdistill.training.options import Crops, Updates
 
-if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+if TYPE_CHECKING:  # ray and torch take seconds to import, which `--help` does not need
     from speechdistill.models.windowed import WindowScorer
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.pruned import Pruned
@@ -32,65 +32,67 @@ _TIMINGS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What is removed, and when."""
+    """The weights that are removed, and the times of removal."""
 
     criterion: Literal["importance", "magnitude", "structured", "random"] = "importance"
-    """What goes first: weights of little importance or magnitude, or at random; structured: attention heads and
-    feed-forward neurons of little importance, whose checkpoints are smaller and faster."""
+    """Order of removal: weights of little importance or magnitude first, or at random. structured removes attention
+    heads and feed-forward neurons of little importance, which makes checkpoints smaller and faster."""
     until: float = 0.29
-    """The share that remains at the end."""
+    """Share that remains at the end."""
     keep: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.29, 0.2, 0.1)
-    """Shares at which a checkpoint is kept, as far as the run goes; and at the end."""
+    """Remaining shares at which a checkpoint is kept, down to --until. The last checkpoint is always kept."""
     share: float = 0.005
-    """What goes at a time."""
+    """Share that each removal takes."""
     of: Literal["original", "remaining"] = "original"
-    """Of what that is a share: 71% are gone after 142 times, or after 247."""
+    """Base of --share: with the defaults, 71% are removed after 142 removals (original) or 247 (remaining)."""
     every: int = 30
-    """Updates before each time, and after the last."""
+    """Updates before each removal, and after the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
     """Prune a trained teacher's encoder step by step, fine-tuning it between (Distill-MOS, section IV-C).
 
-    OUT/pruned/remaining-50 is what it has become with half of its weights left (structured: of its heads, and of its
-    neurons); each such folder is a teacher of the other commands. The same command goes on where it stopped; another
-    configuration needs another --out. The defaults are the paper's. Ends with a table: what remains, size, cost and
-    validation of each checkpoint.
+    OUT/pruned/remaining-50 is the teacher with half of its weights left (structured: half of its heads and neurons).
+    Other commands take each such folder as a teacher. The same command resumes; another configuration needs another
+    --out. The defaults are the paper's. A table at the end shows size, cost and validation of each checkpoint.
     """
 
     model: str
     """The teacher: the folder of its checkpoint (OUT/teacher/best of train-teacher), or models:/NAME@champion."""
     labeled: str
     """Clips that listeners scored: a clips.parquet of `ingest --corpus` with column mos, or a CSV with path and mos.
-    Column split says which validate; without it one speaker, or clip, of twenty."""
+    Column split says which clips validate; without it one speaker, or clip, of twenty validates."""
     out: str
     """Folder of the run, a local path or URL."""
     encoder: str | None = None
-    """The folder, or hf://OWNER/NAME, of the teacher's encoder, where that is another than in its training."""
+    """Folder or hf://OWNER/NAME of the teacher's encoder, if not where it was in training."""
     removal: Removal = Removal()
     shards: tuple[str, ...] = ()
     """Fine-tune on teachers' labels too: folders of label runs, each with an optional weight (DIR=0.3)."""
     labeled_percent: float = 100.0
     """Listeners' clips in each batch; 0 fine-tunes on --shards alone (the paper: no gain)."""
     register: str | None = None
-    """Name in the MLflow registry under which each kept checkpoint becomes a version."""
+    """Name in MLflow's registry; each kept checkpoint becomes a version of it."""
     place: Place = Place()
     crops: Crops = Crops()
     updates: Updates = Updates(checkpoint_every_s=1800.0)
 
 
-@guarded("what is pruned and trained is kept, and the same command goes on from the last checkpoint")
+@guarded("progress so far is kept; the same command resumes from the last checkpoint")
 def command(config: Annotated[tyro.conf.OmitArgPrefixes[Prune], tyro.conf.arg(name="")]) -> int:
-    print(report.pruned(run(config)))
+    checkpoints, clips = run(config)
+    print(report.pruned(checkpoints, clips))
     return 0
 
 
-def run(config: Prune) -> list[dict[str, Any]]:
-    """Prune, or go on pruning; a row for each checkpoint that is kept, the unpruned teacher first.
+def run(config: Prune) -> tuple[list[Kept], int]:
+    """Prune, or resume; return the kept checkpoints, the unpruned teacher first, and the number of validation clips.
 
     Raises `UserError` with the cause and the fix; progress so far is kept.
     """
+    from speechdistill.engine import cluster
+
     cluster.be_patient()
     config = _absolute(config)
     outputs.try_job(config.out, "prune", f"{NAME}/run.json")
@@ -98,7 +100,8 @@ def run(config: Prune) -> list[dict[str, Any]]:
         return _pruned(config)
 
 
-def _pruned(config: Prune) -> list[dict[str, Any]]:
+def _pruned(config: Prune) -> tuple[list[Kept], int]:
+    from speechdistill.engine import cluster
     from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
@@ -108,7 +111,7 @@ def _pruned(config: Prune) -> list[dict[str, Any]]:
         print(line, flush=True)
     made = recipe.make()
     network = made.network()
-    made.companions(network)  # what cannot be pruned is told before the work
+    made.companions(network)  # an error is reported before any work
     size = parameters.count(network)
     cluster.connect()
     stop_on_sigterm()
@@ -119,11 +122,10 @@ def _pruned(config: Prune) -> list[dict[str, Any]]:
     parent = Tracking(config.out, "prune", NAME, about)
     tracking = Tracking(job.out, "prune", config.removal.criterion, about, parent)
     (trained,) = launch.train(parent, NAME, [Run(name=NAME, size=size, job=job, tracking=tracking)], at_once=1)
-    if trained["state"] != "done":
-        raise RunError(str(trained["error"]), f"progress so far is saved in {job.out}")
-    rows = _rows(job.out, [name for _, name in job.training.milestones])
-    _log(config, job.out, rows)
-    return rows
+    if trained.state != "done":
+        raise RunError(str(trained.error), f"progress so far is saved in {job.out}")
+    kept = _kept(job.out, [name for _, name in job.training.milestones])
+    return _logged(config, job.out, kept), launch.num_validation(recipe.labeled)
 
 
 def _absolute(config: Prune) -> Prune:
@@ -132,7 +134,7 @@ def _absolute(config: Prune) -> Prune:
 
 
 def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
-    """The recipe, checked: whatever is wrong with a source is told before the work; and the run's identity."""
+    """Return the checked recipe and the run's identity: errors of the sources are reported before any work."""
     from speechdistill.io import checkpoint
     from speechdistill.tracking import registry
     from speechdistill.training import launch
@@ -142,7 +144,7 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
 
     labels, held, shards = launch.label_runs(config.shards, [f"{config.out}/{NAME}"], validate=False)
     if labels and config.labeled_percent == 100:
-        reason = "--shards are not used where 100% of a batch are labeled"
+        reason = "--shards are unused: 100% of each batch are labeled clips"
         raise UserError(reason, "give --labeled-percent below 100")
     places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
     mix = Mix(
@@ -165,8 +167,8 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     with registry.student_folder(config.model) as folder:
         files = checkpoint.read(folder)
         if not files.has_encoder:
-            raise RunError(f"{config.model} is a student", "a teacher's encoder can be pruned (see train-teacher)")
-        teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # where all workers read it
+            raise RunError(f"{config.model} is a student", "give a teacher: only speech encoders can be pruned")
+        teacher = f"{config.out}/unpruned-{files.weights_hash[:8]}"  # read by all workers
         checkpoint.copy(folder, teacher)
     sources: dict[str, Any] = {
         "teacher": files.weights_hash,
@@ -201,7 +203,7 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
     kept = sorted(
         {share for share in config.removal.keep if share > config.removal.until} | {config.removal.until}, reverse=True
     )
-    # Shares that are near each other may be reached at once: then the smaller one names it.
+    # One removal may reach several shares: the smallest names the checkpoint.
     updates = {replace(recipe.pruning, until=share).updates: share for share in kept}
     training = Training(
         steps=steps,
@@ -223,8 +225,8 @@ def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tup
     )
 
 
-def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What remains, sizes, costs and validation of the kept checkpoints."""
+def _kept(out: str, names: Sequence[str]) -> list[Kept]:
+    """Measure sizes and costs of the kept checkpoints."""
     from speechdistill.io import checkpoint
     from speechdistill.models import architectures
     from speechdistill.models.device import torch_device
@@ -233,32 +235,33 @@ def _rows(out: str, names: Sequence[str]) -> list[dict[str, Any]]:
     devices = ["cpu", "cuda"] if torch_device(None).type == "cuda" else ["cpu"]
     options = {device: TeacherOptions(device=device) for device in devices}
     first = {device: architectures.scorer(f"{out}/{names[0]}", options[device]) for device in devices}
-    rows = []
+    kept = []
     for name in names:
         folder = f"{out}/{name}"
-        figures = storage.read_json(f"{folder}/figures.json") or {}
+        figures: Any = storage.read_json(f"{folder}/figures.json")
         scorers = {device: architectures.scorer(folder, options[device]) for device in devices}
-        cost = {f"{d}_s": _cost(first[d], scorers[d], d) for d in devices}
+        costs = {device: _cost(first[device], scorers[device], device) for device in devices}
         size = scorers["cpu"].parameters()
         assert size  # a network of torch
-        rows.append(
-            {
-                "name": name,
-                "remaining": figures.get("remaining"),
-                "nonzero": size.nonzero,
-                "parameters": size.stored,
-                "size_mb": checkpoint.size(folder) / 1e6,
-                **cost,
-                "mse": figures.get("mse"),
-                "pcc": figures.get("pcc"),
-                "folder": folder,
-            }
+        kept.append(
+            Kept(
+                name=name,
+                remaining=figures["remaining"],
+                nonzero=size.nonzero,
+                parameters=size.stored,
+                size_mb=checkpoint.size(folder) / 1e6,
+                cpu_s=costs["cpu"],
+                cuda_s=costs.get("cuda"),
+                mse=figures["mse"],
+                pcc=figures.get("pcc"),
+                folder=folder,
+            )
         )
-    return rows
+    return kept
 
 
 def _cost(unpruned: "WindowScorer", model: "WindowScorer", device: str) -> float:
-    """Time of scoring 7.68 s as a share of the unpruned model's, in turns; on a CPU the CPU's."""
+    """Return the time of scoring 7.68 s as a share of the unpruned model's, measured in turns; CPU time on a CPU."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     wave = np.random.default_rng(0).standard_normal(round(audio.SEGMENT_S * audio.SAMPLE_RATE)).astype(np.float32)
     ratios = []
@@ -272,18 +275,24 @@ def _cost(unpruned: "WindowScorer", model: "WindowScorer", device: str) -> float
     return float(np.median(ratios[1:]))
 
 
-def _log(config: Prune, out: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The kept checkpoints as models of the MLflow run; without MLflow it is told, and the next call tries again."""
+def _logged(config: Prune, out: str, kept: Sequence[Kept]) -> list[Kept]:
+    """Log the checkpoints as models of the MLflow run, and return them with their versions.
+
+    A failure is reported, and the next call tries again.
+    """
     from speechdistill.tracking import registry
 
+    logged = list(kept)
     in_mlflow, uri = run_id(out), tracking_uri(out)
     try:
         if in_mlflow is None:
-            raise registry.RegistryError("MLflow has not answered yet", "it is told once it does")
-        for row in rows:
-            model = registry.log_student(row["folder"], in_mlflow, uri)
+            raise registry.RegistryError("MLflow has not answered yet", "the models are sent once it does")
+        for i, one in enumerate(kept):
+            model = registry.log_student(one.folder, in_mlflow, uri)
             if config.register:
-                row["version"] = registry.Registry(uri).register(config.register, model).number
-        registry.Registry(uri).document(in_mlflow, {NAME: list(rows)}, f"{NAME}.json")
+                version = registry.Registry(uri).register(config.register, model).number
+                logged[i] = replace(one, version=version)
+        registry.Registry(uri).document(in_mlflow, {NAME: [one.to_json() for one in logged]}, f"{NAME}.json")
     except UserError as error:
         _LOG.warning("not all checkpoints are in MLflow (%s); the same command tries again", error)
+    return logged

@@ -5,14 +5,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
+from speechdistill.commands.results import LabelSummary
 from speechdistill.data.clips import check_each_once, share
-from speechdistill.engine import cluster, cost, flow, place, shards
+from speechdistill.engine import place, shards
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
 from speechdistill.io import fingerprint, lease, storage
@@ -22,6 +23,9 @@ from speechdistill.labelling import figures, job
 from speechdistill.labelling.job import Labeller, Prepared, Samples, Stored
 from speechdistill.tracking.run import MODEL_ADDRESSES, Tracking
 
+if TYPE_CHECKING:  # ray takes seconds to import, which `--help` does not need
+    from speechdistill.engine.cost import Estimate
+
 _LOG = logging.getLogger(__name__)
 _FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet", "manifest.parquet", "summary.json")
 
@@ -30,7 +34,7 @@ _FILES = ("run.json", "clips.parquet", "shards/part", "rejects/rejects.parquet",
 class Pseudolabel:
     """Degrade speech by a recipe and label it with a teacher, into Parquet shards.
 
-    The same command resumes a run that was stopped or killed; another configuration needs another --out.
+    The same command resumes; another configuration needs another --out.
     """
 
     clips: str
@@ -43,17 +47,17 @@ class Pseudolabel:
     limits: Limits = Limits()
     pools: Pools = Pools()
     dry_run: bool = False
-    """Write nothing: label 200 samples of the run, and print what all of it would take."""
+    """Label 200 samples of the run, write nothing, and print an estimate for the whole run."""
     price: str | None = None
-    """With --dry-run: money for an hour of each, such as cpu=0.05,gpu=2.5."""
+    """With --dry-run: the price of an hour, such as cpu=0.05,gpu=2.5."""
 
     def __post_init__(self) -> None:
         place.amounts("--price", self.price)
         if self.price and not self.dry_run:
-            raise OptionError("--price is for an estimate", "give --dry-run with it")
+            raise OptionError("--price is for an estimate", "add --dry-run")
 
 
-@guarded("what is labelled is kept, and the same command resumes")
+@guarded("progress so far is kept; the same command resumes")
 def command(
     config: Annotated[tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[Pseudolabel]], tyro.conf.arg(name="")],
 ) -> int:
@@ -64,12 +68,14 @@ def command(
     return 0
 
 
-def run(config: Pseudolabel) -> dict[str, Any]:
+def run(config: Pseudolabel) -> LabelSummary:
     """Run or resume the job and return its summary, which is also `summary.json`, written last.
 
-    If `max_hours` ended it early, `complete` is false and no file says so yet. Raises `UserError`
-    with the cause and the fix; what was labelled is kept.
+    If `max_hours` ends the job early, `complete` is false and `summary.json` is not written. Raises `UserError` with
+    the cause and the fix; progress so far is kept.
     """
+    from speechdistill.engine import cluster
+
     out = storage.absolute(config.out)
     cluster.be_patient()
     outputs.try_job(out, "pseudolabel", *_FILES)
@@ -78,8 +84,10 @@ def run(config: Pseudolabel) -> dict[str, Any]:
         return _labelled(replace(config, out=out), prepared)
 
 
-def dry_run(config: Pseudolabel) -> cost.Estimate:
-    """Label 200 samples of the run, write nothing, and return what all of it takes; raises what `run` does."""
+def dry_run(config: Pseudolabel) -> "Estimate":
+    """Label 200 samples of the run, write nothing, and return an estimate for the run; raises the errors of `run`."""
+    from speechdistill.engine import cluster, cost, flow
+
     prepared = _prepared(config)
     cluster.connect()
     cluster.check_seen(prepared.clips)
@@ -88,20 +96,24 @@ def dry_run(config: Pseudolabel) -> cost.Estimate:
 
 
 def _prepared(config: Pseudolabel) -> Prepared:
+    from speechdistill.engine import cluster
+
     cluster.be_patient()
     weights, head = (path and storage.absolute(path) for path in (config.labeller.weights, config.labeller.head))
     labeller = replace(config.labeller, weights=weights, head=head)
     return job.prepared(storage.absolute(config.clips), config.samples, labeller, config.stored)
 
 
-def _labelled(config: Pseudolabel, prepared: Prepared) -> dict[str, Any]:
+def _labelled(config: Pseudolabel, prepared: Prepared) -> LabelSummary:
+    from speechdistill.engine import flow
+
     identity = prepared.identity
     if shards.configuration(config.out) is None:
         check_each_once(prepared.clips)
     shards.claim(config.out, identity)
     prepared = _with_copies(prepared, config.out)
     earlier = shards.listed(config.out)
-    # A smaller number than before keeps what is there.
+    # With a smaller number than before, all earlier samples stay.
     rows = config.stored.rows_per_part
     num_samples = max([prepared.num_samples, *(k * rows + count for k, count in earlier.items())])
     prepared = replace(prepared, num_samples=num_samples)
@@ -118,58 +130,60 @@ def _labelled(config: Pseudolabel, prepared: Prepared) -> dict[str, Any]:
         if not totals.complete:
             tracking.status = "KILLED"
             session.count(totals.done - sum(earlier.values()))
-        summary = {**figures.summary(config.out, totals, session), **about}
-        _publish(config.out, summary, tracking, totals.complete, bool(session.samples))
-    return {**summary, "complete": totals.complete, "wanted": num_samples}
+        known = {**figures.summary(config.out, totals, session), **about}
+        summary = LabelSummary(**known, complete=totals.complete, wanted=num_samples)
+        _publish(config.out, summary, tracking)
+    return summary
 
 
-def _publish(out: str, summary: dict[str, Any], tracking: Tracking, complete: bool, is_new: bool) -> None:
-    """Write and track the summary; one of an earlier session stays as it is if this one made nothing."""
-    if complete and shards.completed(out) and not is_new:
+def _publish(out: str, summary: LabelSummary, tracking: Tracking) -> None:
+    """Write and track the summary; an earlier session's file stays if this session has labelled nothing."""
+    if summary.complete and shards.completed(out) and not summary.session_samples:
         return
-    if complete:
-        shards.complete(out, summary)
-        tracking.figure(figures.histogram(summary), "scores.png")
-        tracking.document(summary, "summary.json")
-    numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
-    tracking.metrics(numbers, step=summary["num_samples"])
+    values = summary.to_json()
+    if summary.complete:
+        shards.complete(out, values)
+        tracking.figure(figures.histogram(values), "scores.png")
+        tracking.document(values, "summary.json")
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    tracking.metrics(numbers, step=summary.num_samples)
 
 
 def _warn_made_again(earlier: Mapping[int, int], rows_per_part: int, num_samples: int) -> None:
-    """Warn of samples that are labelled a second time: a part that is to have more is written again as a whole."""
+    """Warn of samples that are labelled a second time: a part that grows is written again as a whole."""
     for k, count in earlier.items():
         first = k * rows_per_part
         if count < min(rows_per_part, num_samples - first):
-            text = "samples %d to %d are made again, as before: they share a file of %d (--rows-per-part) with new ones"
+            text = "samples %d to %d are labelled again: they share a file of %d (--rows-per-part) with new samples"
             _LOG.warning(text, first, first + count - 1, rows_per_part)
 
 
 def _with_copies(prepared: Prepared, out: str) -> Prepared:
-    """Copy the inputs that may change meanwhile, manifest and registered teacher, into the run, for its workers."""
+    """Copy the manifest and a registered teacher into the run, for its workers: both may change meanwhile."""
     labeller = replace(prepared.labeller, teacher=_keep_teacher(prepared.labeller.teacher, out))
     return replace(prepared, clips=_keep_manifest(prepared, out), labeller=labeller)
 
 
 def _keep_manifest(prepared: Prepared, out: str) -> str:
-    """Copy the manifest, as it is and as the workers map it, and return the latter's address."""
+    """Copy the manifest, also in the format that workers map, and return the address of the mapped file."""
     copy = f"{out}/clips.parquet"
     fs, path = storage.file_system(copy)
     with storage.access(copy):
         is_there = fs.exists(path)
     if is_there and fingerprint.of_file(copy) != prepared.clips_sha256:
-        _LOG.warning("%s was changed since the run was started; it is copied from %s again", copy, prepared.clips)
+        _LOG.warning("%s has changed since the run was started; it is copied from %s again", copy, prepared.clips)
         is_there = False
     if not is_there:
         with storage.access(prepared.clips), storage.opened(prepared.clips) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != prepared.clips_sha256:
-            raise RunError(f"{prepared.clips} changed just now", "rerun the command when its ingest has ended")
+            raise RunError(f"{prepared.clips} has just changed", "rerun the command when its ingest has ended")
         storage.publish(data, copy)
     return share(copy, out, prepared.clips_sha256)
 
 
 def _keep_teacher(teacher: str, out: str) -> str:
-    """Copy a teacher that is in MLflow, which workers may not reach, and whose alias may move meanwhile."""
+    """Copy a teacher from MLflow: workers may not reach the server, and the alias may move meanwhile."""
     if not teacher.startswith(MODEL_ADDRESSES):
         return teacher
     from speechdistill.io import checkpoint

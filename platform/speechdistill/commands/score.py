@@ -1,8 +1,9 @@
-"""Score audio files with a teacher: patterns to paths, paths to rows, rows to a file."""
+"""Score audio files with a model: patterns to paths, paths to rows, rows to a file."""
 
 import csv
 import io
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ from speechdistill.models.options import TeacherOptions
 
 Row = dict[str, Any]
 
+_LOG = logging.getLogger(__name__)
+_WINDOW_S = 7.68
+"""Most models score a file in windows of this length."""
+
 _COLUMNS = {
     "path": pa.string(),
     "start_s": pa.float64(),
@@ -36,11 +41,11 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """Score the quality of speech recordings: a MOS from 1 (bad) to 5 (excellent) per file.
 
-    Exit code 1 if any file could not be scored; its row says why.
+    Exit code 1 if any file could not be scored; its row has the reason.
     """
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -48,29 +53,30 @@ class Score:
     out: str | None = None
     """Write .csv, .parquet or .json instead of printing CSV."""
     timeline: bool = False
-    """A score for every second of audio instead of one per file."""
+    """Return a score for every second of audio instead of one per file. A file shorter than a window of 7.68 s has one
+    score."""
     model: str = "distillmos"
-    """Which model scores: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or one that was
-    trained here: its checkpoint's folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student;
-    ensemble:NAME=0.7,NAME=0.3 is their weighted mean."""
+    """The model: distillmos, xlsr, dnsmos_p808, dnsmos_p835, squim, nisqa, utmos, or one that was trained here: the
+    checkpoint's folder or URL, models:/NAME@champion, models:/NAME/VERSION or runs:/RUN_ID/student.
+    ensemble:NAME=0.7,NAME=0.3 is a weighted mean of models."""
     weights: str | None = None
-    """The model's weights: a file; of xlsr, and of a head that was trained here, the encoder's folder or
-    hf://OWNER/NAME. Default: the released ones; of a head, where its encoder was in training."""
+    """The model's weights: a file; for xlsr, and for a head that was trained here, the encoder's folder or
+    hf://OWNER/NAME. Default: the released weights; for a head, the place of its encoder in training."""
     head: str | None = None
-    """Of model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
+    """For model xlsr, the file of the head above the encoder. Default: the original one from the wheel xls-r-sqa."""
     tracking: str | None = None
-    """Output folder whose mlflow.db has the student, where MLFLOW_TRACKING_URI is not set."""
+    """Output folder whose mlflow.db has the student, if MLFLOW_TRACKING_URI is not set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network."""
     hop_s: float = 1.0
-    """At most so many seconds from one 7.68 s window of a file to the next; 1 is the released model. 7.68 is a fast
-    mode: 2 windows instead of 4 for 10 s, 8 instead of 54 for 60 s (up to 8.68 s nothing changes). It moved the scores
-    of degraded clips of 10 to 20 s by 0.05 on average, 0.2 at most."""
+    """Largest distance in seconds between the starts of 7.68 s windows of a file; 1 is the released model. 7.68 is a
+    fast mode: 2 windows instead of 4 for 10 s, 8 instead of 54 for 60 s (up to 8.68 s nothing changes). It moved the
+    scores of degraded clips of 10 to 20 s by 0.05 on average, 0.2 at most."""
 
 
 @guarded("nothing was written")
 def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
-    writer(config.out)  # a wrong extension is told before the work
+    writer(config.out)  # reports a wrong extension before any work
     if config.out:
         outputs.try_outputs(config.out)
     skipped = Skipped()
@@ -80,7 +86,7 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
         options = TeacherOptions(weights=config.weights, head=config.head, dtype=config.dtype, hop_s=config.hop_s)
         teacher = load_teacher(model, options)
     if teacher.intrusive:
-        reason = f"model {config.model} compares with clean speech, which only the labelling job knows"
+        reason = f"model {config.model} compares with clean speech, which only the labelling job has"
         raise UserError(reason, "give another --model")
     scored = _Scored(len(paths))
     write(scored.watch(score_files(paths, teacher, config.timeline)), config.out)
@@ -94,10 +100,10 @@ def command(config: Annotated[Score, tyro.conf.arg(name="")]) -> int:
 
 
 def score_files(paths: Iterable[str], teacher: Teacher, timeline: bool = False) -> Iterator[Row]:
-    """A row per file in order: path, duration_s, mos, error; with `timeline` a row per second of audio:
+    """Yield a row per file in order: path, duration_s, mos, error; with `timeline` a row per second of audio:
     path, start_s, mos, error.
 
-    In each row either `mos` (1 to 5) or `error` is null: a file that cannot be read or judged, or a silent
+    In each row either `mos` (1 to 5) or `error` is null: a file that cannot be read or scored, or a silent
     second, never ends the iteration. While one file is scored, a thread decodes the next.
     """
     rows = _seconds if timeline else _whole
@@ -106,7 +112,7 @@ def score_files(paths: Iterable[str], teacher: Teacher, timeline: bool = False) 
 
 
 def decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]]:
-    """Each path with its mono wave at 16 kHz, or with the error; while one is used, a thread decodes the next."""
+    """Yield each path with its mono wave at 16 kHz, or with the error; a thread decodes the next one meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
         ahead = None
         for path in paths:
@@ -119,15 +125,15 @@ def decoded(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | Exception]
 
 
 def expand(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]:
-    """Files, folders, globs and fsspec URLs to paths, each file once, in the order of the patterns (`io/places.py`).
+    """Expand files, folders, globs and fsspec URLs to paths, each once, in the order of the patterns (`io/places.py`).
 
-    `skipped` counts what folders and globs leave out. Raises `UserError` with the pattern that matches nothing.
+    `skipped` counts files that folders and globs leave out. Raises `UserError` with the pattern that matches nothing.
     """
     skipped = Skipped() if skipped is None else skipped
     fix = "give files, folders, globs or URLs of audio"
     if not patterns:
         raise UserError("there is nothing to score", fix)
-    found: dict[str, None] = {}
+    expanded: dict[str, None] = {}
     files: set[str] = set()
     for pattern in patterns:
         try:
@@ -137,15 +143,15 @@ def expand(patterns: Sequence[str], skipped: Skipped | None = None) -> list[str]
         if not paths:
             raise UserError(f"{pattern!r} matches no audio file", "; ".join([fix, *skipped.lines()]))
         new = list(places.once(paths, files))
-        found |= dict.fromkeys(paths if paths == [pattern] else new)  # a path that is given is always taken
-    return list(found)
+        expanded |= dict.fromkeys(paths if paths == [pattern] else new)  # a path that is given is always taken
+    return list(expanded)
 
 
 def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
     """Write rows, whole or not at all, as .csv, .parquet or .json; without `out`, print them as CSV.
 
-    Raises `UserError` for another extension before the first row is taken, and for rows that could be neither written
-    nor printed, naming the file of the system's temporary folder that has them.
+    Raises `UserError` for another extension before the first row is taken. Rows that can be neither written nor printed
+    are kept in a file of the system's temporary folder, which the error names.
     """
     encode = writer(out)
     printable = [_printable(row) for row in rows]
@@ -154,14 +160,14 @@ def write(rows: Iterable[Mapping[str, Any]], out: str | None = None) -> None:
             storage.publish(encode(printable), out)
         elif not console.printed(encode(printable).decode()):
             raise StorageError("not all rows could be printed", "give --out FILE")
-    except StorageError as error:  # hours of work
+    except StorageError as error:  # keeps hours of work
         kept = Path(tempfile.mkdtemp(prefix="speechdistill-scores-"), "scores.csv")
         kept.write_bytes(_csv(printable))
         raise StorageError(f"{error.reason}; all rows are in {kept}", error.fix) from error
 
 
 def writer(out: str | None) -> Callable[[list[Row]], bytes]:
-    """The encoder for a file name; raises `UserError` naming the extensions that exist."""
+    """Return the encoder for a file name; raises `UserError` naming the extensions that exist."""
     suffix = ".csv" if out is None else PurePosixPath(out).suffix.lower()
     if suffix not in _WRITERS:
         raise UserError(f"{out!r}: extension {suffix!r}", f"choose from {', '.join(_WRITERS)}")
@@ -170,7 +176,7 @@ def writer(out: str | None) -> Callable[[list[Row]], bytes]:
 
 @contextmanager
 def _local(model: str, out: str | None) -> Iterator[str]:
-    """A model's name; with a folder of runs, what an address in MLflow stands for there."""
+    """Yield a model's name; for an address in the MLflow of a folder of runs, a local copy of the model."""
     from speechdistill.tracking import registry
     from speechdistill.tracking.run import MODEL_ADDRESSES, tracking_uri
 
@@ -182,7 +188,7 @@ def _local(model: str, out: str | None) -> Iterator[str]:
 
 
 class _Scored:
-    """Passes rows on with a progress bar, and remembers whether any failed or the user stopped."""
+    """Pass rows on with a progress bar, and count the failed ones; Ctrl-C ends the rows."""
 
     def __init__(self, total: int) -> None:
         self._total, self.files, self.failed, self.stopped = total, 0, 0, False
@@ -196,18 +202,19 @@ class _Scored:
                         path, failed = row["path"], False
                         self.files += 1
                         bar.update()
-                    if row["error"] is not None and row.get("start_s") is None and not failed:  # no silent second
+                    is_silent_second = row.get("start_s") is not None
+                    if row["error"] is not None and not is_silent_second and not failed:
                         failed = True
                         self.failed += 1
                     yield row
-            except KeyboardInterrupt:  # what is scored is not lost
+            except KeyboardInterrupt:  # the rows so far are written
                 self.stopped = True
 
 
 def _load(path: str) -> np.ndarray | Exception:
     try:
         return audio.load(path)
-    except Exception as error:  # becomes the file's row: object stores raise errors of their own kinds
+    except Exception as error:  # becomes the file's row; object stores raise their own types of errors
         return error
 
 
@@ -219,7 +226,7 @@ def _whole(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Iterato
     row["duration_s"] = len(wave) / audio.SAMPLE_RATE
     try:
         (label,) = teacher.label([wave])
-    except RuntimeError as error:  # out of GPU memory on this file, say: the others' scores are not lost
+    except RuntimeError as error:  # such as no GPU memory for this file; the other files are still scored
         yield row | {"error": _reason(error)}
         return
     yield row | ({"error": _reason(label)} if isinstance(label, Unscorable) else {"mos": label.score})
@@ -235,18 +242,23 @@ def _seconds(path: str, wave: np.ndarray | Exception, teacher: Teacher) -> Itera
     except Unscorable as error:
         yield row | {"error": _reason(error)}
         return
+    duration_s = len(wave) / audio.SAMPLE_RATE
+    if len(scores) > 1 and duration_s < _WINDOW_S and len({mos for _, mos in scores}) == 1:
+        text = "%s: %.2f s is shorter than one window of %g s: one score for all of it instead of a timeline"
+        _LOG.warning(text, path, duration_s, _WINDOW_S)
+        scores = scores[:1]
     for start_s, mos in scores:
         yield row | {"start_s": start_s, "mos": mos, "error": "silent" if mos is None else None}
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, AudioError):  # its path is in the row
+    if isinstance(error, AudioError):  # the row has the path
         return f"{error.reason}; {error.fix}"
     return str(error) if isinstance(error, Unscorable) else f"{type(error).__name__}: {error}"
 
 
 def _printable(row: Mapping[str, Any]) -> Row:
-    """Names of files need not be UTF-8; Python carries such bytes as surrogates, which no format can hold."""
+    """Escape file names that are not UTF-8: Python holds such bytes as surrogates, which no format can."""
     return {
         key: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
         for key, value in row.items()

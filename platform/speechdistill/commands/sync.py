@@ -1,4 +1,4 @@
-"""Send MLflow what it lacks of tracked runs."""
+"""Send MLflow the events that it lacks of tracked runs."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,18 +9,18 @@ from speechdistill.commands.guarded import guarded
 from speechdistill.tracking.run import sync
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sync:
-    """Send MLflow what it lacks of runs that were tracked while its server did not answer.
+    """Send MLflow the events that it lacks of runs that were tracked while its server did not answer.
 
-    Exit code 1 while something is left, of a job that still runs for example.
+    Exit code 1 while some events are left, for example those of a job that still runs.
     """
 
     outs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Output folders of runs, local paths or URLs."""
 
 
-@guarded("what is sent stays sent; the same command sends the rest")
+@guarded("events sent so far stay in MLflow; the same command sends the rest")
 def command(config: Annotated[Sync, tyro.conf.arg(name="")]) -> int:
     left = 0
     for out in config.outs:

@@ -1,5 +1,7 @@
 """Train students from label shards: each variant a run of its own, as many side by side as the cluster fits."""
 
+import os
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,19 +10,18 @@ import tyro
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
 from speechdistill.data.label_scale import LabelTransform
-from speechdistill.engine import cluster
 from speechdistill.engine.place import Place
 from speechdistill.engine.watch import stop_on_sigterm
 from speechdistill.io import checkpoint, fingerprint, lease, storage
 from speechdistill.io.options import flat
-from speechdistill.tracking.run import Tracking
-from speechdistill.training.batches import Mix
+from speechdistill.tracking.run import Tracking, run_id
 from speechdistill.training.options import Crops, Schedule, Updates
 
-if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+if TYPE_CHECKING:  # ray and torch take seconds to import, which `--help` does not need
     from speechdistill.engine.finished_run import LabelRun
     from speechdistill.models.networks.conv_transformer import ConvTransformerConfig
     from speechdistill.models.student import Student
+    from speechdistill.training.launch import TrainedRun
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.distill import Distill
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
 class TrainStudents:
     """Train students on labelled shards and listeners' scores, on any number of workers.
 
-    The same command goes on where it stopped; another configuration needs another --out. Each variant has its own
-    folder OUT/NAME with the best student in OUT/NAME/best. Exit code 1 if any variant failed.
+    The same command resumes; another configuration needs another --out. Each variant has its own folder OUT/NAME with
+    the best student in OUT/NAME/best. Exit code 1 if any variant failed.
     """
 
     out: str
@@ -39,18 +40,18 @@ class TrainStudents:
     """Folders of label runs, each with an optional weight (DIR=0.3)."""
     labeled: str | None = None
     """Clips that listeners scored: a clips.parquet with column mos, or a CSV with path and mos. Column split says
-    which validate; without it one speaker, or clip, of twenty."""
+    which clips validate; without it one speaker, or clip, of twenty validates."""
     variants: str = "all"
-    """Which students: all, or names such as v0,v3. Only v7 is the paper's published one."""
+    """Students to train: all, or names such as v0,v3. The paper has published only v7."""
     labeled_percent: tuple[float, ...] = ()
-    """Labeled clips in each batch, 0 to 100. Several, such as 0 10 20 40 80, train each variant with each. Default: the
-    paper's 20 where --labeled is given, else 0."""
+    """Labeled clips in each batch, 0 to 100. Several values, such as 0 10 20 40 80, train each variant with each value.
+    Default: the paper's 20 if --labeled is given, else 0."""
     labeled_only: bool = False
     """The paper's baseline: the same as --labeled-percent 100."""
     label_transform: str | None = None
-    """JSON file (schema label_transform.v1) that maps each dataset's scores to one scale. Default: as they are."""
+    """JSON file (schema label_transform.v1) that maps each dataset's scores to one scale. Default: no mapping."""
     init: str | None = None
-    """A student to train further, such as OUT/v0/best or models:/NAME@champion; it decides the variant."""
+    """A student to train further, such as OUT/v0/best or models:/NAME@champion. --variants does not apply."""
     place: Place = Place()
     schedule: Schedule = Schedule()
     crops: Crops = Crops()
@@ -59,18 +60,31 @@ class TrainStudents:
     """Compile the network (torch.compile)."""
 
 
-@guarded("what is trained is kept, and the same command goes on from the last checkpoints")
+@guarded("progress so far is kept; the same command resumes from the last checkpoints")
 def command(config: Annotated[tyro.conf.OmitArgPrefixes[TrainStudents], tyro.conf.arg(name="")]) -> int:
-    rows = run(config)
-    print(report.students(rows))
-    return 0 if all(row["state"] == "done" for row in rows) else 1
+    runs = run(config)
+    print(report.trained(runs))
+    if any(one.state == "done" for one in runs):
+        print(next_command(config.out))
+    return 0 if all(one.state == "done" for one in runs) else 1
 
 
-def run(config: TrainStudents) -> list[dict[str, Any]]:
-    """Train what is not trained yet; a row per variant: its figures and `state`, done or failed.
+def next_command(out: str) -> str:
+    """Return the command that promotes the best student of a folder, with the id of the folder's MLflow run."""
+    out = storage.absolute(out)
+    parent = run_id(out)
+    student = f"best-of:{parent}" if parent else out
+    tracking = "" if os.environ.get("MLFLOW_TRACKING_URI") or not parent else f" --tracking {shlex.quote(out)}"
+    return f"next: speechdistill promote --run {shlex.quote(student)} --eval CLIPS{tracking}"
+
+
+def run(config: TrainStudents) -> "list[TrainedRun]":
+    """Train the variants that are not trained yet, and return the results of all of them.
 
     One failure does not stop the others. Raises `UserError` if nothing can be trained.
     """
+    from speechdistill.engine import cluster
+
     cluster.be_patient()
     config = _absolute(config)
     outputs.try_job(config.out, "train-students", "labeled")
@@ -78,7 +92,8 @@ def run(config: TrainStudents) -> list[dict[str, Any]]:
         return _trained(config)
 
 
-def _trained(config: TrainStudents) -> list[dict[str, Any]]:
+def _trained(config: TrainStudents) -> "list[TrainedRun]":
+    from speechdistill.engine import cluster
     from speechdistill.models import parameters
     from speechdistill.training import launch
     from speechdistill.training.side_by_side import Run
@@ -99,6 +114,7 @@ def _trained(config: TrainStudents) -> list[dict[str, Any]]:
             tracking=Tracking(
                 f"{config.out}/{name}", "train-students", name, {**flat(config), **_size(recipe)}, parent
             ),
+            clips=_num_validation(recipe),
         )
         for name, recipe in recipes.items()
     ]
@@ -117,8 +133,9 @@ def _absolute(config: TrainStudents) -> TrainStudents:
 
 
 def _recipes(config: TrainStudents) -> "dict[str, Distill]":
-    """By name, checked: whatever is wrong with a source is told before the work."""
+    """Return checked recipes by name: errors of the sources are reported before any work."""
     from speechdistill.training import launch
+    from speechdistill.training.batches import Mix
     from speechdistill.training.recipes.distill import Distill
 
     transform = LabelTransform.read(config.label_transform)
@@ -130,7 +147,9 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
     percents = config.labeled_percent
     names = {(size, p): size if len(percents) == 1 else f"{size}-{p:g}" for size in sizes for p in percents}
     outs = [f"{config.out}/{name}" for name in names.values()]
-    runs, held, shards = launch.label_runs(config.shards, outs, validate=not scored or not launch.validates(scored))
+    runs, held, shards = launch.label_runs(
+        config.shards, outs, validate=not scored or not launch.num_validation(scored)
+    )
     places = tuple(f"{run.out}={run.weight!r}" for run in runs)  # workers run in other folders
     known = [{**about, **_labelled_by(run)} for run, about in zip(runs, shards, strict=True)]
     recipes = {}
@@ -158,7 +177,7 @@ def _recipes(config: TrainStudents) -> "dict[str, Distill]":
 
 
 def _sizes(config: TrainStudents, provenance: dict[str, Any]) -> "tuple[str | None, dict[str, ConvTransformerConfig]]":
-    """The folder of the student to begin with, and students by name."""
+    """Return the folder of the student to begin with, if any, and the students by name."""
     from speechdistill.models.networks.conv_transformer import VARIANTS
     from speechdistill.training.recipes import distill
 
@@ -171,7 +190,7 @@ def _sizes(config: TrainStudents, provenance: dict[str, Any]) -> "tuple[str | No
 
 
 def _used(percent: float, shards: list[dict[str, Any]], scored: str | None) -> dict[str, Any]:
-    """Return the data that a student is trained on: label runs (none with listeners' scores alone) and scored clips."""
+    """Return the provenance of the data: label runs (none with listeners' scores alone) and scored clips."""
     from speechdistill.training import launch
 
     clips = launch.heard_clips(scored, trains=percent > 0) if scored else {}
@@ -179,7 +198,7 @@ def _used(percent: float, shards: list[dict[str, Any]], scored: str | None) -> d
 
 
 def _initial(address: str, out: str) -> "tuple[str, Student]":
-    """The student to begin with, copied beside the runs, where all workers read it."""
+    """Copy the student to begin with beside the runs, for all workers; return its folder and the student."""
     from speechdistill.models.student import load_student, save_student
     from speechdistill.tracking import registry
 
@@ -227,6 +246,14 @@ def _job(config: TrainStudents, name: str, recipe: "Distill", workers: tuple[int
         cpus=config.place.cpus_per_worker,
         gpus=gpus,
     )
+
+
+def _num_validation(recipe: "Distill") -> int:
+    """Return the number of clips that validate: scored ones, or held-out samples of the shards."""
+    from speechdistill.training import launch
+
+    count = launch.num_validation(recipe.labeled) if recipe.labeled else 0
+    return count or sum(len(held.validation) for held in recipe.held_out or ())
 
 
 def _size(recipe: "Distill") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Train a teacher: a quality head above a frozen speech encoder, on every listening test there is."""
+"""Train a teacher: a quality head above a frozen speech encoder, on the clips of listening tests."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,7 +7,6 @@ import tyro
 
 from speechdistill.commands import outputs, report
 from speechdistill.commands.guarded import guarded
-from speechdistill.engine import cluster
 from speechdistill.engine.limits import Rejects
 from speechdistill.engine.place import Place, grown
 from speechdistill.engine.watch import stop_on_sigterm
@@ -17,7 +16,8 @@ from speechdistill.io.options import flat
 from speechdistill.tracking.run import Tracking
 from speechdistill.training.options import Schedule, Updates
 
-if TYPE_CHECKING:  # torch takes seconds to import, which `--help` does not need
+if TYPE_CHECKING:  # ray and torch take seconds to import, which `--help` does not need
+    from speechdistill.training.launch import TrainedRun
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.teacher import TeacherTraining
 
@@ -30,25 +30,24 @@ class TrainTeacher:
 
     The encoder's hidden states are computed once, into OUT/features; then the head is trained on them, with a scale
     for each dataset (bias-aware). OUT/teacher/best has the best head and label_transform.v1.json, which maps each
-    dataset's scores to one scale for `train-students --label-transform`. The same command goes on where it stopped;
-    another configuration needs another --out. The defaults are the paper's.
+    dataset's scores to one scale for `train-students --label-transform`. The same command resumes; another
+    configuration needs another --out. The defaults are the paper's.
     """
 
     out: str
     """Folder of the features and the training run, a local path or URL."""
     labeled: str
     """Clips that listeners scored: a clips.parquet of `ingest --corpus` with column mos, or a CSV with path and mos.
-    Column split says which validate; without it one speaker, or clip, of twenty."""
+    Column split says which clips validate; without it one speaker, or clip, of twenty validates."""
     encoder: str | None = None
     """A speech encoder of transformers (XLS-R, wav2vec 2.0, HuBERT, WavLM): its folder, or hf://OWNER/NAME to
     download. Default: XLS-R 2B in the hub's cache."""
     layer: int = 10
-    """Whose hidden states the head hears; no later block is read."""
+    """Encoder layer whose hidden states feed the head. Later layers are not loaded."""
     plain: bool = False
     """One scale for all datasets, learned by the head alone."""
     features: str | None = None
-    """Folder of the features, which several heads may share: of the same clips, encoder and layer. Default:
-    OUT/features."""
+    """Folder of the features, which heads on the same clips, encoder and layer may share. Default: OUT/features."""
     features_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the encoder."""
     rejects: Rejects = Rejects()
@@ -57,18 +56,20 @@ class TrainTeacher:
     updates: Updates = Updates(learning_rate=1e-4, batch_size=12)
 
 
-@guarded("what is computed and trained is kept, and the same command goes on from there")
+@guarded("progress so far is kept; the same command resumes")
 def command(config: Annotated[tyro.conf.OmitArgPrefixes[TrainTeacher], tyro.conf.arg(name="")]) -> int:
-    rows = run(config)
-    print(report.students(rows))
-    return 0 if all(row["state"] == "done" for row in rows) else 1
+    runs = run(config)
+    print(report.trained(runs))
+    return 0 if all(one.state == "done" for one in runs) else 1
 
 
-def run(config: TrainTeacher) -> list[dict[str, Any]]:
-    """Compute what features are missing, train, and return the table's row with its figures and `state`.
+def run(config: TrainTeacher) -> "list[TrainedRun]":
+    """Compute the missing features, train, and return the result of the one run.
 
-    Raises `UserError` if nothing can be trained; what was computed is kept.
+    Raises `UserError` if nothing can be trained; progress so far is kept.
     """
+    from speechdistill.engine import cluster
+
     cluster.be_patient()
     config = _absolute(config)
     features_files = [f"{config.features}/{name}" for name in ("run.json", "shards/part", "manifest.parquet")]
@@ -77,7 +78,8 @@ def run(config: TrainTeacher) -> list[dict[str, Any]]:
         return _trained(config)
 
 
-def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
+def _trained(config: TrainTeacher) -> "list[TrainedRun]":
+    from speechdistill.engine import cluster
     from speechdistill.labelling import features
     from speechdistill.models import parameters
     from speechdistill.models.networks import speech_encoder
@@ -91,25 +93,28 @@ def _trained(config: TrainTeacher) -> list[dict[str, Any]]:
     cluster.connect()
     stop_on_sigterm()
     cluster.check_shared(config.out)
-    workers, gpus, _ = launch.capacity(config.place, 1)  # what does not fit is told before the work
+    workers, gpus, _ = launch.capacity(config.place, 1)  # an error is reported before any work
     totals = features.compute(_features(config, clips, sha256))
     if not totals.complete:
         raise RunError("the features are not complete", "rerun the command")
     recipe = _recipe(config, sha256, clips_sha256, clips)
-    computed = recipe.make().batches.fingerprint  # clips that were rejected may have come back since
-    network: Any = recipe.make().network()  # the head and the scales of the datasets, which scoring does not need
+    made = recipe.make()
+    computed = made.batches.fingerprint  # rejected clips may have been computed since
+    network: Any = made.network()  # the head, and the scales of the datasets, which scoring does not need
     size = parameters.count(network.head).above(frozen)._replace(trainable=parameters.count(network).trainable)
     job = _job(config, recipe, computed, workers, gpus)
     about = flat(config)
     parent = Tracking(config.out, "train-teacher", NAME, about)
     tracking = Tracking(job.out, "train-teacher", "plain" if config.plain else "bias-aware", about, parent)
-    return launch.train(parent, NAME, [Run(name=NAME, size=size, job=job, tracking=tracking)], at_once=1)
+    count = len(made.batches.validation_numbers(0, 1))
+    run = Run(name=NAME, size=size, job=job, tracking=tracking, clips=count, scale="on the teacher's universal scale")
+    return launch.train(parent, NAME, [run], at_once=1)
 
 
 def _absolute(config: TrainTeacher) -> TrainTeacher:
     from speechdistill.models.networks import speech_encoder
 
-    if config.encoder is None:  # what nobody asked for is not downloaded: 8.7 GB
+    if config.encoder is None:  # the default is not downloaded unasked: 8.7 GB
         speech_encoder.located(speech_encoder.XLSR_2B, only_here=True)
     out = storage.absolute(config.out)
     return replace(

@@ -1,5 +1,5 @@
 # comparing/: models on the same clips: scores, figures, tables, plots, page.
-"""The models of a comparison: from names and addresses to what any worker can load, and what is known of them."""
+"""The models of a comparison: names and addresses become models that any worker can load, with their provenance."""
 
 import os
 import re
@@ -17,15 +17,19 @@ from speechdistill.tracking import registry
 from speechdistill.tracking.run import tracking_uri
 
 LABELED_ONLY, DISTILLED, TEACHER, BASELINE = "labeled only", "distilled", "teacher", "baseline"
+RELEASED = "distilled, released"
 UNKNOWN = "of unknown training"
-"""What a model is in the paper's Figure 3, beside `pruned (CRITERION)`."""
+"""Kinds of models in the paper's Figure 3, beside `pruned (CRITERION)`."""
 
 _ENSEMBLE = "ensemble:"
 _MEMBER = re.compile(rf"(?!.*{_ENSEMBLE}).+=\s*[\d.]+")
 
 
 class Candidate(NamedTuple):
-    """`name` in tables; `teacher`, `weights` and `head` for `load_teacher`; `parameters` None where not known."""
+    """A model to compare: `name` is for tables; `teacher`, `weights` and `head` are for `load_teacher`.
+
+    `parameters` is None if unknown.
+    """
 
     name: str
     address: str
@@ -39,26 +43,26 @@ class Candidate(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Equal keys, equal scores: of the network, its weights and the code that runs it."""
+        """Hash of the weights and of the code's version: models with equal keys have equal scores."""
         return fingerprint.of([self.sha256, __version__])[:16]
 
 
 def listed(text: str) -> dict[str, str]:
-    """`A,NAME=B` to addresses by name, which is the address itself without one; raises `UserError`."""
-    found: dict[str, str] = {}
+    """Parse `A,NAME=B` to addresses by name (by default the address itself); raises `UserError`."""
+    addresses: dict[str, str] = {}
     for word in _words(text):
         match = re.fullmatch(r"([\w.+-]+)=(.+)", word)
         name, address = match.groups() if match else (word, word)
-        if name in found:
-            raise UserError(f"--models names {name!r} twice", f"call one of them otherwise: NAME={address}")
-        found[name] = address
-    if not found:
-        raise UserError("--models is empty", "give some, such as distillmos,models:/NAME@champion")
-    return found
+        if name in addresses:
+            raise UserError(f"--models names {name!r} twice", f"give one of them another name: NAME={address}")
+        addresses[name] = address
+    if not addresses:
+        raise UserError("--models is empty", "give models such as distillmos,models:/NAME@champion")
+    return addresses
 
 
 def _words(text: str) -> list[str]:
-    """What stands between commas, but for those inside of an ensemble."""
+    """Split a text at commas, except those inside an ensemble."""
     words: list[str] = []
     for word in filter(None, map(str.strip, text.split(","))):
         if words and _ENSEMBLE in words[-1] and _MEMBER.fullmatch(word):
@@ -75,35 +79,35 @@ def load(
     head: str | None = None,
     tracking: str | None = None,
 ) -> list[Candidate]:
-    """All models of `listed`, each loaded once; what was trained here is copied below `out`, where workers read it.
+    """Load all models of `listed` once; models that were trained here are copied below `out`, for workers.
 
-    `weights` are files by model name, or places of trained heads' encoders, `head` is for xlsr, `tracking` a folder of
-    runs for addresses in MLflow where MLFLOW_TRACKING_URI is not set.
-    Raises `UserError` that names all models which cannot be loaded, with the reasons.
+    `weights` are files by model name, or places of trained heads' encoders. `head` is for xlsr. `tracking` is a folder
+    of runs for addresses in MLflow if MLFLOW_TRACKING_URI is not set. Raises a `UserError` that names all models which
+    cannot be loaded, with the reasons.
     """
     if unknown := sorted(set(weights) - set(wanted)):
         raise UserError(f"--weights names {unknown}, which --models does not", f"choose from {list(wanted)}")
     if head and "xlsr" not in wanted.values():
         reason = f"--head {head} is for xlsr, which --models does not name; it has {list(wanted.values())}"
         raise UserError(reason, "leave it out, or add xlsr")
-    found, failed = [], []
+    models, failed = [], []
     uri = tracking_uri(tracking) if tracking and not os.environ.get("MLFLOW_TRACKING_URI") else None
     for name, address in wanted.items():
         try:
             if _is_trained(address):
-                found.append(_trained(name, address, out, uri, weights.get(name)))
+                models.append(_trained(name, address, out, uri, weights.get(name)))
             else:
-                found.append(_built_in(name, address, weights.get(name), head if address == "xlsr" else None))
+                models.append(_built_in(name, address, weights.get(name), head if address == "xlsr" else None))
         except UserError as error:
             failed.append(f"\n  {name}: {error}")
     if failed:
         reason = f"{len(failed)} of {len(wanted)} models cannot be loaded:{''.join(failed)}\n"
-        raise UserError(reason, "correct these, or leave them out of --models")
+        raise UserError(reason, "correct these models, or leave them out of --models")
     keys: dict[str, str] = {}
-    for model in found:
+    for model in models:
         if (other := keys.setdefault(model.key, model.name)) != model.name:
             raise UserError(f"{other} and {model.name} are the same model", "give it once")
-    return found
+    return models
 
 
 def _is_trained(address: str) -> bool:
@@ -113,7 +117,7 @@ def _is_trained(address: str) -> bool:
 
 
 def _trained(name: str, address: str, out: str, uri: str | None, encoder: str | None) -> Candidate:
-    """What was trained here: a student, or a head above the speech encoder at `encoder`, or a pruned teacher."""
+    """Load a model that was trained here: a student, a head above the speech encoder at `encoder`, a pruned teacher."""
     from speechdistill.io import checkpoint
 
     with registry.student_folder(address, uri) as folder:
@@ -132,17 +136,18 @@ def _built_in(name: str, address: str, weights: str | None, head: str | None) ->
     if weights and "://" not in weights:
         weights = storage.absolute(weights)
     head = head and storage.absolute(head)
-    # On the CPU: only its name, hash and size are wanted here, and it must not hold a GPU.
+    # On the CPU, so that no GPU is held: only name, hash and size are used here.
     teacher = load_teacher(address, TeacherOptions(weights=weights, head=head, device="cpu"))
     if teacher.intrusive:
-        raise UserError(f"{address} compares with clean originals, which the clips have not", "leave it out")
-    series = {"distillmos": DISTILLED, "xlsr": TEACHER}.get(address, BASELINE)
+        raise UserError(f"{address} compares with clean originals, which the clips lack", "leave it out")
+    series = {"distillmos": RELEASED, "xlsr": TEACHER}.get(address, BASELINE)
     return Candidate(name, address, address, weights, head, teacher.weights_hash, _parameters(teacher), series, {})
 
 
 def _parameters(teacher: Teacher, pruned: bool = False) -> int | None:
-    """All that a model needs to score, of a pruned one those that are not zero; what the paper prints if it is not
-    torch's.
+    """Count the parameters that scoring uses, for a pruned model those that are not zero.
+
+    A model without a torch network has the number that the paper prints, if any.
     """
     if size := teacher.parameters():
         return size.nonzero if pruned else size.stored
@@ -155,6 +160,6 @@ def _series(provenance: Mapping[str, Any]) -> str:
         return f"pruned ({pruning.get('criterion', 'unknown')})"
     if provenance.get("shards"):
         return DISTILLED
-    if "init" in provenance:  # fine-tuned from another one
+    if "init" in provenance:  # fine-tuned from another model
         return _series(provenance["init"])
     return LABELED_ONLY if "shards" in provenance else UNKNOWN

@@ -1,4 +1,4 @@
-"""What a comparison of models found: scores, figures of merit, what could not be scored, and where all that is from."""
+"""The result of comparing models: scores, figures of merit, clips without a score, and provenance."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _UNREAD = "it could not be read when the comparison began; rerun the command"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`scores` by model, shape (clips,), are NaN where there is none. `counts` are the clips that the figures are of.
+    """`scores` by model, shape (clips,), are NaN if missing. `counts` marks the clips that the figures are over.
 
-    `cost` is CPU ms per second of audio by model, None where it is not known (on a GPU). `left_out` counts the reasons
-    why clips of a dataset are in no figure.
+    `cost` is CPU ms per second of audio by model, None if unknown (on a GPU). `left_out` counts the reasons why clips
+    of a dataset are in no figure.
     """
 
     judged: Judged
@@ -48,42 +48,66 @@ class Comparison:
 
     @property
     def whole(self) -> list[str]:
-        """The models that have a PCC on each dataset where any has one; a mean over fewer is another quantity."""
+        """The models that have a PCC on each dataset for which any model has one: their means are comparable."""
         return _whole(self.by_clip)
 
     @property
     def heard(self) -> dict[str, Counter[str]]:
-        """The models that were trained or selected on some of the clips, and on how many."""
+        """The numbers of clips that models were trained or selected on, for those with any."""
         known = {model.name: self.judged.known_to(model.provenance) for model in self.models}
         return {name: counts for name, counts in known.items() if counts}
 
     def pcc(self, model: str, dataset: str) -> Value:
         return self.by_clip.values[model][dataset]["pcc"]
 
-    def best(self, dataset: str | None, plain: bool = False) -> set[str]:
-        """The models that no other's PCC exceeds, to two digits, on a dataset or in a mean over all of them.
+    def best(self, dataset: str | None, plain: bool = False) -> str | None:
+        """Return the model that leads on a dataset, or in a mean over all of them, by more than chance; else None.
 
-        A teacher that is the judge itself is none of them, nor is a model that was trained on some of the clips.
+        The lead in the weighted mean is that of the paired bootstrap; elsewhere each of two intervals must exclude the
+        other model's value. A teacher that is the judge itself never leads, nor does a model that was trained on some
+        of the clips.
         """
-        found = {}
-        trained = {name for name, counts in self.heard.items() if counts[TRAINED]} | {
-            model.name for model in self.models if model.sha256 == self.judged.teacher
-        }
-        for model in (model.name for model in self.models if model.name not in trained):
-            mean = self.by_clip.means[model]["pcc"]
-            value = self.pcc(model, dataset) if dataset else mean.plain if plain else mean.weighted
-            if value.value is not None and (dataset or model in self.whole):
-                found[model] = round(value.value, 2)
-        return {model for model, value in found.items() if value == max(found.values())} if len(found) > 1 else set()
+        values = {}
+        for model in self.models:
+            mean = self.by_clip.means[model.name]["pcc"]
+            value = self.pcc(model.name, dataset) if dataset else mean.plain if plain else mean.weighted
+            is_judge = model.sha256 == self.judged.teacher
+            is_whole = dataset is not None or model.name in self.whole
+            if value.value is not None and is_whole and not is_judge and not self._was_trained(model.name):
+                values[model.name] = value
+        if len(values) < 2:
+            return None
+        first, *others = sorted(values, key=lambda name: values[name].value or 0.0, reverse=True)
+        if dataset is None and not plain:
+            leads = all(self._leads(first, other) for other in others)
+        else:
+            leads = all(_excludes(values[first], values[other]) for other in others)
+        return first if leads else None
+
+    def _was_trained(self, model: str) -> bool:
+        return self.heard.get(model, Counter())[TRAINED] > 0
+
+    def _leads(self, model: str, other: str) -> bool:
+        if difference := self.differences.get((model, other)):
+            return difference.low > 0
+        difference = self.differences.get((other, model))
+        return difference is not None and difference.high < 0
+
+
+def _excludes(above: Value, below: Value) -> bool:
+    """Whether the interval of each value excludes the other value."""
+    if above.value is None or below.value is None or above.low is None or below.high is None:
+        return False
+    return above.low > below.value and below.high < above.value
 
 
 def compared(
-    judged: Judged, models: Sequence[Candidate], found: Scores, resamples: int, seed: int, about: Mapping[str, Any]
+    judged: Judged, models: Sequence[Candidate], answered: Scores, resamples: int, seed: int, about: Mapping[str, Any]
 ) -> Comparison:
-    """Put together what was scored."""
+    """Compute the figures of models from their scores."""
     clips = judged.clips
     models = [model._replace(series=TEACHER) if model.sha256 == judged.teacher else model for model in models]
-    answers = {model.name: [found.scores.get((model.key, clip.sha256)) for clip in clips] for model in models}
+    answers = {model.name: [answered.scores.get((model.key, clip.sha256)) for clip in clips] for model in models}
     scores = {name: _array([one and one.score for one in column]) for name, column in answers.items()}
     datasets = np.array([clip.dataset for clip in clips], object)
     mos = np.array([clip.mos for clip in clips], float)
@@ -94,7 +118,7 @@ def compared(
     whole = {name: kept[name] for name in _whole(by_clip)}
     systems = [clip.system for clip, counts_here in zip(clips, counts, strict=True) if counts_here]
     rows = [
-        _row(clip, model, answers[model.name][i], found.rejects) for i, clip in enumerate(clips) for model in models
+        _row(clip, model, answers[model.name][i], answered.rejects) for i, clip in enumerate(clips) for model in models
     ]
     return Comparison(
         judged=judged,
@@ -112,7 +136,7 @@ def compared(
 
 
 def _row(clip: JudgedClip, model: Candidate, answer: Score | None, rejects: Mapping[str, str]) -> dict[str, Any]:
-    """As in the schema `score.v1`."""
+    """Return a row of the schema `score.v1`."""
     error = answer.error if answer else rejects.get(clip.uri, _TWIN if clip.sha256 else _UNREAD)
     return {
         "model": model.name,
@@ -134,12 +158,12 @@ def _row(clip: JudgedClip, model: Candidate, answer: Score | None, rejects: Mapp
 def _left_out(
     rows: Sequence[Mapping[str, Any]], clips: Sequence[JudgedClip], counts: np.ndarray, num_models: int
 ) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
+    left_out: dict[str, Counter[str]] = {}
     for number in np.flatnonzero(~counts).tolist():
         of_clip = rows[number * num_models : (number + 1) * num_models]
         reason = next(row["error"] for row in of_clip if row["error"])
-        found.setdefault(clips[number].dataset, Counter())[reason] += 1
-    return found
+        left_out.setdefault(clips[number].dataset, Counter())[reason] += 1
+    return left_out
 
 
 def _whole(figures: Figures) -> list[str]:

@@ -1,4 +1,4 @@
-"""The clips that models are judged on, and reading them: what listeners scored, or samples of a label run."""
+"""The clips that models are judged by: clips that listeners scored, or samples of a label run."""
 
 import hashlib
 import re
@@ -22,8 +22,10 @@ _SAMPLE = re.compile(r"(.+\.parquet)#(\d+)\.(\d+)", re.DOTALL)  # a sample: its 
 
 
 class JudgedClip(NamedTuple):
-    """`mos` is what a model should say of the audio at `uri`; `sha256` is that of its bytes, empty where they cannot be
-    read. `plan` is a sample's, JSON."""
+    """A clip and its target score `mos`; `sha256` is the hash of its bytes, empty if they cannot be read.
+
+    `plan` is the JSON of a sample's plan.
+    """
 
     clip_id: str
     uri: str
@@ -35,9 +37,9 @@ class JudgedClip(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """`judge` says whose scores `mos` are: listeners', or those of a teacher, whose weights' sha256 is `teacher`.
+    """Clips and their judge: listeners, or a teacher whose weights' sha256 is `teacher`.
 
-    `run` is the label run that the clips are samples of, as `held_out.about` has it.
+    `run` is the label run of the samples, as `held_out.about` returns it.
     """
 
     source: str
@@ -47,7 +49,7 @@ class Judged(NamedTuple):
     run: dict[str, Any] | None = None
 
     def known_to(self, provenance: Mapping[str, Any]) -> Counter[str]:
-        """How many of the clips a model was trained or selected on (`heard.TRAINED`, `heard.SELECTED`)."""
+        """Count the clips that a model was trained or selected on (`heard.TRAINED`, `heard.SELECTED`)."""
         if self.run:
             mark = heard.mark_of_samples(provenance, self.run)
             return Counter({mark: len(self.clips)} if mark else {})
@@ -56,23 +58,23 @@ class Judged(NamedTuple):
 
 
 def clips(source: str) -> Judged:
-    """A manifest or list of scored clips (`scored_clips.held_out`), or the folder of a label run.
+    """Read a manifest or list of scored clips (`scored_clips.held_out`), or the folder of a label run.
 
-    Of a label run its held-out samples that no student of it is trained or selected on, with the teacher's scores.
-    Raises `TableError` for what is neither, and for a run of too few clips to hold some out.
+    A label run gives its held-out samples that no student is trained or selected on, with the teacher's scores. Raises
+    `TableError` for other sources, and for a run with too few clips to hold some out.
     """
     source = storage.absolute(source)
     if source.lower().endswith(user_table.SUFFIXES):
         return _scored(source)
     if storage.read_json(f"{source}/run.json") is None:
         manifest_path.check(source)
-        reason = f"{source}: no list of scored clips, nor the folder of a label run"
+        reason = f"{source} is neither a list of scored clips nor the folder of a label run"
         raise TableError(reason, f"give one of these with --clips (a list ends in {', '.join(user_table.SUFFIXES)})")
     return _labelled(source)
 
 
 def read(uri: str) -> np.ndarray:
-    """The wave of a clip, float32 at 16 kHz; raises `AudioError` or the storage's errors."""
+    """Return the wave of a clip, float32 at 16 kHz; raises `AudioError` or the storage's errors."""
     sample = _SAMPLE.fullmatch(uri)
     if not sample:
         return audio.load(uri)
@@ -81,22 +83,23 @@ def read(uri: str) -> np.ndarray:
 
 
 def read_if_same(uri: str, sha256: str) -> np.ndarray:
-    """Like `read`; raises `AudioError` for a clip that has other bytes by now, whose score would be kept as that of the
-    bytes with this `sha256` (of a clip that could not be hashed it is empty).
+    """Read a clip; raises `AudioError` if its bytes do not have this `sha256` any more: scores are cached by it.
+
+    The hash is empty for a clip that could not be hashed.
     """
     wave = read(uri)
     sample = _SAMPLE.fullmatch(uri)
     if sample:
         digest = hashlib.sha256(_group(sample[1], int(sample[2]))[0][int(sample[3])]).hexdigest()
     else:
-        digest = _sha256(uri)  # after it was decoded: a change before or meanwhile is seen
+        digest = _sha256(uri)  # after decoding, to detect a change before or meanwhile
     if sha256 and digest != sha256:
-        raise AudioError(uri, "changed while it was to be scored", "rerun the command")
+        raise AudioError(uri, "has changed since it was hashed", "rerun the command")
     return wave
 
 
 def _scored(source: str) -> Judged:
-    rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected alone, when it is decoded
+    rows = scored_clips.held_out(source, headers=False)  # a broken file is rejected when it is decoded
     uris = rows["uri"].to_pylist()
     with ThreadPoolExecutor(_THREADS) as threads:
         bar = tqdm(threads.map(_sha256, uris), total=len(uris), unit="clip", desc="hashing", dynamic_ncols=True)
@@ -112,9 +115,9 @@ def _labelled(source: str) -> Judged:
     (held,) = held_out.held_out([run])
     if held.about and (few := held.about.get("too_few")):
         raise TableError(f"{source}: {few}", "label clips of more speakers, or give a list of scored clips")
-    found = list(_samples(run, held.test, run.configuration["recipe"]["name"]))
+    samples = list(_samples(run, held.test, run.configuration["recipe"]["name"]))
     about = held_out.about(run, held)
-    return Judged(source, found, f"the teacher {teacher['name']}", teacher["sha256"], about)
+    return Judged(source, samples, f"the teacher {teacher['name']}", teacher["sha256"], about)
 
 
 def _samples(run: LabelRun, places: np.ndarray, dataset: str) -> Iterator[JudgedClip]:
@@ -140,6 +143,6 @@ def _sha256(uri: str) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
             file.raise_error()
-    except (OSError, AudioError):  # told with its reason when it is to be decoded
+    except (OSError, AudioError):  # reported when the clip is decoded
         return ""
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that asks for nothing else: table, plots, the worst clips to listen to, provenance."""
+"""A comparison as one self-contained HTML file: table, plots, the worst clips to listen to, provenance."""
 
 import base64
 import json
@@ -15,13 +15,13 @@ from markupsafe import Markup, escape
 from speechdistill.comparing import judged, plots, tables
 from speechdistill.comparing.candidates import Candidate
 from speechdistill.comparing.comparison import Comparison
-from speechdistill.io import audio
+from speechdistill.io import audio, checkpoint
 from speechdistill.io.errors import AudioError
 from speechdistill.metrics.figures import METRICS, Value
 
 _WORST = 20
-_HEARD_S = 8.0  # of a clip; all of it would make a file of a long one
-_CHARACTERS = 300  # of a step's settings, and of what a model was trained from
+_PLAYED_S = 8.0  # of a clip, which keeps the file small
+_CHARACTERS = 300  # of a step's settings, and of a model's provenance
 _CAPTIONS = {
     "pcc_over_parameters": "PCC over parameters, as in the paper’s Figure 3; bars are 95% intervals",
     "pcc_over_cost": "PCC over CPU time for a second of audio, one thread, measured while these clips were scored",
@@ -37,57 +37,58 @@ class Cell(NamedTuple):
     more: str = ""
 
 
-def html(found: Comparison, figures: Mapping[str, Any]) -> str:
-    """The page; `figures` are those of `plots.all_plots`."""
+def html(comparison: Comparison, figures: Mapping[str, Any]) -> str:
+    """Return the page; `figures` are those of `plots.all_plots`."""
     text = (resources.files("speechdistill") / "page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
-    scatters = {f"scatter_{number}": model.name for number, model in enumerate(found.models)}
+    scatters = {f"scatter_{number}": model.name for number, model in enumerate(comparison.models)}
     made: str = template.render(
-        title=f"Speech quality models on {found.judged.source.rsplit('/', 1)[-1]}",
-        summary=_summary(found),
-        is_teacher=found.judged.teacher is not None,
-        columns=list(found.by_clip.clips.items()),
-        table=[_row(found, model) for model in found.models],
-        heard=tables.heard(found),
-        left_out=tables.left_out(found),
-        beside=tables.beside_paper(found) if found.about.get("configuration", {}).get("paper") else [],
-        all_figures=_all_figures(found),
-        pairs=tables.pairs(found),
+        title=f"Speech quality models on {comparison.judged.source.rsplit('/', 1)[-1]}",
+        summary=_summary(comparison),
+        is_teacher=comparison.judged.teacher is not None,
+        columns=list(comparison.by_clip.clips.items()),
+        table=[_row(comparison, model) for model in comparison.models],
+        heard=tables.heard(comparison),
+        left_out=tables.left_out(comparison),
+        beside=tables.beside_paper(comparison) if comparison.about.get("configuration", {}).get("paper") else [],
+        all_figures=_all_figures(comparison),
+        pairs=tables.pairs(comparison),
         plots=[_plot(figures[name], name, _CAPTIONS[name]) for name in _CAPTIONS if name in figures],
         scatters=[_plot(figures[name], name, f"Scores of {m}") for name, m in scatters.items() if name in figures],
-        worst=worst(found),
-        first=found.models[0].name,
-        provenance=_provenance(found),
-        models=_models(found),
+        worst=worst(comparison),
+        num_clips=int(comparison.counts.sum()),
+        first=comparison.models[0].name,
+        provenance=_provenance(comparison),
+        models=_models(comparison),
     )
     # Names of files need not be UTF-8; Python carries such bytes as surrogates, which no file can hold.
     return made.encode("utf-8", "backslashreplace").decode()
 
 
-def worst(found: Comparison, most: int = _WORST) -> list[dict[str, Any]]:
-    """The clips whose score by the first model is furthest from the judge's, as the page shows them."""
-    mos = np.array([clip.mos for clip in found.clips])
-    away = np.where(found.counts, np.abs(found.scores[found.models[0].name] - mos), np.nan)
+def worst(comparison: Comparison, most: int = _WORST) -> list[dict[str, Any]]:
+    """Return the clips whose score by the first model is furthest from the judge's, as the page shows them."""
+    mos = np.array([clip.mos for clip in comparison.clips])
+    away = np.where(comparison.counts, np.abs(comparison.scores[comparison.models[0].name] - mos), np.nan)
     order = [number for number in np.argsort(-away) if np.isfinite(away[number])]
-    return [_clip(found, int(number)) for number in order[:most]]
+    return [_clip(comparison, int(number)) for number in order[:most]]
 
 
-def _clip(found: Comparison, number: int) -> dict[str, Any]:
-    clip = found.clips[number]
-    scores = {name: column[number] for name, column in found.scores.items()}
-    said = [f"{found.judged.judge} {clip.mos:.2f}"]
-    said += [f"{name} {score:.2f}" for name, score in scores.items() if np.isfinite(score)]
+def _clip(comparison: Comparison, number: int) -> dict[str, Any]:
+    clip = comparison.clips[number]
+    scores = {name: column[number] for name, column in comparison.scores.items()}
+    texts = [f"{comparison.judged.judge} {clip.mos:.2f}"]
+    texts += [f"{name} {score:.2f}" for name, score in scores.items() if np.isfinite(score)]
     shown = {
         "name": f"sample {clip.clip_id}" if clip.plan else clip.uri.rsplit("/", 1)[-1],
         "dataset": clip.dataset,
-        "difference": f"{scores[found.models[0].name] - clip.mos:+.2f} MOS",
-        "scores": " · ".join(said),
+        "difference": f"{scores[comparison.models[0].name] - clip.mos:+.2f} MOS",
+        "scores": " · ".join(texts),
         "steps": _steps(clip.plan),
         "problem": "",
     }
     try:
-        wave = judged.read(clip.uri)[: round(_HEARD_S * audio.SAMPLE_RATE)]
-    except (AudioError, OSError) as error:  # it was there when it was scored
+        wave = judged.read(clip.uri)[: round(_PLAYED_S * audio.SAMPLE_RATE)]
+    except (AudioError, OSError) as error:  # the clip was there when it was scored
         return {**shown, "problem": f"It cannot be played: {error}"}
     return {
         **shown,
@@ -110,25 +111,29 @@ def _words(step: dict[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…"
+    """Cut a text at a space; a single long word, such as a hash, is cut anywhere."""
+    if len(text) <= _CHARACTERS:
+        return text
+    start = text[:_CHARACTERS]
+    return f"{start.rpartition(' ')[0].rstrip(',') or start} …"
 
 
 def _setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def _row(found: Comparison, model: Candidate) -> dict[str, Any]:
-    mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
+def _row(comparison: Comparison, model: Candidate) -> dict[str, Any]:
+    mean, cost = comparison.by_clip.means[model.name]["pcc"], comparison.cost[model.name]
     cells = [
-        _mean(mean.weighted, model.name in found.best(None)),
-        _mean(mean.plain, model.name in found.best(None, True)),
+        _mean(mean.weighted, model.name == comparison.best(None)),
+        _mean(mean.plain, model.name == comparison.best(None, plain=True)),
     ]
-    for dataset in found.datasets:
-        value = found.pcc(model.name, dataset)
-        title, best = tables.interval(value), model.name in found.best(dataset)
+    for dataset in comparison.datasets:
+        value = comparison.pcc(model.name, dataset)
+        title, best = tables.interval(value), model.name == comparison.best(dataset)
         cells.append(Cell(tables.cell(value), title, best, more=_bounds(value) or title))
-    if mean.datasets and model.name not in found.whole:
-        only = f"over {mean.datasets} of {len(found.datasets)} datasets"
+    if mean.datasets and model.name not in comparison.whole:
+        only = f"over {mean.datasets} of {len(comparison.datasets)} datasets"
         cells[:2] = [cell._replace(small=only) for cell in cells[:2]]
     parameters = tables.count(model.parameters)
     return {"name": model.name, "cells": cells, "parameters": parameters, "cost": tables.number(cost, 1)}
@@ -142,48 +147,48 @@ def _bounds(value: Value) -> str:
     return f"{value.low:.2f} to {value.high:.2f}" if value.low is not None else ""
 
 
-def _all_figures(found: Comparison) -> list[list[str]]:
+def _all_figures(comparison: Comparison) -> list[list[str]]:
     rows = [["model", "of", *METRICS.values()]]
-    for level, figures in (("clips", found.by_clip), ("systems", found.by_system)):
+    for level, figures in (("clips", comparison.by_clip), ("systems", comparison.by_system)):
         for name, means in figures.means.items():
             if figures.clips:
                 rows.append([name, level, *(tables.number(means[metric].weighted.value, 3) for metric in METRICS)])
     return rows
 
 
-def _summary(found: Comparison) -> str:
-    count = int(found.counts.sum())
-    sets = f"{len(found.datasets)} dataset{'s' if len(found.datasets) > 1 else ''}"
-    hours = sum(row["duration_s"] or 0 for row in found.rows[:: len(found.models)]) / 3600
+def _summary(comparison: Comparison) -> str:
+    count = int(comparison.counts.sum())
+    sets = f"{len(comparison.datasets)} dataset{'s' if len(comparison.datasets) > 1 else ''}"
+    hours = sum(row["duration_s"] or 0 for row in comparison.rows[:: len(comparison.models)]) / 3600
     return (
-        f"{len(found.models)} models on {count:,} clips ({hours:.2f} h) of {sets}, "
-        f"compared with the scores of {found.judged.judge}."
+        f"{len(comparison.models)} models on {count:,} clips ({hours:.2f} h) of {sets}, "
+        f"compared with the scores of {comparison.judged.judge}."
     )
 
 
-def _provenance(found: Comparison) -> list[tuple[str, str]]:
-    about = found.about
+def _provenance(comparison: Comparison) -> list[tuple[str, str]]:
+    about = comparison.about
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     return [
         ("made at", str(about.get("finished_at", ""))),
-        ("clips", found.judged.source),
+        ("clips", comparison.judged.source),
         ("sha256 over the clips", about.get("clips_sha256", "")),
         ("versions", versions),
         ("configuration", json.dumps(about.get("configuration", {}), ensure_ascii=False)),
     ]
 
 
-def _models(found: Comparison) -> list[list[str]]:
+def _models(comparison: Comparison) -> list[list[str]]:
     rows = [["model", "address", "in Figure 3", "sha256 of its weights", "trained from"]]
-    for model in found.models:
-        known = json.dumps(model.provenance, ensure_ascii=False) if model.provenance else ""
+    for model in comparison.models:
+        known = json.dumps(checkpoint.brief(model.provenance), ensure_ascii=False) if model.provenance else ""
         rows.append([model.name, model.address, model.series, f"{model.sha256[:16]}…", _short(known)])
     return rows
 
 
 def _plot(figure: Any, name: str, caption: str) -> dict[str, Any]:
     svg = plots.inline_svg(figure, name).replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
-    return {"caption": caption, "svg": Markup(svg)}  # matplotlib escapes what it writes
+    return {"caption": caption, "svg": Markup(svg)}  # matplotlib escapes its texts
 
 
 def _flac(wave: np.ndarray) -> bytes:

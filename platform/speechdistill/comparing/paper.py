@@ -1,4 +1,4 @@
-"""Table I of Distill-MOS: the PCC of eleven models on sixteen test sets, as known answers."""
+"""Table I of Distill-MOS: the PCC of eleven models on sixteen test sets, for comparison."""
 
 import csv
 from functools import cache
@@ -6,7 +6,7 @@ from importlib import resources
 from typing import NamedTuple
 
 _MEANS = ("weighted_mean", "unweighted_mean")
-_DATASETS = {  # as `ingest --corpus` calls them, where that differs
+_DATASETS = {  # names of `ingest --corpus` that differ from the table's
     "voicemos2022_en": "voicemos_en",
     "voicemos2022_cn": "voicemos_cn",
     "blizzard2023_tts": "blizzard2023_fr_tts",
@@ -16,7 +16,7 @@ _DATASETS = {  # as `ingest --corpus` calls them, where that differs
     "plc_2024": "plc2024",
     "sig_2024": "sig2024",
 }
-_MODELS = {  # as `--models` calls them, where that differs
+_MODELS = {  # names of `--models` that differ from the table's
     "distillmos": "distillmos_v7",
     "squim": "squim_pesq",
     "xlsr": "orig_xlsr2b_l10_t",
@@ -24,7 +24,7 @@ _MODELS = {  # as `--models` calls them, where that differs
 
 
 class Row(NamedTuple):
-    """A model of the table: millions of parameters, PCC by dataset (None where its cell is empty), and both means."""
+    """A model of the table: millions of parameters, PCC by dataset (None for an empty cell), and both means."""
 
     params_m: float
     pcc: dict[str, float | None]
@@ -34,25 +34,25 @@ class Row(NamedTuple):
 
 @cache
 def clips() -> dict[str, int]:
-    """Clips by dataset, in the table's order."""
+    """Return the numbers of clips by dataset, in the table's order."""
     counts = _lines()[0]
     return {name: int(value) for name, value in counts.items() if value and name != "model"}
 
 
 @cache
 def rows() -> dict[str, Row]:
-    """By model, in the table's order."""
+    """Return the rows by model, in the table's order."""
     return {line["model"]: _row(line) for line in _lines()[1:]}
 
 
 def row_of(model: str) -> str | None:
-    """The table's name of a model of ours; None where it is not in the table."""
+    """Return the table's name of one of our models; None if the table does not have it."""
     name = _MODELS.get(model, model)
     return name if name in rows() else None
 
 
 def dataset_of(dataset: str) -> str | None:
-    """The table's name of a dataset of ours; None where it is not in the table."""
+    """Return the table's name of one of our datasets; None if the table does not have it."""
     name = _DATASETS.get(dataset, dataset)
     return name if name in clips() else None
 

@@ -1,11 +1,11 @@
-"""Scoring clips with models on the engine: decode once, ask every model that has not heard the clip, commit.
+"""Scoring clips with models on the engine: decode once, score with every model that has not scored the clip, commit.
 
-What is committed is the cache: `OUT/scores/*/shards` has, by model and content of the clip, every score so far. Each
-call makes a run of the pairs that are missing, in a folder named after them, whatever models and clips the calls before
-had. Rejected clips are no part of the cache: the next call tries them again.
+The committed parts are the cache: `OUT/scores/*/shards` has every score so far, by model and content of the clip. Each
+call makes a run of the missing pairs, in a folder named after them, whatever models and clips earlier calls had.
+Rejected clips are not cached: the next call tries them again.
 
-A call that was killed may have workers that outlive it and commit one more part. So the next one first goes on with its
-run, where such a part is replaced by an equal one; in a run of its own it would score those clips a second time.
+Workers of a killed call may outlive it and commit one more part. The next call therefore resumes that run first: it
+replaces such a part by an equal one, where a new run would score those clips a second time.
 """
 
 import glob
@@ -35,7 +35,7 @@ from speechdistill.models.load import load_teacher
 from speechdistill.models.options import TeacherOptions
 
 SCHEMA = "clip_scores.v1"
-_ROWS_PER_PART = 16  # a part of XLS-R on a CPU is minutes
+_ROWS_PER_PART = 16  # XLS-R takes minutes for a part on a CPU
 _BATCH_ROWS = 8
 _WARM_UP_S = 1.0
 _ENDLESS = Limits(rejects=Rejects(max_reject_share=1.0))
@@ -47,7 +47,7 @@ SCORED = pa.schema([table.schema(SCHEMA).field("scores")])
 
 
 class Score(NamedTuple):
-    """A model's score of a clip, or why it has none; `cpu_s` is None on a GPU."""
+    """A model's score of a clip, or the reason of a missing one; `cpu_s` is None on a GPU."""
 
     score: float | None
     error: str | None
@@ -56,7 +56,7 @@ class Score(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A file, and the keys of the models that have not heard it."""
+    """A file, and the keys of the models that have not scored it."""
 
     sha256: str
     uri: str
@@ -77,11 +77,11 @@ def score(
     max_reject_share: float = 0.05,
     report: Report = lambda figures: None,
 ) -> Scores:
-    """Every model's score of every clip; only what is not in `out` yet is made.
+    """Return every model's score of every clip; only scores that `out` lacks are computed.
 
-    Files with the same bytes are one file. Raises `RunError` as `flow.run` does; what was scored is kept.
+    Files with the same bytes are one file. Raises `RunError` as `flow.run` does; scores so far are kept.
     """
-    _go_on(models, clips, out, report)
+    _resume(models, clips, out, report)
     known = committed(out)
     tasks = missing(models, clips, known)
     if not tasks:
@@ -98,7 +98,7 @@ def score(
 def missing(
     models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], known: Mapping[tuple[str, str], Score]
 ) -> list[Task]:
-    """One task for each file that some model has not heard; one that could not be read is tried again."""
+    """Return a task for each file that some model has not scored; files that could not be read are tried again."""
     files = {clip.sha256 or clip.uri: clip for clip in clips}
     tasks = (
         Task(clip.sha256, clip.uri, tuple(m.key for m in models if (m.key, clip.sha256) not in known))
@@ -108,18 +108,18 @@ def missing(
 
 
 def committed(out: str) -> dict[tuple[str, str], Score]:
-    """All scores in `out`, by key of the model and sha256 of the clip."""
+    """Return all scores in `out`, by key of the model and sha256 of the clip."""
     files = _files(out, "*/shards/part-*.parquet")
-    found: dict[tuple[str, str], Score] = {}
+    scores: dict[tuple[str, str], Score] = {}
     with ThreadPoolExecutor(_THREADS) as threads:
         for rows in threads.map(lambda file: table.read(file, SCHEMA).to_pylist(), files):
             for row in rows:
-                found |= answers(row)
-    return found
+                scores |= answers(row)
+    return scores
 
 
 def answers(row: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
-    """The scores in a row of a shard; none of a file whose bytes are not known."""
+    """Return the scores in a row of a shard; none for a file whose bytes are unknown."""
     if not row["clip_sha256"]:
         return {}
     return {
@@ -128,8 +128,8 @@ def answers(row: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
     }
 
 
-def _go_on(models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], out: str, report: Report) -> None:
-    """Finish the runs that were stopped, where all that is left of them is still to be scored."""
+def _resume(models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], out: str, report: Report) -> None:
+    """Finish stopped runs of which every missing score is still wanted."""
     wanted = {(key, task.sha256) for task in missing(models, clips, {}) for key in task.models}
     for folder in _stopped(out):
         tasks = [Task(sha256, uri, tuple(keys)) for sha256, uri, keys in storage.read_json(f"{folder}/{_TASKS}") or ()]
@@ -143,7 +143,7 @@ def _go_on(models: Sequence[Candidate], clips: Sequence[judged.JudgedClip], out:
 
 
 def _stopped(out: str) -> list[str]:
-    """The folders of runs that have begun and not ended."""
+    """Return the folders of runs that have begun and not ended."""
     begun, ended = ({file.split("/")[-2] for file in _files(out, f"*/{name}")} for name in (_TASKS, "manifest.parquet"))
     return [f"{out}/scores/{name}" for name in sorted(begun - ended)]
 
@@ -152,12 +152,12 @@ def _files(out: str, pattern: str) -> list[str]:
     fs, path = storage.file_system(f"{out}/scores")
     fs.invalidate_cache()
     with storage.access(out):
-        found = sorted(fs.glob(f"{glob.escape(path)}/{pattern}")) if fs.exists(path) else []
-    return [str(fs.unstrip_protocol(file)).removeprefix("file://") for file in found]  # a local path is never parsed
+        files = sorted(fs.glob(f"{glob.escape(path)}/{pattern}")) if fs.exists(path) else []
+    return [str(fs.unstrip_protocol(file)).removeprefix("file://") for file in files]  # a local path is never parsed
 
 
 def _flow(models: Sequence[Candidate], tasks: list[Task], out: str, report: Report) -> flow.Flow:
-    """A run that rejects do not stop."""
+    """Return a run that rejects do not stop."""
     wanted = {key for task in tasks for key in task.models}
     asked = [model for model in models if model.key in wanted]
     identity = {
@@ -166,7 +166,7 @@ def _flow(models: Sequence[Candidate], tasks: list[Task], out: str, report: Repo
         "libraries": audio.codec_versions(),
         "tasks": fingerprint.of(tasks),
     }
-    rows = max(1, min(_ROWS_PER_PART, len(tasks) // 8))  # a few clips are spread over the pool, too
+    rows = max(1, min(_ROWS_PER_PART, len(tasks) // 8))  # so that a few clips also spread over the pool
     folder = f"{out}/scores/{fingerprint.of(identity)[:16]}"
     layout = shards.Layout(
         out=folder, schema=SCHEMA, id_column="number", num_ids=len(tasks), rows_per_part=rows, totals=_totals
@@ -182,7 +182,7 @@ def _flow(models: Sequence[Candidate], tasks: list[Task], out: str, report: Repo
 
 
 def _stages(models: list[Candidate], tasks: list[Task], cpus: float, gpus: float) -> tuple[Stage, ...]:
-    """All models live in each actor of the second pool: a wave is handed on once."""
+    """Return the stages; each actor of the second pool holds all models, so that a wave is passed on once."""
     sizes = pools.sized(pools.Pools(), 0, cpus, gpus)
     decode = Stage(name="decode", make=partial(Decode, tasks), adds=DECODED, pool=sizes.degrade, isolated=True)
     ask = partial(Ask, models)
@@ -214,16 +214,16 @@ class Decode:
 
 
 class Ask:
-    """Worker of the second stage: each model's score of each wave that it has not heard.
+    """Worker of the second stage: each model's score of each wave that the model has not scored.
 
-    A wave that a model cannot judge is an answer of that model, which no later call asks for again. Raises `RunError`
-    where a model has other weights on this node than on the driver.
+    The reason why a model cannot score a wave is cached like a score. Raises `RunError` if a model has other weights on
+    this node than on the driver.
     """
 
     def __init__(self, models: list[Candidate]) -> None:
         import torch
 
-        torch.set_num_threads(1)  # actors, not threads, fill the CPUs; and CPU time is what it costs
+        torch.set_num_threads(1)  # actors, not threads, fill the CPUs; the cost is CPU time on one thread
         self._on_gpu = torch.cuda.is_available()
         self._teachers = {model.key: _loaded(model) for model in models}
 
@@ -256,9 +256,9 @@ def _loaded(model: Candidate) -> Teacher:
     teacher = load_teacher(model.teacher, TeacherOptions(weights=model.weights, head=model.head))
     if teacher.weights_hash != model.sha256:
         reason = f"{model.name} has other weights on this node than on the driver"
-        raise RunError(reason, "install the same everywhere")
+        raise RunError(reason, "install the same weights on all nodes")
     noise = 0.1 * np.random.default_rng(0).standard_normal(round(_WARM_UP_S * audio.SAMPLE_RATE))
-    teacher.label([noise.astype(np.float32)])  # the first call is slower, which is no clip's cost
+    teacher.label([noise.astype(np.float32)])  # the first call is slower; no clip is charged for it
     return teacher
 
 

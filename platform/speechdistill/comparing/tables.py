@@ -1,89 +1,93 @@
-"""A comparison as tables: Table I in Markdown and CSV, all figures as rows, and ours beside the paper's."""
+"""A comparison as tables: Table I in Markdown and CSV, all figures as rows, and our results beside the paper's."""
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speechdistill.comparing import paper
-from speechdistill.comparing.comparison import Comparison
 from speechdistill.metrics.figures import METRICS, Value, means
+
+if TYPE_CHECKING:  # its modules import ray, which tables do not need
+    from speechdistill.comparing.comparison import Comparison
 
 _NONE = "–"
 _REASONS = 5  # of a dataset
 
 
-def table_one(found: Comparison) -> list[list[str]]:
-    """Datasets as columns, the two means last, models as rows; the first two rows are the header and the clips."""
-    header = ["model", "parameters", "CPU ms/s", *found.datasets, "weighted", "unweighted"]
-    clips = ["clips", "", "", *map(str, found.by_clip.clips.values()), "", ""]
+def table_one(comparison: "Comparison") -> list[list[str]]:
+    """Return datasets as columns, the two means last, and models as rows, below a header and the numbers of clips."""
+    header = ["model", "parameters", "CPU ms/s", *comparison.datasets, "weighted", "unweighted"]
+    clips = ["clips", "", "", *map(str, comparison.by_clip.clips.values()), "", ""]
     rows = []
-    for model in found.models:
-        mean, cost = found.by_clip.means[model.name]["pcc"], found.cost[model.name]
+    for model in comparison.models:
+        mean, cost = comparison.by_clip.means[model.name]["pcc"], comparison.cost[model.name]
         about = [model.name, count(model.parameters), number(cost, 1)]
-        values = [found.pcc(model.name, dataset) for dataset in found.datasets]
+        values = [comparison.pcc(model.name, dataset) for dataset in comparison.datasets]
         rows.append([*about, *(cell(value) for value in [*values, mean.weighted, mean.plain])])
     return [header, clips, *rows]
 
 
-def markdown(found: Comparison) -> str:
-    """Table I, what its gaps mean, and which differences of the weighted mean are more than chance."""
-    lines = [f"PCC with {found.judged.judge}, by dataset; intervals and further figures are in metrics.csv.", ""]
-    lines += _markdown(table_one(found))
-    missing = gaps(found)
+def markdown(comparison: "Comparison") -> str:
+    """Return Table I, the reasons of its gaps, and the differences of the weighted mean, as Markdown."""
+    lines = [f"PCC with {comparison.judged.judge}, by dataset; intervals and further figures are in metrics.csv.", ""]
+    lines += _markdown(table_one(comparison))
+    missing = gaps(comparison)
     lines += ["", f"{_NONE} stands for:", *(f"- {line}" for line in missing)] if missing else []
-    lines += ["", *(f"- {line}" for line in heard(found))] if heard(found) else []
-    absent = left_out(found)
+    lines += ["", *(f"- {line}" for line in heard(comparison))] if heard(comparison) else []
+    absent = left_out(comparison)
     lines += ["", "Clips in no figure:", *(f"- {line}" for line in absent)] if absent else []
-    if found.differences:
+    if comparison.differences:
         lines += ["", "Differences of the weighted mean, with 95% intervals of a bootstrap over clips:", ""]
-        lines += _markdown(pairs(found))
+        lines += _markdown(pairs(comparison))
     return "\n".join([*lines, ""])
 
 
-def gaps(found: Comparison) -> list[str]:
-    """Why datasets have no PCC, and of which models where it is not all of them."""
+def gaps(comparison: "Comparison") -> list[str]:
+    """Return the reasons why datasets have no PCC, with the models unless all of them have none."""
     why: dict[tuple[str, str], list[str]] = {}
-    for model, of_model in found.by_clip.values.items():
+    for model, of_model in comparison.by_clip.values.items():
         for dataset, values in of_model.items():
             if values["pcc"].value is None:
                 why.setdefault((dataset, values["pcc"].why), []).append(model)
-    whose = {key: "" if len(names) == len(found.models) else f" ({', '.join(names)})" for key, names in why.items()}
-    return [f"{dataset}: {reason}{whose[dataset, reason]}" for dataset, reason in sorted(why)]
+    models = {
+        key: "" if len(names) == len(comparison.models) else f" ({', '.join(names)})" for key, names in why.items()
+    }
+    return [f"{dataset}: {reason}{models[dataset, reason]}" for dataset, reason in sorted(why)]
 
 
-def left_out(found: Comparison) -> list[str]:
-    """Why clips are in no figure: the most frequent reasons of each dataset. (A reason may name its file.)"""
+def left_out(comparison: "Comparison") -> list[str]:
+    """Return the reasons why clips are in no figure: the most frequent of each dataset (a reason may name a file)."""
     lines = []
-    for dataset, reasons in found.left_out.items():
+    for dataset, reasons in comparison.left_out.items():
         lines += [f"{dataset}: {number} × {reason}" for reason, number in reasons.most_common(_REASONS)]
         if len(reasons) > _REASONS:
-            lines.append(f"{dataset}: {len(reasons) - _REASONS} further reasons, which are in scores.parquet")
+            lines.append(f"{dataset}: {len(reasons) - _REASONS} further reasons; see scores.parquet")
     return lines
 
 
-def heard(found: Comparison) -> list[str]:
-    """Which models know how many of the clips from their training, so that their figures are too good."""
+def heard(comparison: "Comparison") -> list[str]:
+    """Return the models that were trained or selected on some of the clips, and on how many."""
     return [
-        f"{name} was {how} {count} of the {len(found.clips)} clips: its figures are too good"
-        for name, counts in found.heard.items()
+        f"{name} was {how} {count} of the {len(comparison.clips)} clips: its figures are too good"
+        for name, counts in comparison.heard.items()
         for how, count in counts.items()
     ]
 
 
-def pairs(found: Comparison) -> list[list[str]]:
-    """A row for every two models that have all figures: the difference of their weighted means, and its interval."""
+def pairs(comparison: "Comparison") -> list[list[str]]:
+    """Return a row for every two models that have all figures: the difference of their weighted means with interval."""
     rows = [["model", "less model", "difference", "interval", "more than chance"]]
-    for (one, other), by in found.differences.items():
+    for (one, other), by in comparison.differences.items():
         is_real = "yes" if by.low > 0 or by.high < 0 else "no"
         rows.append([one, other, f"{by.value:+.3f}", f"{by.low:+.3f} to {by.high:+.3f}", is_real])
     return rows
 
 
-def long(found: Comparison) -> list[list[Any]]:
-    """A row per level (clip, system), dataset or mean, model and metric, with its interval or why there is none."""
+def long(comparison: "Comparison") -> list[list[Any]]:
+    """Return a row per level (clip, system), dataset or mean, model and metric, with interval or reason of none."""
     rows: list[list[Any]] = [["level", "dataset", "clips", "model", "metric", "value", "low", "high", "why_none"]]
-    for level, figures in (("clip", found.by_clip), ("system", found.by_system)):
+    for level, figures in (("clip", comparison.by_clip), ("system", comparison.by_system)):
         for model, of_model in figures.values.items():
             for dataset, values in of_model.items():
                 for metric in METRICS:
@@ -95,24 +99,24 @@ def long(found: Comparison) -> list[list[Any]]:
     return rows
 
 
-def beside_paper(found: Comparison) -> list[list[str]]:
-    """For each model that the paper's Table I has: ours, the paper's and the difference, by dataset that both have.
+def beside_paper(comparison: "Comparison") -> list[list[str]]:
+    """Return our PCC, the paper's and the difference, for models and datasets that the paper's Table I has.
 
-    A row's means are over the datasets of which both have its figure, weighted by the clips of each side; so they
-    differ from the paper's own.
+    Means are over the datasets for which both sides have a figure, weighted by the clips of each side, and so differ
+    from the paper's own.
     """
-    pairs = [(name, theirs) for name in found.datasets if (theirs := paper.dataset_of(name))]
+    pairs = [(name, theirs) for name in comparison.datasets if (theirs := paper.dataset_of(name))]
     rows = [["model", "", *(ours for ours, _ in pairs), "weighted", "unweighted"]]
     if not pairs:
         return rows
-    clips = [found.by_clip.clips[ours] for ours, _ in pairs], [paper.clips()[theirs] for _, theirs in pairs]
-    for model in found.models:
+    clips = [comparison.by_clip.clips[ours] for ours, _ in pairs], [paper.clips()[theirs] for _, theirs in pairs]
+    for model in comparison.models:
         if not (of_paper := paper.row_of(model.name) or paper.row_of(model.address)):
             continue
-        mine = [found.pcc(model.name, name).value for name, _ in pairs]
-        its = [paper.rows()[of_paper].pcc[theirs] for _, theirs in pairs]
-        shared = [a is not None and b is not None for a, b in zip(mine, its, strict=True)]
-        both = _with_means(clips[0], mine, shared), _with_means(clips[1], its, shared)
+        mine = [comparison.pcc(model.name, name).value for name, _ in pairs]
+        published = [paper.rows()[of_paper].pcc[theirs] for _, theirs in pairs]
+        shared = [a is not None and b is not None for a, b in zip(mine, published, strict=True)]
+        both = _with_means(clips[0], mine, shared), _with_means(clips[1], published, shared)
         gaps = [a - b if a is not None and b is not None else None for a, b in zip(*both, strict=True)]
         rows.append([model.name, "ours", *map(number, both[0])])
         rows.append([of_paper, "paper", *map(number, both[1])])
@@ -127,7 +131,7 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """For a terminal: the first column to the left, the others to the right."""
+    """Return rows for a terminal: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -138,7 +142,7 @@ def cell(value: Value) -> str:
 
 
 def interval(value: Value) -> str:
-    """The interval in words, or why there is no figure; nothing for a figure without an interval."""
+    """Return the interval in words, or the reason of a missing figure; empty for a figure without an interval."""
     if value.value is None:
         return value.why
     return f"95% interval {value.low:.3f} to {value.high:.3f}" if value.low is not None else ""

@@ -27,6 +27,7 @@ REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()),
 ROW_GROUP = 16
 """Rows of a shard that a training lane reads at once."""
 
+_DIFFERENCES = 12  # of two configurations, in a message
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 
 
@@ -89,11 +90,16 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
             raise RunError(f"{out} holds shards but no run.json", "choose another --out")
         storage.publish_json({"fingerprint": fingerprint.of(mine), "configuration": mine}, f"{out}/run.json")
     elif fingerprint.of(theirs) != fingerprint.of(mine):
-        lines = "\n  ".join(fingerprint.differences(theirs, mine))
+        lines = "\n  ".join(_shortened(fingerprint.differences(theirs, mine)))
         raise RunError(
             f"{out} belongs to a run with another configuration (there -> here):\n  {lines}\n",
             "give the same configuration to resume that run, or another --out to start a new one",
         )
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    others = len(lines) - _DIFFERENCES
+    return lines if others <= 0 else [*lines[:_DIFFERENCES], f"and {others} further differences (run.json has all)"]
 
 
 def configuration(out: str) -> dict[str, Any] | None:

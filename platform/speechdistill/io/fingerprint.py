@@ -7,6 +7,8 @@ from typing import Any
 
 from speechdistill.io import storage
 
+_LONGEST = 60  # characters of a value in a difference
+
 ADDED = {"speechdistill": "added"}
 """Metadata of a field that was added to a class after its instances had been stored: see `identity`."""
 
@@ -51,7 +53,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Return the differences of two JSON values, as lines `recipe.seed: 1 -> 2`."""
+    """Return the differences of two JSON values, as lines `recipe.seed: 1 -> 2`; long values are cut."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
@@ -59,4 +61,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for key in keys
             for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         ]
-    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (one, other) in pairs for line in differences(one, other, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {_brief(old)} -> {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

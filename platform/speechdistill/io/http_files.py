@@ -5,7 +5,6 @@ from io import RawIOBase
 from typing import IO, Any
 
 import fsspec
-from fsspec.implementations.http import HTTPFile
 
 PROTOCOLS = ("http://", "https://")
 
@@ -16,6 +15,8 @@ def open_file(url: str, block_bytes: int) -> IO[bytes]:
     A server may answer a range with the whole file, or report no length: the file is then downloaded to a temporary
     file.
     """
+    from fsspec.implementations.http import HTTPFile  # imports aiohttp, which most commands do not need
+
     fs, path = fsspec.url_to_fs(url)
     file = fs.open(path, "rb", block_size=block_bytes)
     if isinstance(file, HTTPFile):

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -10,7 +10,7 @@ from speechdistill.data import degradation_recipes, manifest_path
 from speechdistill.data.clips import Clips
 from speechdistill.data.degradation_recipes import RecipeName
 from speechdistill.data.plan import DegradationRecipe, Plans
-from speechdistill.engine import flow, place, pools, shards
+from speechdistill.engine import place, pools, shards
 from speechdistill.engine.limits import Limits
 from speechdistill.engine.pools import Pools
 from speechdistill.engine.stages import Stage
@@ -23,6 +23,9 @@ from speechdistill.labelling.samples import DEGRADED, SCHEMA, TAUGHT, Degrade, E
 from speechdistill.labelling.teach import Teach
 from speechdistill.models.load import load_teacher
 from speechdistill.models.options import TeacherOptions
+
+if TYPE_CHECKING:  # imports ray, which the options of a command do not need
+    from speechdistill.engine import flow
 
 _NOTHING = pa.schema([])  # the stage adds no columns
 _CALLS = 3  # concurrent batches of a teacher on a GPU: one in the network, two being decoded
@@ -181,8 +184,10 @@ def _check_has_clean(teacher: str, recipe: DegradationRecipe) -> None:
         raise RunError(reason, "give another teacher, or a recipe that degrades")
 
 
-def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> flow.Flow:
+def flow_of(job: Prepared, out: str, limits: Limits, wanted: Pools) -> "flow.Flow":
     """Return the job for the engine, with output in the folder `out`."""
+    from speechdistill.engine import flow
+
     layout = shards.Layout(
         out=out,
         schema=SCHEMA,

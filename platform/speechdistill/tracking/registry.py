@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from speechdistill.io import checkpoint, fingerprint, storage
 from speechdistill.io.errors import UserError
@@ -130,8 +130,11 @@ class Registry:
                 raise
             return Logged(model.model_id, run_id, model.artifact_location, tags)
 
-    def best_of(self, parent: str, metric: str) -> str:
-        """Return the finished child run with the lowest `metric`; raises `RegistryError` if none has it."""
+    def best_of(self, parent: str, metric: str, direction: Literal["min", "max"] = "min") -> str:
+        """Return the finished child run with the lowest (`max`: highest) `metric`.
+
+        Raises `RegistryError` if none has it.
+        """
         with self._asked(f"run {parent}"):
             experiment = self._client.get_run(parent).info.experiment_id
             wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.status = 'FINISHED'"
@@ -147,7 +150,8 @@ class Registry:
                 f"run {parent} at {self.place}: none of its {len(runs)} finished child runs has a {metric}",
                 "give the run that started them, once one has ended, or --run ID of a single one",
             )
-        return str(min(finite, key=lambda run: (finite[run], run)))
+        sign = 1 if direction == "min" else -1
+        return str(min(finite, key=lambda run: (sign * finite[run], run)))
 
     def fetch(self, address: str, folder: str) -> str:
         """Copy the two files of the student at a `models:/` or `runs:/` address below `folder`; return their folder."""

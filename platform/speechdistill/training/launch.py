@@ -1,8 +1,9 @@
-"""What commands that train have in common: their place in the cluster, their MLflow runs, the table at their end."""
+"""Parts that commands which train share: their share of the cluster, their MLflow runs, the results of their runs."""
 
 import logging
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,51 @@ from speechdistill.training.side_by_side import Run
 _LOG = logging.getLogger(__name__)
 
 
-def train(parent: Tracking, title: str, runs: Sequence[Run], at_once: int) -> list[dict[str, Any]]:
-    """Train the runs below their parent's MLflow run; a row per run. One failure does not stop the others."""
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """The result of one run: sizes, the figures of its best checkpoint on `clips` validation clips, its places.
+
+    `scale` says on which scale `mse` and `pcc` are. Figures and `folder` are None for a run that failed, `error` is
+    None for one that did not.
+    """
+
+    variant: str
+    parameters: int
+    trainable: int
+    state: str
+    steps: int
+    train_s: float
+    best_step: int | None
+    mse: float | None
+    pcc: float | None
+    folder: str | None
+    run_id: str | None
+    error: str | None
+    clips: int
+    scale: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("clips", "scale")}
+
+
+def train(parent: Tracking, title: str, runs: Sequence[Run], at_once: int) -> list[TrainedRun]:
+    """Train the runs below their parent's MLflow run and return their results. One failure does not stop the others."""
     try:
         side_by_side.train(list(runs), at_once)
     except BaseException as error:
         for tracking in [run.tracking for run in runs if run.state in ("waiting", "training")] + [parent]:
             tracking.end(ended_as(type(error)), patience_s=5)
         raise
-    rows = [_row(run) for run in runs]
-    parent.document({title: rows}, f"{title}.json")
+    results = [_result(run) for run in runs]
+    parent.document({title: [result.to_json() for result in results]}, f"{title}.json")
     parent.end("FINISHED" if all(run.state == "done" for run in runs) else "FAILED")
     for run in runs:
         _log_model(run)
-    return rows
+    return results
 
 
 def capacity(place: Place, runs: int) -> tuple[tuple[int, int], float, int]:
-    """(fewest, most) workers of a run, GPUs of each, and how many runs side by side."""
+    """Return (fewest, most) workers of a run, GPUs of each worker, and the number of runs side by side."""
     fewest, most = place.range
     now = (ray.cluster_resources().get(unit, 0.0) for unit in ("CPU", "GPU"))
     has_cpus, has_gpus = map(max, now, grown(place.grow_to))
@@ -57,15 +85,15 @@ def capacity(place: Place, runs: int) -> tuple[tuple[int, int], float, int]:
         raise RunError(
             f"a run of {fewest} workers with {cpus:g} CPUs and {gpus:g} GPUs each does not fit the "
             f"cluster ({has_cpus:g} CPUs, {has_gpus:g} GPUs)",
-            "lower --workers or --cpus-per-worker, or say with --grow-to what the cluster may grow to",
+            "lower --workers or --cpus-per-worker, or give --grow-to, the size that the cluster may grow to",
         )
     at_once = max(1, min(runs, fits // fewest))
-    # A run reserves its most, so with several at once each may have its share only.
+    # A run reserves its largest size, so several at once get a share each.
     return (fewest, max(fewest, min(most, fits // at_once) if at_once > 1 else most)), gpus, at_once
 
 
 def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: clips) -> tuple[str, str]:
-    """Clips that listeners scored as a table beside the runs, which all workers read, and its fingerprint."""
+    """Write scored clips as a table beside the runs, for all workers; return its path and fingerprint."""
     clips = prepare(scored_clips.manifest(source))
     digest = fingerprint.of(clips.select(["clip_id", "dataset", "split", "speaker", "mos"]).to_pylist())
     path = f"{out}/labeled-{digest[:8]}.parquet"
@@ -74,43 +102,41 @@ def scored(source: str, out: str, prepare: Callable[[Any], Any] = lambda clips: 
 
 
 def heard_clips(table_of_clips: str, trains: bool) -> dict[str, Any]:
-    """For a model's provenance: the clips of `scored` that validate and, where it `trains` on them, train it."""
+    """Return a model's provenance: the clips of `scored` that validate it and, if it `trains` on them, train it."""
     train, validation = scored_clips.split(table.read(table_of_clips, "clip.v1"))
     return {checkpoint.CLIPS: heard.record(train if trains else None, validation)}
 
 
-def validates(table_of_clips: str) -> bool:
-    """Whether there are clips of `scored` to validate on."""
-    return len(scored_clips.split(table.read(table_of_clips, "clip.v1"))[1]) > 0
+def num_validation(table_of_clips: str) -> int:
+    """Return the number of clips of `scored` that validate."""
+    return len(scored_clips.split(table.read(table_of_clips, "clip.v1"))[1])
 
 
 def label_runs(
     places: Sequence[str], outs: Sequence[str], validate: bool
 ) -> tuple[list[LabelRun], tuple[HeldOut, ...], list[dict[str, Any]]]:
-    """Finished label runs, what is held out of each, and what is kept of both in provenances.
+    """Return finished label runs, the samples held out of each, and the record of both in a provenance.
 
-    If a run in one of the folders `outs` was begun by an earlier version, all keep its rule, by which whole row groups
-    validate (`validate`) and a clip may be on both sides.
+    If an earlier version began a run in one of the folders `outs`, its rule applies to all: whole row groups
+    validate (`validate`), and a clip may be on both sides.
     """
     runs = [LabelRun(place) for place in places]
     _check_each_once(runs)
     if any(map(_is_earlier, outs)):
-        _LOG.warning(
-            "a run that an earlier version began is resumed: its held-out samples are of clips that train, too"
-        )
+        _LOG.warning("a run that an earlier version began is resumed: clips of its held-out samples also train")
         return runs, tuple(held_out.by_row_groups(run, validate) for run in runs), [held_out.about(run) for run in runs]
     held = held_out.held_out(runs)
     return runs, held, [held_out.about(*pair) for pair in zip(runs, held, strict=True)]
 
 
 def _check_each_once(runs: Sequence[LabelRun]) -> None:
-    """Raise `UserError` for a label run that is given twice, perhaps as a copy: its samples would count double."""
+    """Raise `UserError` for a label run that is given twice, perhaps as a copy: each sample would count twice."""
     known: dict[str, str] = {}
     for run in runs:
         other = known.setdefault(fingerprint.of(run.configuration), run.out)
         if other is not run.out:
             same = "twice" if other == run.out else f"and {other}, which is the same label run"
-            raise UserError(f"--shards {run.out} {same}", f"give it once; for more of it a weight, such as {run.out}=2")
+            raise UserError(f"--shards {run.out} {same}", f"give it once, with a weight such as {run.out}=2")
 
 
 def _is_earlier(out: str) -> bool:
@@ -128,31 +154,33 @@ def git_commit() -> str | None:
 
 
 def _log_model(run: Run) -> None:
-    """The best network as a model of its MLflow run; without MLflow it is told, and the next call tries again."""
+    """Log the best network as a model of its MLflow run; a failure is reported, and the next call tries again."""
     if run.state != "done":
         return
     in_mlflow = run_id(run.job.out)
     try:
         if in_mlflow is None:
-            raise registry.RegistryError("MLflow has not answered yet", "it is told once it does")
+            raise registry.RegistryError("MLflow has not answered yet", "the model is sent once it does")
         registry.log_student(f"{run.job.out}/best", in_mlflow, tracking_uri(run.job.out))
     except UserError as error:
         _LOG.warning("the model of %s is not in MLflow (%s); the same command tries again", run.name, error)
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _result(run: Run) -> TrainedRun:
     best = run.summary.get("best", {})
-    return {
-        "variant": run.name,
-        "parameters": run.size.stored,
-        "trainable": run.size.trainable,
-        "state": run.state,
-        "steps": run.summary.get("steps", run.told.step if run.told else 0),
-        "train_s": run.train_s,
-        "best_step": best.get("step"),
-        "mse": best.get("universal_mse", best.get("mse")),  # of a teacher: as its scores are used
-        "pcc": best.get("pcc"),
-        "folder": f"{run.job.out}/best" if run.state == "done" else None,
-        "run_id": run_id(run.job.out),
-        "error": run.error or None,
-    }
+    return TrainedRun(
+        variant=run.name,
+        parameters=run.size.stored,
+        trainable=run.size.trainable,
+        state=run.state,
+        steps=run.summary.get("steps", run.told.step if run.told else 0),
+        train_s=run.train_s,
+        best_step=best.get("step"),
+        mse=best.get("universal_mse", best.get("mse")),  # of a teacher: on the scale of its scores
+        pcc=best.get("pcc"),
+        folder=f"{run.job.out}/best" if run.state == "done" else None,
+        run_id=run_id(run.job.out),
+        error=run.error or None,
+        clips=run.clips,
+        scale=run.scale,
+    )

@@ -101,7 +101,7 @@ def trainer(job: Job, progress: Progress) -> Any:
             name="ray",
             storage_path=path,
             storage_filesystem=filesystem,
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="ERROR"),  # warnings are about Ray itself
             failure_config=FailureConfig(max_failures=-1),  # `Progress` counts those without a new checkpoint
             # The best and, always, the last.
             checkpoint_config=CheckpointConfig(

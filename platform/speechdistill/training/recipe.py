@@ -43,6 +43,10 @@ class Training:
         return {**fingerprint.identity(self), "checkpoint_every_s": None, "compile": None}
 
 
+BEST_VALIDATION = "best_val_"
+"""Prefix of the metrics that a finished run has in MLflow: the figures of its best checkpoint."""
+
+
 class Best(NamedTuple):
     """The validation figure that chooses a run's best checkpoint, and the better direction."""
 
@@ -51,6 +55,11 @@ class Best(NamedTuple):
 
     def is_better(self, value: float, than: float) -> bool:
         return value < than if self.direction == "min" else value > than
+
+    @property
+    def metric(self) -> str:
+        """The metric of finished runs that compares them by this figure."""
+        return f"{BEST_VALIDATION}{self.figure}"
 
     @property
     def worst(self) -> float:
