@@ -5,12 +5,12 @@ OUT ?= demo-out
 LOCKED ?= requirements.lock
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo quick test test-slow lint benchmarks lock clean
+.PHONY: help setup demo quick test test-slow lint docs benchmarks lock clean
 
 help:
 	@echo "make demo       label 200 samples, train a student and compare it on a page (SPEECH=DIR NOISE=DIR RIR=DIR: on your audio)"
 	@echo "make test       the tests;  make quick: those that start no Ray and no server;  make test-slow: the long fault and memory campaigns"
-	@echo "make lint       ruff, spelling and mypy;  make benchmarks: measured ratios"
+	@echo "make lint       ruff, spelling, mypy and the docs;  make docs: the pages of docs/ as a site in site/;  make benchmarks: measured ratios"
 	@echo "make lock       requirements.lock, which the nodes of a cluster install, from what .venv has"
 
 setup: .venv/.installed
@@ -53,6 +53,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 benchmarks: setup
 	@# What the released model needs beside torch; score.py compares with it.
@@ -103,4 +107,4 @@ lock:
 	mv $(LOCKED).new $(LOCKED)
 
 clean:
-	rm -rf .venv build dist *.egg-info platform/*.egg-info demo-out
+	rm -rf .venv build dist site *.egg-info platform/*.egg-info demo-out
