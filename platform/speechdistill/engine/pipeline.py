@@ -9,11 +9,12 @@ import pyarrow as pa
 import ray
 
 from speechdistill.engine import cluster, shards
+from speechdistill.engine.actor import Actor
 from speechdistill.engine.footers import Part
 from speechdistill.engine.isolate import CannotWorkByFault
 from speechdistill.engine.monitor import Board
 from speechdistill.engine.shards import REJECT, Layout
-from speechdistill.engine.stages import Actor, Stage
+from speechdistill.engine.stages import Stage
 from speechdistill.io.errors import RunError
 
 # Making ids and writing take little CPU, and on a cluster with full pools no node may have more left.
