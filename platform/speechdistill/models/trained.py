@@ -9,8 +9,8 @@ from speechdistill.tracking import registry
 def load(address: str, options: TeacherOptions) -> WindowScorer:
     """Load a student or a head at an address of `registry.student_folder`.
 
-    The weights in `options` are those of a head's encoder. Raises `RegistryError` or `TableError` naming what is missing,
-    and the errors of `architectures.scorer`.
+    The weights in `options` are a head's encoder. Raises `RegistryError` or `TableError` naming what is missing, and
+    the errors of `architectures.scorer`.
     """
     options.only("student")
     with registry.student_folder(address) as folder:
