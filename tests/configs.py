@@ -22,17 +22,18 @@ def changed(config: Config, **options: Any) -> Config:
         value = getattr(config, field.name)
         if field.name in options:
             values[field.name] = options.pop(field.name)
-        elif is_dataclass(value) and (inner := {name: options.pop(name) for name in _names(value) if name in options}):
-            values[field.name] = changed(value, **inner)
+        elif is_dataclass(value) and (names := option_names(value) & options.keys()):
+            values[field.name] = changed(value, **{name: options.pop(name) for name in names})
     assert not options, f"{type(config).__name__} has no {sorted(options)}"
     return replace(config, **values)  # type: ignore[type-var]
 
 
-def _names(config: Any) -> set[str]:
+def option_names(config: Any) -> set[str]:
+    """The options of a configuration, those of its groups included."""
     names = set()
     for field in fields(config):
         value = getattr(config, field.name)
-        names |= _names(value) if is_dataclass(value) else {field.name}
+        names |= option_names(value) if is_dataclass(value) else {field.name}
     return names
 
 

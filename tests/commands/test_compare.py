@@ -401,9 +401,11 @@ def test_a_pruned_teacher_is_known_by_what_is_left_of_it(criterion: Any, tmp_pat
     assert [model.series for model in (teacher, before, after)] == ["teacher", *[f"pruned ({criterion})"] * 2]
     encoders = sum(p.numel() for p in network.encoder.parameters())
     assert 0.3 < ((before.parameters or 0) - (after.parameters or 0)) / encoders < 0.7
-    rows = prune._rows(str(tmp_path), ["before", "after"])
-    assert rows[0]["parameters"] == teacher.parameters == sum(p.numel() for p in network.parameters())
-    assert [row["nonzero"] for row in rows] == [before.parameters, after.parameters]
+    for name in ("before", "after"):
+        storage.publish_json({"step": 0, "remaining": 1.0, "mse": 0.5}, f"{tmp_path}/{name}/figures.json")
+    kept = prune._kept(str(tmp_path), ["before", "after"])
+    assert kept[0].parameters == teacher.parameters == sum(p.numel() for p in network.parameters())
+    assert [one.nonzero for one in kept] == [before.parameters, after.parameters]
     (there,) = load_teacher(after.teacher, TeacherOptions(device="cpu")).label([voice(1.0)])
     (here,) = load_teacher(folders["after"], TeacherOptions(device="cpu")).label([voice(1.0)])
     assert there == here, "what workers load is not what was given"

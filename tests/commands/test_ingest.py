@@ -358,5 +358,5 @@ def test_copies_of_parts_under_other_names_double_no_clip(tmp_path: Path) -> Non
     rows = table.from_rows([row(f"/s/{i}.wav") for i in range(3)], "clip.v1")
     for name in ("clips-000000", "Copy of clips-000000", "old-clips-000001"):
         storage.publish(table.parquet_bytes(rows), f"{tmp_path}/parts/{name}.parquet")
-    assert ingest.merge(str(tmp_path))["clips"] == {"speech": 3}
+    assert manifest_parts.merge(str(tmp_path))["clips"] == {"speech": 3}
     assert len(manifest_of(tmp_path)) == 3

@@ -196,7 +196,7 @@ def test_what_cannot_be_pruned_is_told_before_the_work(
 
     place = student(tmp_path / "student")
     for options, message in (
-        (["--model", place], "is a student; a teacher's encoder can be pruned"),
+        (["--model", place], "is a student; give a teacher"),
         (["--model", str(tmp_path)], "holds no checkpoint"),
         (["--until", "1.5"], "share and until between 0 and 1"),
         (["--labeled-percent", "0"], "no label shards"),

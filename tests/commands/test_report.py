@@ -13,7 +13,7 @@ from speechdistill.engine.cost import Estimate
 from speechdistill.models.parameters import Parameters
 from speechdistill.training import side_by_side
 from speechdistill.training.launch import TrainedRun
-from speechdistill.training.ray_train import Told
+from speechdistill.training.progress import Told
 
 
 def trained(**more: Any) -> TrainedRun:

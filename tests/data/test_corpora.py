@@ -316,7 +316,7 @@ def test_other_counts_than_the_papers_are_a_warning(nisqa: Path, caplog: pytest.
 
 def test_half_a_choice_is_refused() -> None:
     for half in (Ingest(out="o", corpus="csv"), Ingest(out="o", root="r")):
-        with pytest.raises(RunError, match="given together"):
+        with pytest.raises(RunError, match="give --corpus NAME and --root DIR"):
             ingest.scored_rows(half)
 
 

@@ -38,6 +38,8 @@ GOLDEN = """
 import json
 import numpy as np, torch
 from speechdistill.models.networks.conv_transformer import SEGMENT_SAMPLES
+from speechdistill.models.options import TeacherOptions
+from speechdistill.models.teachers import distillmos
 t = np.arange(SEGMENT_SAMPLES) / 16000
 noise = 0.1 * np.random.RandomState(0).standard_normal(SEGMENT_SAMPLES)
 waves = np.stack([np.zeros(SEGMENT_SAMPLES), 0.5 * np.sin(2 * np.pi * 440 * t), noise]).astype(np.float32)

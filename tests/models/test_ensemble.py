@@ -108,7 +108,7 @@ def test_another_text_is_refused_with_how_to_write_it(name: str, message: str) -
 
 
 def test_members_have_no_weights_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="takes no weights; its members have the released ones, or are students"):
+    with pytest.raises(ValueError, match="takes no weights; members have their released weights"):
         load_teacher("ensemble:distillmos=1,pesq_oracle=2", TeacherOptions(weights=str(tmp_path)))
     with pytest.raises(ValueError, match="takes no head"):
         load_teacher("ensemble:distillmos=1,pesq_oracle=2", TeacherOptions(head="head.pt"))

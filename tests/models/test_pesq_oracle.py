@@ -101,7 +101,7 @@ def test_recordings_alone_cannot_be_scored(tmp_path: Path, capsys: pytest.Captur
     for model in ("pesq_oracle", "ensemble:distillmos=1,pesq_oracle=1"):
         assert cli.main(["score", f"{tmp_path}/a.wav", "--model", model]) == 1
         captured = capsys.readouterr()
-        assert "compares with clean speech, which only the labelling job knows" in captured.err and not captured.out
+        assert "compares with clean speech, which only the labelling job has" in captured.err and not captured.out
     with pytest.raises(ValueError, match="give each wave's reference"):
         Model(load_teacher("pesq_oracle"))(NOISY, RATE)
 

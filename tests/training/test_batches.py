@@ -141,7 +141,7 @@ def test_a_label_run_that_is_given_twice_is_refused_even_as_a_copy(run: str, tmp
     other = label_run(tmp_path / "other", 24, seed=7)
     assert len(launch.label_runs([f"{run}=0.5", other], [], validate=False)[0]) == 2
     for again in (f"{run}/", f"{run}=0.5", str(tmp_path / "copy")):
-        with pytest.raises(UserError, match="give it once; for more of it a weight"):
+        with pytest.raises(UserError, match="give it once, with a weight such as"):
             launch.label_runs([run, again], [], validate=False)
 
 

@@ -1,3 +1,4 @@
+# engine/: Ray Data: the cluster, a flow of actor stages, the commit protocol of shards, cost.
 """The actor of a stage: batches of rows to results, with rejects for rows that fail."""
 
 import threading

@@ -1,4 +1,3 @@
-# engine/: Ray Data: the cluster, a flow of actor stages, the commit protocol of shards, cost.
 """The Ray cluster of a job: join it, call functions on every node, check its folders."""
 
 import logging
