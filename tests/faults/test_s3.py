@@ -33,10 +33,11 @@ from milli import Degrade, Teach, milli_flow
 from mlflow_runs import student
 from speechdistill import cli
 from speechdistill.commands import ingest
+from speechdistill.data import manifest_parts
 from speechdistill.data.clips import Clips, share
 from speechdistill.data.corpora import folder
 from speechdistill.data.degradation_recipes import as_is
-from speechdistill.engine import flow, shards
+from speechdistill.engine import cluster, flow, shards
 from speechdistill.engine.isolate import CannotWork
 from speechdistill.io import audio, audio_files, fingerprint, lease, storage, table
 from speechdistill.io.errors import AudioError, StorageError, UnreadableError, UserError
@@ -312,11 +313,11 @@ def test_known_objects_are_checked_by_a_listing(
     store: Store, proxy: Proxy, recordings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"connect": lambda: None, "in_order": map}.items():
-        monkeypatch.setattr(ingest.cluster, name, value)
+        monkeypatch.setattr(cluster, name, value)
     config = ingest.Ingest(out=f"{recordings}/manifest", speech=(recordings,))
     assert ingest.run(config).clips == {"speech": 3}
     store.fs.copy(f"{recordings}/0.wav", f"{recordings}/1.wav")  # as long as it was
-    monkeypatch.setattr(ingest, "_LISTED_ROWS", 3)
+    monkeypatch.setattr(manifest_parts, "_LISTED_ROWS", 3)
     asked = set()
     proxy.fault = lambda method, path: asked.add(path) if ".wav" in path else None
     assert ingest.run(config).changes == {"updated": 1, "content": 1}
@@ -574,7 +575,7 @@ def test_credentials_that_do_not_fit_are_told_before_the_work(
     finally:
         store.check_credentials(False)
     assert code == 1
-    assert re.search(r"error: s3://bucket/labels/run\.json: .*check .* the credentials", capsys.readouterr().err)
+    assert re.search(r"error: s3://bucket/labels/[\w.]+: .*check .* the credentials", capsys.readouterr().err)
 
 
 def test_a_missing_bucket_and_a_missing_tracking_server_are_told_before_the_work(
