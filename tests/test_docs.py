@@ -34,8 +34,6 @@ ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FILES = [README, *PAGES]
-AS_MODULE = (ROOT / "platform/speechdistill/__main__.py").exists()
-"""The pages are a step ahead of the command line: of `--version`, `python -m speechdistill` and `shards`."""
 
 NOTE = r"^(?:<!-- *(?P<note>[^\n]*?) *-->\n)?"
 FENCE = re.compile(NOTE + r"```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,11 +66,7 @@ class Block(NamedTuple):
                     more = line.endswith(("\\", "|"))
             text = "\n".join(typed)
         joined = text.replace("\\\n", " ").replace("|\n", "| ")
-        return [line for line in joined.splitlines() if line.strip() and (AS_MODULE or not _is_coming(line))]
-
-
-def _is_coming(line: str) -> bool:
-    return any(words in line for words in ("speechdistill --version", "-m speechdistill", "speechdistill shards"))
+        return [line for line in joined.splitlines() if line.strip()]
 
 
 def blocks(file: Path) -> Iterator[Block]:
@@ -171,7 +165,7 @@ def test_options_in_the_text_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     known = set(OPTION.findall(_help()))
     assert {"--clips", "--variants", "--seed"} <= known
-    known |= {"--version", "--help", "--tyro-print-completion", *({"--wav"} if not AS_MODULE else ())}
+    known |= {"--version", "--help", "--tyro-print-completion"}
     scripts = [*(ROOT / "benchmarks").glob("*.sh"), ROOT / "Makefile"]
     known |= {option for script in scripts for option in OPTION.findall(script.read_text())}
     for file in FILES:

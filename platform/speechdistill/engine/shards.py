@@ -1,8 +1,8 @@
 """The commit protocol: part k is always the ids [k·R, (k+1)·R) and exactly one file.
 
-`shards/part-<k>-<number of ids>.parquet` holds the part's good rows; its footer holds the rejects, the sums and
-a hash of the rows. Name and content are functions of (run, k), so a retry, a late writer or a resume replaces a
-file with an equal one. `manifest.parquet`, the list of files, and `summary.json` are written last.
+`shards/part-<k>-<number of ids>.parquet` holds the part's good rows; its footer the rejects, the sums and a hash of the
+rows. Name and content are functions of (run, k), so a retry, a late writer or a resume replaces a file with an equal
+one. `manifest.parquet`, the list of files, and `summary.json` are written last.
 """
 
 import hashlib
@@ -26,7 +26,6 @@ REJECT = pa.schema([("reject_stage", pa.string()), ("reject_type", pa.string()),
 
 ROW_GROUP = 16
 """Rows of a shard that a training lane reads at once."""
-
 _DIFFERENCES = 12  # of two configurations, in a message
 _NAME = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 POWER = 0.3
 WEIGHTS = (0.5, 0.5, 1.0)
-"""Of the magnitudes, the complex spectra, and the asymmetric term."""
+"""Weights of the terms: magnitudes, complex spectra, asymmetric term."""
 
 _WINDOW, _HOP = 512, 256
 _SMALLEST = 1e-8  # added to powers: their roots have finite gradients on digital silence
