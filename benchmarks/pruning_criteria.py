@@ -102,7 +102,7 @@ def main(options: Options) -> None:
 
 def _run(split: str, data: str, out: Path) -> LabelRun:
     done = (out / split / "summary.json").is_file()
-    return LabelRun(f"{out}/{split}") if done else label_run(split, Path(data), out)
+    return LabelRun(f"{out}/{split}") if done else label_run(split, Path(data), out, SAMPLES[split])
 
 
 def _seed(seed: int, options: Options, test: Test) -> dict[str, float]:

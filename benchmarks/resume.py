@@ -4,7 +4,6 @@ The parts are put into a moto server, which then answers each request after a de
 the seconds: 5 ms of CPU for a part, 0.4 s for a page of a listing.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from speechdistill.engine import parts, shards
-from speechdistill.engine.footers import Footers
+from speechdistill.engine.footers import Footers, Part
 from speechdistill.io import table
 from speechdistill.labelling import figures
 
@@ -151,10 +150,10 @@ def _part(kind: int, folder: str) -> bytes:
 def _note(count: int, folder: str) -> None:
     """Write the files of a driver that commits so many parts."""
     data = [Path(folder, str(kind)).read_bytes() for kind in (NO_REJECT, ONE_REJECT)]
-    about = [json.loads(pq.read_metadata(BytesIO(one)).metadata[b"part"]) for one in data]
+    about = [Part.from_json(pq.read_metadata(BytesIO(one)).metadata[b"part"]) for one in data]
     noted = Footers(f"{folder}/run0")
     for k in range(count):
-        noted.note({**about[k % 20 == 0], "part": k, "size_bytes": len(data[k % 20 == 0])})
+        noted.note(replace(about[k % 20 == 0], number=k, size_bytes=len(data[k % 20 == 0])))
 
 
 def step(name: str, count: int) -> None:
