@@ -1,4 +1,4 @@
-"""What commands print at their end."""
+"""The text that commands print at their end."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""What a run will take."""
+"""The estimated cost of a run."""
 
 from dataclasses import replace
 

@@ -22,6 +22,7 @@ from speechdistill.training.options import Crops, Updates
 
 if TYPE_CHECKING:  # ray and torch take seconds to import, which `--help` does not need
     from speechdistill.models.windowed import WindowScorer
+    from speechdistill.training.pruning import Pruning
     from speechdistill.training.ray_train import Job
     from speechdistill.training.recipes.pruned import Pruned
 
@@ -139,30 +140,20 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
     from speechdistill.tracking import registry
     from speechdistill.training import launch
     from speechdistill.training.batches import Mix
-    from speechdistill.training.pruning import Pruning
     from speechdistill.training.recipes.pruned import Pruned
 
     labels, held, shards = launch.label_runs(config.shards, [f"{config.out}/{NAME}"], validate=False)
     if labels and config.labeled_percent == 100:
         reason = "--shards are unused: 100% of each batch are labeled clips"
         raise UserError(reason, "give --labeled-percent below 100")
-    places = tuple(f"{run.out}={run.weight!r}" for run in labels)  # workers run in other folders
     mix = Mix(
-        shards=places,
+        shards=tuple(f"{run.out}={run.weight!r}" for run in labels),  # workers run in other folders
         labeled_percent=config.labeled_percent,
         batch_size=config.updates.batch_size,
         crop_s=config.crops.crop_s,
         seed=config.updates.seed,
     )
-    removal = config.removal
-    pruning = Pruning(
-        criterion=removal.criterion,
-        share=removal.share,
-        of=removal.of,
-        every=removal.every,
-        until=removal.until,
-        seed=config.updates.seed,
-    )
+    pruning = _pruning(config)
     clips, clips_sha256 = launch.scored(config.labeled, config.out)
     with registry.student_folder(config.model) as folder:
         files = checkpoint.read(folder)
@@ -193,6 +184,13 @@ def _recipe(config: Prune) -> "tuple[Pruned, dict[str, Any]]":
         **sources,
     }
     return recipe, identity
+
+
+def _pruning(config: Prune) -> "Pruning":
+    from speechdistill.training.pruning import Pruning
+
+    schedule = {name: value for name, value in vars(config.removal).items() if name != "keep"}
+    return Pruning(**schedule, seed=config.updates.seed)
 
 
 def _job(config: Prune, recipe: "Pruned", identity: dict[str, Any], workers: tuple[int, int], gpus: float) -> "Job":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from speechdistill.training.global_norm import globalise
 from speechdistill.training.lanes import Batch
@@ -60,7 +61,7 @@ class Loop:
         self._optimizer = torch.optim.AdamW(
             self.network.parameters(), training.learning_rate, training.betas, weight_decay=training.weight_decay
         )
-        self._wrapped: Any = wrap(self.network)
+        self._wrapped = wrap(self.network)
         self._model: nn.Module = torch.compile(self._wrapped) if training.compile else self._wrapped  # type: ignore[assignment]
         self._companions = recipe.companions(self.network)
         self._frozen = recipe.frozen()
@@ -155,8 +156,8 @@ class Loop:
         arrays = {name: self._on_device(array) for name, array in part.arrays.items()}
         torch.manual_seed(_seed(batch.step, part.number))  # of dropout: the same on whichever worker
         is_last = index == len(batch.parts) - 1
-        waits = nullcontext() if is_last or not hasattr(self._wrapped, "no_sync") else self._wrapped.no_sync()
-        with waits:
+        ddp = self._wrapped if isinstance(self._wrapped, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp and not is_last else nullcontext():
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype is torch.bfloat16):
                 errors = self._recipe.errors(self._model, arrays, part, self.around)
             sums = {name: term.weight * term.sums for name, term in errors.items()}
